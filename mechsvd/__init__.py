@@ -1,0 +1,55 @@
+"""mechsvd: what a transformer writes to its residual stream, decomposed, clipped and measured.
+
+    import mechsvd as ms
+
+    model = ms.load_model()                       # the embedded model; or "gpt2", a directory, a TransformerLens model
+    task = ms.Task.from_text(model, "I believe the meaning of life is")     # the continuation: greedy, or given
+    writes = ms.collect_writes(model, task)       # what attention and MLPs add to the residual stream
+    svd = ms.decompose(writes)                    # singular values, directions, and who writes them
+    sweep = ms.sweep_rank(model, task, svd)       # clip every write to the first k directions, for every k
+    ms.figures.surprise(sweep).show()
+
+    first = svd.subspace(32)
+    hooks = ms.fwd_hooks(model, ms.keep(first))   # plain TransformerLens hooks, next to yours
+    logits = model.run_with_hooks(task.tokens[None], fwd_hooks=hooks)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mechsvd.decomposition import Decomposition, decompose
+from mechsvd.edits import Gate, ablate, chain, gate, keep, shift, shrink
+from mechsvd.hooks import fwd_hooks
+from mechsvd.measurement import Measurement, measure
+from mechsvd.models import load_model
+from mechsvd.results import Provenance
+from mechsvd.selfcheck import SelfCheck, self_check
+from mechsvd.sites import Site, find_sites
+from mechsvd.subspace import Subspace, span
+from mechsvd.sweeps import RankSweep, sweep_rank
+from mechsvd.tasks import SHORTFORM_PROMPTS, Task
+from mechsvd.writes import Writes, collect_writes
+
+if TYPE_CHECKING:
+    from mechsvd import figures
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # a model and what is asked of it
+    "load_model", "self_check", "SelfCheck", "find_sites", "Site", "Task", "SHORTFORM_PROMPTS",
+    # writes and their directions
+    "collect_writes", "Writes", "decompose", "Decomposition", "span", "Subspace",
+    # edits and hooks
+    "gate", "keep", "ablate", "shrink", "shift", "chain", "Gate", "fwd_hooks",
+    # measurements
+    "measure", "Measurement", "sweep_rank", "RankSweep",
+    # results and pictures
+    "Provenance", "figures",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "figures":  # imported when first used: plotly takes longer to import than all the rest
+        return import_module("mechsvd.figures")
+    raise AttributeError(f"module 'mechsvd' has no attribute {name!r}")

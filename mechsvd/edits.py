@@ -1,0 +1,187 @@
+"""Edits: pure maps on writes. Most are gates, a gain for each direction of a basis and one gain for the rest."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechsvd.decomposition import Decomposition
+from mechsvd.results import Provenance
+from mechsvd.subspace import Subspace, at_least_single, require_orthonormal
+
+Edit = Callable[..., Tensor]  # edit(x) and, as a TransformerLens hook, edit(x, hook=hook_point)
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """The linear edit x → V diag(g) Vᵀx + rest·(x − VVᵀx), or a stack of them over one basis.
+
+    With a leading axis in `gains` it is a stack: called on "edit pos d_model" (or on one row, "1 pos d_model", shared by all),
+    edit i acts on row i. `gate[rows]` takes some of them, `len(gate)` counts them. Build one with `gate`, which checks.
+
+    It is computed as r·x + V_S diag(g_S − r) V_Sᵀx, where S holds only the directions whose gain differs from r: removing one
+    direction costs a dot product, and when the basis spans everything, r is whichever of `rest` and 1 leaves the smaller S.
+    """
+
+    basis: Float[Tensor, "d_model rank"]
+    gains: Float[Tensor, "*edit rank"]
+    rest: float = 0.0
+    source: Provenance | None = None
+
+    def __call__(self, x: Float[Tensor, "... d_model"], hook: Any = None) -> Float[Tensor, "... d_model"]:
+        """Edit the writes `x`; computed in float32 or wider, returned as a new tensor in the dtype of `x`."""
+        plan = self._plan
+        dtype = at_least_single(x.dtype)
+        wide = x.to(dtype)
+        base = torch.zeros_like(wide) if plan.constant == 0 else wide * plan.constant
+        if plan.columns.shape[-1] == 0:
+            return base.expand(*self.gains.shape[:-1], *base.shape[-2:]).to(x.dtype) if self.is_stack else base.to(x.dtype)
+        columns, delta = plan.columns.to(x.device, dtype), plan.delta.to(x.device, dtype)
+        edited = (wide @ columns * delta) @ columns.mT
+        return (edited if plan.constant == 0 else edited.add_(base)).to(x.dtype)
+
+    def __getitem__(self, rows: Any) -> "Gate":
+        """Some edits of a stack, in the order asked for."""
+        return Gate(self.basis, self.gains[rows], self.rest, self.source)
+
+    def __len__(self) -> int:
+        """Number of edits in the stack."""
+        return len(self.gains) if self.is_stack else 1
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether `gains` has a leading axis of edits."""
+        return self.gains.ndim == 2
+
+    @property
+    def d_model(self) -> int:
+        """Dimension of the residual stream."""
+        return self.basis.shape[0]
+
+    @property
+    def cost(self) -> Int[Tensor, " edit"]:
+        """Number of directions that each edit must touch; edits of like cost are best run together."""
+        gains = self.gains.reshape(-1, self.basis.shape[1])
+        return torch.stack([(gains != constant).sum(dim=-1) for constant in self._constants]).amin(dim=0)
+
+    @cached_property
+    def _plan(self) -> "_Plan":
+        return min((_plan(self.basis, self.gains, constant) for constant in self._constants), key=lambda p: p.columns.shape[-1])
+
+    @property
+    def _constants(self) -> tuple[float, ...]:
+        spans_everything = self.basis.shape[0] == self.basis.shape[1]
+        return (self.rest, 1.0) if spans_everything and self.rest != 1.0 else (self.rest,)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a gate is computed: r, the columns V_S (shared by all edits, or gathered for each), and g_S − r."""
+
+    constant: float
+    columns: Float[Tensor, "*edit d_model m"]
+    delta: Float[Tensor, "*edit 1 m"]
+
+
+def _plan(basis: Tensor, gains: Tensor, constant: float) -> _Plan:
+    differs = gains != constant
+    if gains.ndim == 1:
+        return _Plan(constant, basis[:, differs], gains[differs] - constant)
+    widest, union = int(differs.sum(dim=-1).max()), differs.any(dim=0)
+    if 4 * widest < int(union.sum()):  # few directions an edit, different ones: each row gets its own columns
+        own = differs.float().topk(widest, dim=-1).indices
+        columns = basis.T[own].mT
+        return _Plan(constant, columns, (gains.gather(-1, own) - constant)[:, None])
+    return _Plan(constant, basis[:, union], (gains[:, union] - constant)[:, None])
+
+
+def gate(
+    basis: Subspace | Decomposition | Float[Tensor, "d_model rank"], gains: Float[Tensor, "*edit rank"], rest: float = 0.0
+) -> Gate:
+    """Give each direction a gain, and everything outside the basis the gain `rest`.
+
+    `rest` is 0 by default, so `gate(basis, ones)` keeps the subspace; with `rest=1`, gains of 1 change nothing.
+
+    Args:
+        basis: orthonormal directions as columns, a subspace, or the directions of a decomposition.
+        gains: one a direction; with a leading axis, a stack of edits.
+        rest: gain of what the basis does not span.
+
+    Raises:
+        ValueError: a basis that is not orthonormal, gains of another length, NaN or inf.
+
+    Example:
+        >>> gate(torch.eye(2), torch.tensor([1.0, 0.5]))(torch.tensor([[4.0, 4.0]]))
+        tensor([[4., 2.]])
+    """
+    directions, source = _directions(basis)
+    rank = directions.shape[1]
+    if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
+        raise ValueError(f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; give one gain for each.")
+    if not gains.isfinite().all() or not math.isfinite(rest):
+        raise ValueError("`gains` and `rest` must be finite, but hold NaN or inf.")
+    return Gate(directions, gains.to(directions), float(rest), source)
+
+
+def keep(subspace: Subspace) -> Gate:
+    """Keep what lies in the subspace and drop the rest: the projection x → VVᵀx."""
+    return gate(subspace, torch.ones(subspace.rank), rest=0.0)
+
+
+def ablate(subspace: Subspace) -> Gate:
+    """Remove what lies in the subspace (zero ablation) and keep the rest: x → x − VVᵀx."""
+    return gate(subspace, torch.zeros(subspace.rank), rest=1.0)
+
+
+def shrink(svd: Decomposition, alpha: float) -> Gate:
+    """Shrink each direction as ridge regression does, with gain s²/(s² + alpha), instead of clipping.
+
+    Args:
+        svd: the directions and their singular values.
+        alpha: strength in squared units of the residual stream; 0 keeps every direction as it is.
+
+    Raises:
+        ValueError: `alpha` is negative or not finite.
+
+    Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed., eq. 3.47.
+    """
+    if not math.isfinite(alpha) or alpha < 0:
+        raise ValueError(f"`alpha` is {alpha}, but must be finite and at least 0.")
+    squares = svd.singular_values.square()
+    return gate(svd, squares / (squares + alpha), rest=0.0)
+
+
+def shift(vector: Float[Tensor, " d_model"]) -> Edit:
+    """Add one vector to every write, as activation steering does."""
+    if vector.ndim != 1 or not vector.isfinite().all():
+        raise ValueError(f"`vector` must be finite and of shape [d_model], but has shape {list(vector.shape)}.")
+
+    def shifted(x: Tensor, hook: Any = None) -> Tensor:
+        return x + vector.to(x)
+
+    return shifted
+
+
+def chain(*edits: Edit) -> Edit:
+    """Apply edits one after the other, the first one first."""
+
+    def chained(x: Tensor, hook: Any = None) -> Tensor:
+        for edit in edits:
+            x = edit(x, hook=hook)
+        return x
+
+    return chained
+
+
+def _directions(basis: Subspace | Decomposition | Tensor) -> tuple[Tensor, Provenance | None]:
+    if isinstance(basis, Subspace):
+        return basis.basis, basis.source
+    if isinstance(basis, Decomposition):
+        return basis.directions, basis.source
+    require_orthonormal(basis)
+    return basis, None

@@ -1,0 +1,95 @@
+"""Edits bound to sites: the `(name, function)` pairs that `run_with_hooks(fwd_hooks=…)` takes, next to anyone else's."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsvd.edits import Edit, Gate
+from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites
+
+Observer = Callable[[Site, Tensor, Tensor], None]  # site, attempted write, kept write
+
+
+def fwd_hooks(
+    model: Model,
+    edit: Edit,
+    *,
+    layers: int | Iterable[int] | None = None,
+    components: Sequence[str] = COMPONENTS,
+    positions: Iterable[int] | None = None,
+    missing: Literal["error", "skip"] = "error",
+) -> list[Hook]:
+    """Bind an edit to the sites of a model, as hooks for `run_with_hooks`, `hooks` or `generate`.
+
+    Args:
+        edit: a gate, a chain, or any function of the writes "batch pos d_model" that returns a new tensor of that shape.
+        layers, components: which sites; all by default.
+        positions: absolute positions to edit, all by default. While decoding with a KV cache the hooks count the one-token
+            steps, so bind fresh hooks for each new text.
+        missing: whether a layer without the hook is refused or left out.
+
+    Returns:
+        One `(hook name, function)` a site, in the order of writing.
+
+    Raises:
+        KeyError: an unknown layer or component.
+        ValueError: an edit over another `d_model`, or a position below 0.
+    """
+    if isinstance(edit, Gate) and edit.d_model != model.cfg.d_model:
+        raise ValueError(f"The edit's basis has d_model {edit.d_model}, but the model's is {model.cfg.d_model}.")
+    chosen = None if positions is None else frozenset(positions)
+    if chosen is not None and (not chosen or min(chosen) < 0):
+        raise ValueError(f"`positions` are {sorted(chosen)}, but must be absolute positions, 0 or more, and at least one.")
+    return [(site.hook_name, bind(edit, site, chosen)) for site in find_sites(model, layers, components, missing)]
+
+
+def bind(edit: Edit, site: Site, positions: frozenset[int] | None = None, observe: Observer | None = None) -> Callable[..., Tensor]:
+    """Make the hook function of one site: edit, check the shape, restore dtype and device, spare the other positions.
+
+    Args:
+        observe: is shown the attempted and the kept write, at the edited positions.
+    """
+    seen = 0
+
+    def hook_function(x: Float[Tensor, "row pos d_model"], hook: Any = None) -> Float[Tensor, "edit pos d_model"]:
+        nonlocal seen
+        start = seen if x.shape[1] == 1 else 0  # a one-token step continues the text before it
+        seen = start + x.shape[1]
+        edited = _checked(_run(edit, x, hook, site), x, edit, site)
+        if positions is None:
+            if observe:
+                observe(site, x, edited)
+            return edited
+        mask = _mask(positions, start, x)
+        if observe:
+            observe(site, x[:, mask], edited[:, mask])
+        return torch.where(mask[:, None], edited, x)
+
+    return hook_function
+
+
+def _run(edit: Edit, x: Tensor, hook: Any, site: Site) -> Any:
+    try:
+        return edit(x, hook=hook)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"The edit failed at layer {site.layer} {site.component}: {error}") from error
+
+
+def _checked(edited: Any, x: Tensor, edit: Edit, site: Site) -> Tensor:
+    rows = len(edit) if isinstance(edit, Gate) and edit.is_stack else getattr(edit, "rows", x.shape[0])
+    if not isinstance(edited, Tensor) or edited.shape != (rows, *x.shape[1:]):
+        returned = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise ValueError(
+            f"The edit at layer {site.layer} {site.component} returned {returned} for writes of shape {list(x.shape)}; an edit must "
+            "return a new tensor of the same shape."
+        )
+    return edited.to(x)
+
+
+def _mask(positions: frozenset[int], start: int, x: Tensor) -> Bool[Tensor, " pos"]:
+    return torch.tensor([start + i in positions for i in range(x.shape[1])], device=x.device)

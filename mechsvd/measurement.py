@@ -1,0 +1,299 @@
+"""The engine: a model, a task and a stack of edits, many edits in one forward pass, measured against the clean run."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechsvd.edits import Edit, Gate, chain
+from mechsvd.hooks import bind
+from mechsvd.models import provenance_of
+from mechsvd.results import Provenance, load_result, require_same_model, result, save_result
+from mechsvd.selfcheck import require_sound, self_check
+from mechsvd.sites import COMPONENTS, Model, Site, evaluation, find_sites, run_model
+from mechsvd.subspace import at_least_single
+from mechsvd.tasks import Task, require_fitting
+
+TOKENS_A_PASS = {"cpu": 1024, "gpu": 65536}  # enough to keep the matrix products busy; more only leaves the cache
+SHARE_OF_MEMORY = 0.4
+_LARGEST: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()  # tokens a pass that fitted after running out of memory
+
+
+@result
+class Measurement:
+    """What is left of a task under each edit of a stack.
+
+    Attributes:
+        log_probs: natural-log probability of each continuation token, in nats.
+        orig_deltas, kept_deltas: root-mean-square L2 norm over positions of the attempted write / of what the edit let
+            through, at each site, in the units of the residual stream.
+        clean: the same for the model without an edit; None in that measurement itself.
+    """
+
+    log_probs: Float[Tensor, "edit scored"]
+    orig_deltas: Float[Tensor, "edit site"]
+    kept_deltas: Float[Tensor, "edit site"]
+    sites: tuple[Site, ...]
+    clean: "Measurement | None" = None
+    source: Provenance | None = None
+
+    save = save_result
+    load = classmethod(load_result)
+
+    @property
+    def log_prob(self) -> Float[Tensor, " edit"]:
+        """Natural-log probability of the whole continuation, in nats."""
+        return self.log_probs.sum(dim=-1)
+
+    @property
+    def orig_delta(self) -> Float[Tensor, " edit"]:
+        """Root-mean-square norm of an attempted write over sites and positions."""
+        return self.orig_deltas.square().mean(dim=-1).sqrt()
+
+    @property
+    def kept_delta(self) -> Float[Tensor, " edit"]:
+        """Root-mean-square norm of a kept write over sites and positions."""
+        return self.kept_deltas.square().mean(dim=-1).sqrt()
+
+    def to_pandas(self) -> Any:
+        """One row an edit: log_prob, probability, surprise, orig_delta, kept_delta."""
+        import pandas as pd
+
+        columns = {
+            "log_prob": self.log_prob,
+            "probability": self.log_prob.exp(),
+            "surprise": -self.log_prob,
+            "orig_delta": self.orig_delta,
+            "kept_delta": self.kept_delta,
+        }
+        return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+
+    def sites_to_pandas(self) -> Any:
+        """One row an edit and site: layer, component, orig_delta, kept_delta."""
+        import pandas as pd
+
+        edits = len(self.log_probs)
+        return pd.DataFrame(
+            {
+                "edit": [i for i in range(edits) for _ in self.sites],
+                "layer": [s.layer for s in self.sites] * edits,
+                "component": [s.component for s in self.sites] * edits,
+                "orig_delta": self.orig_deltas.flatten().numpy(),
+                "kept_delta": self.kept_deltas.flatten().numpy(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        low, high = float(self.log_prob.min()), float(self.log_prob.max())
+        clean = f"{float(self.clean.log_prob):.4f} nats clean, " if self.clean else ""
+        return (
+            f"Measurement of {len(self.log_probs)} edits at {len(self.sites)} sites\n"
+            f"  log-probability of {self.log_probs.shape[1]} tokens: {clean}{low:.4f} to {high:.4f} edited\n"
+            f"  on {self.source.model if self.source else 'an unnamed model'}"
+        )
+
+
+def measure(
+    model: Model,
+    task: Task,
+    edits: Gate | Sequence[Edit],
+    *,
+    layers: int | Iterable[int] | None = None,
+    components: Sequence[str] = COMPONENTS,
+    positions: Iterable[int] | None = None,
+    missing: Literal["error", "skip"] = "error",
+    batch_size: int | None = None,
+    check: bool = True,
+    progress: bool | None = None,
+) -> Measurement:
+    """Run a task under many edits, several in each forward pass as rows of its batch, and under none.
+
+    Edits of like cost run together, everything before the first edited site is computed once for all of them, and only the
+    scored positions are unembedded. When memory runs out the batch is halved.
+
+    Args:
+        edits: a stack of gates over one basis (fastest), or any edits, each applied to its own row.
+        layers, components, positions, missing: where; see `fwd_hooks`. Deltas are over the edited positions.
+        batch_size: edits in one forward pass; by default from the memory that is free and the size of the model.
+        check: refuse a model whose hooks are not its writes, and a basis that comes from another model.
+        progress: a bar with an estimate; by default only where it is seen.
+
+    Raises:
+        ValueError: a task that does not fit the model, a basis of another `d_model` or model, an edit that changes shapes.
+        MemoryError: one edit alone does not fit.
+    """
+    require_fitting(model, task)
+    sites = find_sites(model, layers, components, missing)
+    shares_prefix = (require_sound(model) if check else self_check(model)).shares_prefix
+    setup = _Setup(model, task, sites, _valid_positions(task, positions), shares_prefix)
+    with evaluation(model) as users:
+        notes = users if check else ("self-check skipped", *users)
+        source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, notes)
+        if isinstance(edits, Gate):
+            edits = _fitting_gate(model, edits, source if check else None)
+        clean = setup.forward([chain()])
+        edited = _run_all(setup, edits, batch_size or rows_a_pass(model, task), progress)
+    _warn_not_finite(edited)
+    return replace(edited, clean=replace(clean, source=source), source=source)
+
+
+def rows_a_pass(model: Model, task: Task) -> int:
+    """How many edits of a task fit into one forward pass, from the free memory and the model's size."""
+    device, length = next(model.parameters()).device, len(task.tokens)
+    fitting = int(SHARE_OF_MEMORY * _free_bytes(device) / _bytes_a_row(model, task))
+    busy = TOKENS_A_PASS["cpu" if device.type == "cpu" else "gpu"] // length
+    return max(1, min(fitting, busy, _LARGEST.get(model, fitting * length) // length))
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """All that the forward passes of one measurement have in common."""
+
+    model: Model
+    task: Task
+    sites: tuple[Site, ...]
+    positions: frozenset[int] | None
+    shares_prefix: bool
+
+    def forward(self, edits: Gate | Sequence[Edit]) -> Measurement:
+        """One forward pass, each edit a row of the batch."""
+        rows = edits if isinstance(edits, Gate) else _Each(tuple(edits))
+        orig: list[Tensor] = []
+        kept: list[Tensor] = []
+
+        def observe(site: Site, attempted: Tensor, let_through: Tensor) -> None:
+            orig.append(_rms_norm(attempted).expand(len(edits)))
+            kept.append(_rms_norm(let_through))
+
+        hooks = [(site.hook_name, bind(rows, site, self.positions, observe)) for site in self.sites]
+        tokens = self.task.tokens.to(next(self.model.parameters()).device)
+        batch = tokens.expand(1 if self.shares_prefix else len(edits), -1)
+        logits = run_model(self.model, batch, hooks, self.task.scored)
+        log_probs = logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
+        target = tokens[self.task.prompt_length :].expand(len(edits), -1)
+        scored = log_probs.gather(-1, target[..., None])[..., 0]
+        return Measurement(scored.cpu(), torch.stack(orig, dim=1).cpu(), torch.stack(kept, dim=1).cpu(), self.sites)
+
+
+@dataclass(frozen=True)
+class _Each:
+    """A stack of edits of any kind: edit i acts on row i."""
+
+    edits: tuple[Edit, ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.edits)
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        rows = x.expand(self.rows, -1, -1)
+        return torch.cat([edit(rows[i : i + 1], hook=hook) for i, edit in enumerate(self.edits)])
+
+
+def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: bool | None) -> Measurement:
+    count = len(edits)
+    order = edits.cost.argsort(stable=True) if isinstance(edits, Gate) else torch.arange(count)
+    parts: list[Measurement] = []
+    done = 0
+    with tqdm(total=count, desc="edits", disable=not _is_seen() if progress is None else not progress) as bar:
+        while done < count:
+            rows = order[done : done + size]
+            part = _unless_out_of_memory(setup, edits[rows] if isinstance(edits, Gate) else [edits[i] for i in rows])
+            if part is None:
+                size = _halved(setup, size)
+                continue
+            parts.append(part)
+            done += len(rows)
+            bar.update(len(rows))
+    return _in_order(parts, order, setup.sites)
+
+
+def _in_order(parts: Sequence[Measurement], order: Tensor, sites: tuple[Site, ...]) -> Measurement:
+    back = order.argsort()
+    columns = (torch.cat([getattr(part, name) for part in parts])[back] for name in ("log_probs", "orig_deltas", "kept_deltas"))
+    return Measurement(*columns, sites=sites)
+
+
+def _unless_out_of_memory(setup: _Setup, edits: Gate | Sequence[Edit]) -> Measurement | None:
+    try:
+        return setup.forward(edits)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    # outside the except block: the exception holds the frames, and those the tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def _halved(setup: _Setup, size: int) -> int:
+    if size == 1:
+        needed = _bytes_a_row(setup.model, setup.task)
+        raise MemoryError(
+            f"One edit alone does not fit into memory: about {needed / 2**20:,.0f} MiB are needed beside the model. Shorten the task, "
+            "or load the model in a smaller dtype."
+        )
+    _LARGEST[setup.model] = size // 2 * len(setup.task.tokens)
+    warnings.warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.", stacklevel=5)
+    return size // 2
+
+
+def _bytes_a_row(model: Model, task: Task) -> int:
+    cfg, length = model.cfg, len(task.tokens)
+    widths = 16 * cfg.d_model + 4 * (getattr(cfg, "d_mlp", None) or 4 * cfg.d_model) + 3 * cfg.n_heads * length
+    return 4 * (length * widths + 3 * len(task.continuation) * cfg.d_vocab)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return 4 * 2**30
+
+
+def _fitting_gate(model: Model, gate: Gate, source: Provenance | None) -> Gate:
+    if gate.d_model != model.cfg.d_model:
+        raise ValueError(f"The edits' basis has d_model {gate.d_model}, but the model's is {model.cfg.d_model}.")
+    require_same_model(gate.source, source, "The basis and the model")
+    device = next(model.parameters()).device
+    stacked = gate.gains if gate.is_stack else gate.gains[None]
+    return Gate(gate.basis.to(device), stacked.to(device), gate.rest, gate.source)
+
+
+def _valid_positions(task: Task, positions: Iterable[int] | None) -> frozenset[int] | None:
+    if positions is None:
+        return None
+    chosen = frozenset(positions)
+    if not chosen or not chosen <= set(range(len(task.tokens))):
+        raise ValueError(f"`positions` are {sorted(chosen)}, but must be some of 0 to {len(task.tokens) - 1}.")
+    return chosen
+
+
+def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
+    norms = torch.linalg.vector_norm(writes, dim=-1, dtype=at_least_single(writes.dtype))
+    return norms.square().mean(dim=-1).sqrt()
+
+
+def _warn_not_finite(edited: Measurement) -> None:
+    wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if wrong:
+        warnings.warn(f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them as they are.", stacklevel=3)
+
+
+def _is_seen() -> bool:
+    in_notebook = any("notebook" in base.__module__ for base in tqdm.__mro__)
+    return in_notebook or sys.stderr.isatty()

@@ -1,0 +1,178 @@
+"""Getting a model, and saying which one it is. TransformerLens is imported here, when a model is loaded: it takes seconds."""
+
+import hashlib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechsvd.demo import WEIGHTS
+from mechsvd.results import Provenance
+from mechsvd.sites import Model, Site
+
+EMBEDDED = "embedded"
+OLDEST, NEWEST = (3, 9), (5, 0)  # of transformer-lens: from the first, below the second
+INSTALL = "pip install 'transformer-lens>=3.9,<5'"
+
+
+def load_model(
+    model: Any = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> Any:
+    """Load the embedded model, a local Hugging Face directory, or a model from the hub, as a raw `TransformerBridge`.
+
+    A TransformerLens model that you already have is returned as it is: every call that takes a model takes it too.
+
+    Args:
+        model: "embedded", a directory, a hub name such as "gpt2", or a model.
+        device: TransformerLens's choice by default (CUDA, then MPS, then CPU).
+        dtype: of the weights; projections are computed in float32 or wider whatever it is.
+        allow_pickle: accept weights that are not safetensors.
+        options: passed on to `TransformerBridge.boot_transformers` (revision, trust_remote_code, …).
+
+    Raises:
+        ValueError: a directory that is no model, or weights that are not safetensors or do not fit.
+        OSError: a hub model that is unknown, gated, or out of reach.
+        ImportError: TransformerLens is missing or of a version that is not supported.
+    """
+    if hasattr(model, "run_with_hooks"):
+        return model
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise TypeError(f"`model` must be a name, a directory or a TransformerLens model, but it is {model!r}.")
+    _require_transformer_lens()
+    name = str(WEIGHTS if model == EMBEDDED else model)
+    is_local = Path(name).is_dir()
+    if is_local:
+        _require_checkpoint(Path(name), allow_pickle)
+    elif not allow_pickle:
+        _require_hub_safetensors(name)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        bridge = TransformerBridge.boot_transformers(name, device=device, dtype=dtype, **options)
+    except OSError as error:
+        raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
+    except Exception as error:
+        if is_local and type(error).__module__.startswith(("safetensors", "builtins")):
+            raise _damaged(name, error) from error
+        raise
+    if model == EMBEDDED:
+        bridge.cfg.model_name = "mechsvd embedded"  # and not a path of this machine, in every result
+    return bridge
+
+
+def provenance_of(
+    model: Model, tokens: tuple[tuple[int, ...], ...] = (), sites: tuple[Site, ...] = (), notes: tuple[str, ...] = ()
+) -> Provenance:
+    """Say which model this is, in which state, for the results it gives."""
+    from mechsvd import __version__
+
+    return Provenance(
+        model=str(getattr(model.cfg, "model_name", type(model).__name__)),
+        weights=fingerprint(model),
+        processing=processing_state(model),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        transformer_lens=_installed_version(),
+        mechsvd=__version__,
+        tokens=tokens,
+        hooks=tuple(site.hook_name for site in sites),
+        notes=notes,
+    )
+
+
+@torch.no_grad()
+def fingerprint(model: Model) -> str:
+    """Identify weights by name, shape, an exact sum over all bits, and a sample of each parameter.
+
+    It reads every weight once and is never cached, so that a model trained further between two calls is another model.
+    """
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        sample = bits[:: max(1, len(bits) // 512)].cpu().numpy().tobytes()
+        sha.update(f"{name} {tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))}".encode() + sample)
+    return sha.hexdigest()[:16]
+
+
+def processing_state(model: Model) -> str:
+    """What was done to the weights after training, which changes the SVD though not the log-probabilities."""
+    state = []
+    if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre"):
+        state.append("normalization folded")
+    if getattr(model, "compatibility_mode", False):
+        state.append("compatibility mode")
+    embedding = _embedding(model)
+    if embedding is not None and embedding.mean(dim=-1).abs().max() < 1e-5 * embedding.abs().max():
+        state.append("writing weights centred")
+    return ", ".join(state) or "raw"
+
+
+def _embedding(model: Any) -> Tensor | None:
+    try:
+        return model.W_E.detach().float()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+@cache
+def _installed_version() -> str:
+    try:
+        return version("transformer-lens")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _require_transformer_lens() -> None:
+    found = _installed_version()
+    if found == "not installed":
+        raise ImportError(f"TransformerLens is not installed; run: {INSTALL}")
+    numbers = tuple(int(part) for part in found.split(".")[:2])
+    if not OLDEST <= numbers < NEWEST:
+        raise ImportError(f"TransformerLens {found} is installed, but mechsvd supports 3.9 to below 5; run: {INSTALL}")
+
+
+def _require_checkpoint(directory: Path, allow_pickle: bool) -> None:
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} is not a Hugging Face model: config.json is missing there.")
+    if any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if not pickles:
+        raise ValueError(f"{directory} has a config.json but no weights: model.safetensors is missing there.")
+    if not allow_pickle:
+        raise ValueError(
+            f"{directory} holds its weights as pickles ({pickles[0]}), which can run code when opened; convert them to safetensors, "
+            "or pass `allow_pickle=True` if you trust them."
+        )
+
+
+def _require_hub_safetensors(name: str) -> None:
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = list_repo_files(name)
+    except Exception:  # offline, gated, unknown: loading says which, and a cached model still loads
+        return
+    if not any(file.endswith(".safetensors") for file in files):
+        raise ValueError(f"{name} has no safetensors weights on the hub; pass `allow_pickle=True` if you trust its pickles.")
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(f"The checkpoint in {name} cannot be loaded; its model.safetensors or config.json is damaged: {reason}")
+
+
+def _unreachable(name: str, error: Exception) -> OSError:
+    reason = str(error).strip().splitlines()[0][:200]
+    return OSError(
+        f"Cannot load {name!r} from the hub: {reason} Set HF_TOKEN for a gated model, pass a local directory, or use the "
+        "embedded model (`mechsvd.load_model()`)."
+    )

@@ -1,0 +1,193 @@
+"""Results that say where they came from: provenance, and saving as one safetensors file with a JSON header.
+
+A result is a frozen dataclass of tensors, numbers, text and other results. Two lines give a class its `.save` and `.load`:
+
+    save = save_result
+    load = classmethod(load_result)
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+T = TypeVar("T")
+_CLASSES: dict[str, type] = {}
+
+
+@dataclass_transform(frozen_default=True)
+def result(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass that `save_result` and `load_result` know by its name."""
+    cls = dataclass(frozen=True, eq=False, repr=cls.__repr__ is object.__repr__)(cls)
+    _CLASSES[cls.__name__] = cls
+    return cls
+
+
+@result
+class Provenance:
+    """Which model, in which state, produced a result."""
+
+    model: str
+    weights: str  # a fingerprint of the parameters, not of the name
+    processing: str  # "raw", or what TransformerLens did to the weights: it changes the SVD
+    dtype: str
+    transformer_lens: str
+    mechsvd: str
+    tokens: tuple[tuple[int, ...], ...] = ()
+    hooks: tuple[str, ...] = ()
+    seed: int | None = None
+    notes: tuple[str, ...] = ()  # what was skipped on request, and whose hooks were there too
+
+    def differences(self, other: "Provenance") -> list[str]:
+        """Say in what the two models differ; an empty list means that results of both can be combined."""
+        names = ("weights", "processing", "dtype")
+        mine, theirs = (f"{p.model}" for p in (self, other))
+        return [
+            f"{name}: {getattr(self, name)} ({mine}) and {getattr(other, name)} ({theirs})"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+def require_same_model(first: Provenance | None, second: Provenance | None, what: str) -> None:
+    """Refuse to combine results of different models, weights or processing states.
+
+    Args:
+        first, second: either may be None (made from bare tensors), which cannot be checked and passes.
+        what: the sentence's subject, such as "the basis and the model".
+
+    Raises:
+        ValueError: naming every difference.
+    """
+    if first is None or second is None:
+        return
+    if different := first.differences(second):
+        raise ValueError(
+            f"{what} come from different models or processing states: {'; '.join(different)}. "
+            "Directions of one are meaningless in the other; collect the writes again with this model."
+        )
+
+
+def save_result(self: Any, path: str | os.PathLike[str]) -> None:
+    """Save as one safetensors file: tensors, and everything else as JSON in its header, with a SHA-256 over both.
+
+    The file is written under a temporary name and moved into place, so that an existing file stays whole if this fails.
+
+    Raises:
+        FileNotFoundError, OSError: the folder is missing, read-only or full.
+    """
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    body = json.dumps({"class": type(self).__name__, "value": _pack(self, "", tensors)}, ensure_ascii=False, sort_keys=True)
+    from mechsvd import __version__
+
+    metadata = {"mechsvd": body, "version": __version__, "format": str(FORMAT), "sha256": _digest(body, tensors)}
+    write_atomically(path, save(tensors, metadata=metadata))
+
+
+def load_result(cls: type[T], path: str | os.PathLike[str]) -> T:
+    """Load what `.save` wrote.
+
+    Raises:
+        ValueError: the file is not such a file, is truncated or damaged, holds another class, or is of a newer format.
+        FileNotFoundError: there is no such file.
+    """
+    metadata, tensors = _read(Path(path))
+    if int(metadata["format"]) > FORMAT:
+        raise ValueError(
+            f"{path} was written by mechsvd {metadata['version']} in format {metadata['format']}, but this version reads up to "
+            f"format {FORMAT}; update mechsvd."
+        )
+    if _digest(metadata["mechsvd"], tensors) != metadata["sha256"]:
+        raise ValueError(f"{path} is damaged: its contents do not match the SHA-256 in its header. Nothing was loaded.")
+    document = json.loads(metadata["mechsvd"])
+    if document["class"] != cls.__name__:
+        raise ValueError(f"{path} holds a {document['class']}, not a {cls.__name__}; call {document['class']}.load.")
+    return _unpack(document["value"], tensors)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a whole file or nothing: a temporary name, fsync, replace."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"Cannot write {target}: the folder {target.parent} does not exist; create it first.")
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, target)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def with_notes(provenance: Provenance, *notes: str) -> Provenance:
+    """Return a copy that says more about how the result was made."""
+    return replace(provenance, notes=(*provenance.notes, *notes))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"No file {path}.")
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93N"):
+        raise ValueError(f"{path} looks like a pickle, .pt or .npy file, which mechsvd never opens; results are safetensors only.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}. Nothing was loaded.") from error
+    if missing := {"mechsvd", "version", "format", "sha256"} - metadata.keys():
+        raise ValueError(f"{path} is a safetensors file, but not one of mechsvd's results: {sorted(missing)} missing in its header.")
+    return metadata, tensors
+
+
+def _digest(body: str, tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256(body.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return sha.hexdigest()
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if is_dataclass(value) and not isinstance(value, type):
+        packed = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in fields(value)}
+        return {"class": type(value).__name__, "fields": packed}
+    if isinstance(value, (list, tuple)):
+        return [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return tuple(_unpack(item, tensors) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    unpacked = {name: _unpack(item, tensors) for name, item in value["fields"].items()}
+    return _CLASSES[value["class"]](**unpacked)

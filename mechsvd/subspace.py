@@ -1,0 +1,109 @@
+"""Orthonormal bases of subspaces of the residual stream."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsvd.results import Provenance, load_result, result, save_result
+
+
+@result
+class Subspace:
+    """A subspace of the residual stream, held as an orthonormal basis whose columns are the directions.
+
+    Example:
+        >>> Subspace(torch.eye(3)[:, :2]).rank
+        2
+
+    Raises:
+        ValueError: the columns are not orthonormal, not finite, or more than `d_model`; `span` builds a good basis.
+    """
+
+    basis: Float[Tensor, "d_model rank"]
+    source: Provenance | None = None
+
+    save = save_result
+    load = classmethod(load_result)
+
+    def __post_init__(self) -> None:
+        require_orthonormal(self.basis)
+
+    @property
+    def d_model(self) -> int:
+        """Dimension of the residual stream."""
+        return self.basis.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.basis.shape[1]
+
+    def __repr__(self) -> str:
+        origin = self.source.model if self.source else "bare tensors"
+        return f"Subspace of rank {self.rank} in {self.d_model} dimensions\n  from {origin}\n  dtype {self.basis.dtype}"
+
+
+def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) -> Subspace:
+    """Build the subspace that some vectors span, with an orthonormal basis of its numerical rank.
+
+    Args:
+        vectors: columns of any length, dependent or not.
+        source: the model they come from, if any.
+
+    Returns:
+        A subspace whose `.rank` is the numerical rank of the vectors: left singular vectors above
+        `max(d_model, n) · eps · σ₁`, in the dtype of the vectors (at least float32).
+
+    Raises:
+        ValueError: the vectors are not a finite matrix, or are all zero.
+    """
+    require_matrix(vectors)
+    dtype = at_least_single(vectors.dtype)
+    left, sizes, _ = torch.linalg.svd(vectors.double(), full_matrices=False)
+    kept = sizes > max(vectors.shape) * torch.finfo(dtype).eps * sizes.max()
+    if not kept.any():
+        raise ValueError("`vectors` are all zero, so they span nothing; at least one must be non-zero.")
+    return Subspace(left[:, kept].to(dtype), source)
+
+
+def complete(basis: Float[Tensor, "d_model rank"]) -> Float[Tensor, "d_model d_model"]:
+    """Add directions to an orthonormal basis until it spans the whole residual stream; the given ones stay first."""
+    rank = basis.shape[1]
+    full, _ = torch.linalg.qr(basis, mode="complete")
+    return torch.cat([basis, full[:, rank:]], dim=1)
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The dtype projections are computed in: float32, or wider where the data is (bfloat16 leaves 0.15–5 % in place)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def require_matrix(vectors: Tensor) -> None:
+    """Refuse anything but a finite, non-empty float matrix with directions as columns."""
+    if vectors.ndim != 2 or not vectors.is_floating_point() or vectors.shape[1] == 0:
+        raise ValueError(
+            f"A basis must be a float matrix of shape [d_model, rank] with at least one column, but it is {vectors.dtype} "
+            f"of shape {list(vectors.shape)}."
+        )
+    if not vectors.isfinite().all():
+        columns = (~vectors.isfinite()).any(dim=0).nonzero().flatten().tolist()
+        raise ValueError(f"A basis must be finite, but columns {columns[:5]} hold NaN or inf.")
+
+
+def require_orthonormal(basis: Tensor, tolerance: float = 1e-3) -> None:
+    """Refuse a basis whose columns are not orthonormal, naming the worst pair."""
+    require_matrix(basis)
+    d_model, rank = basis.shape
+    if rank > d_model:
+        raise ValueError(
+            f"A basis holds directions as columns, [d_model, rank], but its shape is {[d_model, rank]}: more directions than "
+            "dimensions. Is it transposed?"
+        )
+    gram = (basis.T.to(at_least_single(basis.dtype)) @ basis.to(at_least_single(basis.dtype))).double()
+    error = (gram - torch.eye(rank, dtype=gram.dtype, device=gram.device)).abs()
+    if error.max() > tolerance:
+        i, j = divmod(int(error.argmax()), rank)
+        raise ValueError(
+            f"A basis must have orthonormal columns, but BᵀB differs from the identity by {error.max():.2g} at columns "
+            f"({i}, {j}) (duplicate, zero or unnormalised vectors?); `mechsvd.span(vectors)` builds a good basis."
+        )

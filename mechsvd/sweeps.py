@@ -1,0 +1,110 @@
+"""Rank sweeps: keep the first k directions of every write, for every k, in any order of the directions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechsvd.decomposition import Decomposition
+from mechsvd.edits import Gate
+from mechsvd.measurement import Measurement, measure
+from mechsvd.results import load_result, result, save_result
+from mechsvd.sites import Model
+from mechsvd.subspace import complete
+from mechsvd.tasks import Task
+
+
+@result
+class RankSweep:
+    """What is left of a task in the first k directions, for several k.
+
+    Attributes:
+        ranks: the numbers of directions kept.
+        order: the directions in the order in which they are added; the first k of it are kept.
+        measurement: one row a rank, and the clean run.
+    """
+
+    ranks: Int[Tensor, " edit"]
+    order: Int[Tensor, " rank"]
+    measurement: Measurement
+
+    save = save_result
+    load = classmethod(load_result)
+
+    def to_pandas(self) -> Any:
+        """One row a rank: rank, log_prob, probability, surprise, orig_delta, kept_delta."""
+        table = self.measurement.to_pandas()
+        table.insert(0, "rank", self.ranks.numpy())
+        return table
+
+    def sites_to_pandas(self) -> Any:
+        """One row a rank and site: rank, layer, component, orig_delta, kept_delta."""
+        table = self.measurement.sites_to_pandas()
+        table.insert(0, "rank", self.ranks.numpy()[table.pop("edit")])
+        return table
+
+    def __repr__(self) -> str:
+        ranks = f"{int(self.ranks.min())} to {int(self.ranks.max())}"
+        return f"RankSweep over {len(self.ranks)} ranks, {ranks} of {len(self.order)} directions\n" + "\n".join(
+            repr(self.measurement).splitlines()[1:]
+        )
+
+
+def sweep_rank(
+    model: Model,
+    task: Task,
+    svd: Decomposition,
+    ranks: Sequence[int] | Int[Tensor, " edit"] | None = None,
+    order: Sequence[int] | Int[Tensor, " rank"] | None = None,
+    **options: Any,
+) -> RankSweep:
+    """Clip every write to the first k directions while the model runs, for each k.
+
+    Args:
+        ranks: numbers of directions to keep; 0 to all of them by default.
+        order: a permutation of the directions, the first to be kept first; by falling singular value by default.
+        options: passed on to `measure` (layers, components, positions, batch_size, progress, …).
+
+    Returns:
+        One row a rank, in the order of `ranks`. At full rank what the decomposition did not see is still clipped.
+
+    Raises:
+        ValueError: a rank below 0 or above what exists, an order that is no permutation.
+    """
+    chosen = _valid_ranks(svd, ranks)
+    permutation = _valid_order(svd, order)
+    place = permutation.argsort()  # of each direction in the order
+    gains = (place[None, :] < chosen[:, None]).to(svd.directions)
+    return RankSweep(chosen, permutation, measure(model, task, _cheapest_gate(svd, gains), **options))
+
+
+def _cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gate:
+    """The stack that drops what the basis does not span, over a complete basis where many directions are kept.
+
+    Over a complete basis, keeping k directions is removing the other d − k, so that the smaller side can be computed.
+    """
+    if 2 * svd.rank <= svd.d_model:
+        return Gate(svd.directions, gains, 0.0, svd.source)
+    unseen = gains.new_zeros(len(gains), svd.d_model - svd.rank)
+    return Gate(complete(svd.directions), torch.cat([gains, unseen], dim=1), 0.0, svd.source)
+
+
+def _valid_ranks(svd: Decomposition, ranks: Any) -> Int[Tensor, " edit"]:
+    chosen = torch.arange(svd.rank + 1) if ranks is None else torch.as_tensor(ranks).cpu()
+    if chosen.ndim != 1 or len(chosen) == 0 or chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise ValueError(f"`ranks` must be a non-empty list of whole numbers, but is {ranks!r}.")
+    if chosen.min() < 0 or chosen.max() > svd.rank:
+        wrong = chosen[(chosen < 0) | (chosen > svd.rank)].tolist()
+        raise ValueError(f"`ranks` holds {wrong[:5]}, but the decomposition has {svd.rank} directions; choose 0 to {svd.rank}.")
+    return chosen.long()
+
+
+def _valid_order(svd: Decomposition, order: Any) -> Int[Tensor, " rank"]:
+    if order is None:
+        return torch.arange(svd.rank)
+    permutation = torch.as_tensor(order).cpu()
+    if not torch.equal(permutation.sort().values, torch.arange(svd.rank)):
+        raise ValueError(f"`order` must name each of the {svd.rank} directions once, 0 to {svd.rank - 1}, but it does not.")
+    return permutation.long()

@@ -1,0 +1,230 @@
+"""What is asked of a model: a prompt and its continuation, as tokens, and the positions that are scored."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechsvd.results import load_result, result, save_result
+from mechsvd.sites import Model, evaluation
+
+SHORTFORM_PROMPTS: dict[str, str] = {
+    "meaning": "I believe the meaning of life is",
+    "relativity": "Simply put, the theory of relativity states that",
+    "launch": "A brief message congratulating the team on the launch:\n\nHi everyone,\n\nI just",
+    "translation": (
+        "Translate English to French:\n\nsea otter => loutre de mer\npeppermint => menthe poivrée\n"
+        "plush giraffe => girafe peluche\ncheese =>"
+    ),
+}
+
+
+@result
+class Task:
+    """A prompt and its continuation as tokens; the continuation is what is scored.
+
+    Attributes:
+        tokens: prompt and continuation, with BOS where the model has one.
+        prompt_length: number of tokens before the first scored one.
+        pieces: the text of each token, for display; empty when made from bare tokens.
+
+    Raises:
+        TypeError: tokens that are not whole numbers.
+        ValueError: wrong number of axes, no prompt, nothing to score.
+    """
+
+    tokens: Int[Tensor, " pos"]
+    prompt_length: int
+    pieces: tuple[str, ...] = ()
+
+    save = save_result
+    load = classmethod(load_result)
+
+    def __post_init__(self) -> None:
+        if self.tokens.is_floating_point() or self.tokens.is_complex() or self.tokens.dtype == torch.bool:
+            raise TypeError(f"`tokens` must be token ids (whole numbers), but their dtype is {self.tokens.dtype}.")
+        if self.tokens.ndim != 1:
+            raise ValueError(f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row.")
+        if isinstance(self.prompt_length, bool) or not 1 <= self.prompt_length:
+            raise ValueError(f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts).")
+        if self.prompt_length >= len(self.tokens):
+            raise ValueError(
+                f"Nothing to score: `prompt_length` is {self.prompt_length} of {len(self.tokens)} tokens; the continuation needs "
+                "at least one."
+            )
+
+    @classmethod
+    def from_text(
+        cls,
+        model: Model,
+        prompt: str,
+        continuation: str | None = None,
+        *,
+        max_new_tokens: int = 40,
+        prepend_bos: bool = True,
+        truncate: Literal["left"] | None = None,
+    ) -> "Task":
+        """Make a task from text; without a continuation, from what the model says greedily.
+
+        The prompt's own tokens stay as they are, and the continuation is tokenised to follow them.
+
+        Args:
+            continuation: the text to score, spaces included (" Paris", not "Paris").
+            max_new_tokens: length of the greedy continuation, which ends earlier at the end-of-text token.
+            prepend_bos: start with BOS where the model has one.
+            truncate: "left" drops the oldest prompt tokens (after BOS) when all do not fit into the context.
+
+        Raises:
+            TypeError: text that is not a string.
+            ValueError: an empty prompt or continuation, or more tokens than the context holds.
+        """
+        prompt_ids = _prompt_ids(model, prompt, prepend_bos)
+        if continuation is None:
+            scored = None
+        else:
+            _require_text("continuation", continuation)
+            scored = _continuation_ids(model, prompt, continuation)
+        prompt_ids = _fit(model, prompt_ids, max_new_tokens if scored is None else len(scored), truncate)
+        ids = prompt_ids + (_greedy(model, prompt_ids, max_new_tokens) if scored is None else scored)
+        return cls(torch.tensor(ids), len(prompt_ids), _pieces(model, ids))
+
+    @property
+    def continuation(self) -> Int[Tensor, " scored"]:
+        """The scored tokens."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def scored(self) -> slice:
+        """Positions whose logits predict the continuation: each is one before the token it predicts."""
+        return slice(self.prompt_length - 1, len(self.tokens) - 1)
+
+    def text(self) -> tuple[str, str]:
+        """The prompt and the continuation as text, from the pieces."""
+        pieces = self.pieces or tuple(f"[{i}]" for i in self.tokens.tolist())
+        return "".join(pieces[: self.prompt_length]), "".join(pieces[self.prompt_length :])
+
+    def to_pandas(self) -> Any:
+        """One row a token."""
+        import pandas as pd
+
+        count = len(self.tokens)
+        pieces = list(self.pieces) or [None] * count
+        scored = [i >= self.prompt_length for i in range(count)]
+        return pd.DataFrame({"position": range(count), "token": self.tokens.tolist(), "text": pieces, "scored": scored})
+
+    def __repr__(self) -> str:
+        prompt, continuation = self.text()
+        return f"Task of {self.prompt_length} prompt and {len(self.continuation)} scored tokens\n  {prompt!r}\n  → {continuation!r}"
+
+
+def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
+    """One task or several, as a tuple.
+
+    Raises:
+        ValueError: an empty list.
+        TypeError: something that is not a task.
+    """
+    found = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    if not found:
+        raise ValueError("No tasks: the list is empty; give at least one.")
+    for index, task in enumerate(found):
+        if not isinstance(task, Task):
+            raise TypeError(f"Task {index} is {type(task).__name__} {str(task)[:40]!r}; make one by `Task.from_text(model, …)`.")
+    return found
+
+
+def require_fitting(model: Model, task: Task) -> None:
+    """Refuse a task that the model cannot read.
+
+    Raises:
+        ValueError: token ids that the model does not have, or more tokens than its context.
+    """
+    if len(task.tokens) > model.cfg.n_ctx:
+        raise ValueError(f"The task has {len(task.tokens)} tokens, but the model's context holds {model.cfg.n_ctx}; shorten it.")
+    low, high = int(task.tokens.min()), int(task.tokens.max())
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise ValueError(f"Token ids run from {low} to {high}, but the model has 0 to {model.cfg.d_vocab - 1}.")
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    starts = task.tokens[:2].tolist().count(bos) if bos is not None and bos != getattr(model.tokenizer, "eos_token_id", None) else 1
+    if starts != 1:
+        many = "no BOS token" if starts == 0 else "two BOS tokens"
+        warnings.warn(f"The task starts with {many}: {task.text()[0][:60]!r}; models are trained with one.", stacklevel=3)
+
+
+def _require_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"`{name}` must be a string, but is {type(text).__name__} {text!r}.")
+    if not text:
+        raise ValueError(f"`{name}` is empty; give some text.")
+
+
+def _prompt_ids(model: Model, prompt: str, prepend_bos: bool) -> list[int]:
+    _require_text("prompt", prompt)
+    if model.tokenizer is None:
+        raise ValueError("The model has no tokenizer: make the task from token ids, `Task(tokens=…, prompt_length=…)`.")
+    bos = model.tokenizer.bos_token_id
+    if prepend_bos and bos is not None and model.tokenizer.bos_token and prompt.startswith(model.tokenizer.bos_token):
+        warnings.warn(f"The prompt already starts with {model.tokenizer.bos_token!r}, so it has BOS twice.", stacklevel=4)
+    elif not prepend_bos and bos is not None:
+        warnings.warn("The prompt has no BOS token, though the model has one.", stacklevel=4)
+    start = [bos] if prepend_bos and bos is not None else []
+    return start + _encode(model, prompt)
+
+
+def _continuation_ids(model: Model, prompt: str, continuation: str) -> list[int]:
+    joint = _encode(model, prompt + continuation)
+    own = _encode(model, prompt)
+    if joint[: len(own)] == own:
+        return joint[len(own) :]
+    warnings.warn(
+        f"Tokens merge across the boundary {prompt[-8:]!r} + {continuation[:8]!r}: the prompt keeps its own tokens, and the "
+        "continuation is tokenised to follow them, which is not how the whole text would be tokenised.",
+        stacklevel=4,
+    )
+    # SentencePiece puts a space before the first word of a text; behind some other text it does not
+    for anchor in ("", "\n", "a", "0", "."):
+        start = _encode(model, anchor)
+        ids = _encode(model, anchor + continuation)
+        if ids[: len(start)] == start and model.tokenizer.decode(own + ids[len(start) :]).endswith(prompt[-8:] + continuation):
+            return ids[len(start) :]
+    raise ValueError(f"The continuation {continuation!r} has no tokens that follow the prompt's own; move the boundary.")
+
+
+def _encode(model: Model, text: str) -> list[int]:
+    return model.tokenizer.encode(text, add_special_tokens=False)
+
+
+def _fit(model: Model, prompt_ids: list[int], new_tokens: int, truncate: str | None) -> list[int]:
+    excess = len(prompt_ids) + new_tokens - model.cfg.n_ctx
+    if excess <= 0:
+        return prompt_ids
+    kept_start = int(prompt_ids[0] == model.tokenizer.bos_token_id)
+    if truncate != "left" or excess >= len(prompt_ids) - kept_start:
+        raise ValueError(
+            f"The prompt has {len(prompt_ids)} tokens and the continuation {new_tokens}, but the context holds {model.cfg.n_ctx}; "
+            "shorten one, or pass `truncate='left'` to drop the oldest prompt tokens."
+        )
+    warnings.warn(f"The {excess} oldest tokens of the prompt were dropped to fit the context of {model.cfg.n_ctx}.", stacklevel=4)
+    return prompt_ids[:kept_start] + prompt_ids[kept_start + excess :]
+
+
+def _pieces(model: Model, ids: list[int], window: int = 8) -> tuple[str, ...]:
+    """The text that each token adds to those before it: SentencePiece tokens show their space only there."""
+    pieces = []
+    for i in range(len(ids)):
+        start = max(0, i - window)
+        before, through = model.tokenizer.decode(ids[start:i]), model.tokenizer.decode(ids[start : i + 1])
+        pieces.append(through[len(before) :] if i and through.startswith(before) else model.tokenizer.decode([ids[i]]))
+    return tuple(pieces)
+
+
+def _greedy(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+    if max_new_tokens < 1:
+        raise ValueError(f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1.")
+    tokens = torch.tensor([prompt_ids], device=next(model.parameters()).device)
+    with evaluation(model):
+        longer = model.generate(tokens, max_new_tokens=max_new_tokens, do_sample=False, return_type="tokens", verbose=False)
+    return longer[0, len(prompt_ids) :].tolist()
