@@ -1,0 +1,101 @@
+"""The command line: `mechsvd reproduce` runs the shortform's experiment, `mechsvd doctor` says whether a model can be used."""
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechsvd import __version__
+from mechsvd.models import EMBEDDED, load_model, provenance_of
+from mechsvd.selfcheck import self_check
+from mechsvd.sites import COMPONENTS
+from mechsvd.tasks import SHORTFORM_PROMPTS, Task
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, or 1 after an error, which is printed in a line."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, KeyError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"mechsvd: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mechsvd", description="What a transformer writes to its residual stream.")
+    parser.add_argument("--version", action="version", version=f"mechsvd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("reproduce", help="run the shortform's experiment and write report.html")
+    run.set_defaults(run=_reproduce)
+    run.add_argument("--model", default=EMBEDDED, help="a directory or a hub name (default: the embedded model)")
+    run.add_argument("--prompt", action="append", metavar="TEXT", help="instead of the shortform's four; may be repeated")
+    run.add_argument("--continuation", action="append", metavar="TEXT", help="one for each --prompt (default: the greedy one)")
+    run.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="length of a greedy continuation (default: 40)")
+    run.add_argument("--components", nargs="+", choices=COMPONENTS, default=list(COMPONENTS), help="attn alone: the first diagrams")
+    run.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="where report.html goes (default: here)")
+    run.add_argument("--cdn", action="store_true", help="load plotly from the network; the page is 5 MB smaller")
+    _model_options(run)
+
+    doctor = commands.add_parser("doctor", help="print versions, device and the self-check of a model")
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("model", nargs="?", default=EMBEDDED, help="a directory or a hub name (default: the embedded model)")
+    _model_options(doctor)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    return load_model(options.model, device=options.device, dtype=DTYPES[options.dtype])
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from mechsvd.report import reproduce  # plotly and pandas are needed only here
+
+    texts = _texts(options)
+    model = _load(options)
+    make = partial(Task.from_text, model, max_new_tokens=options.max_new_tokens)
+    tasks: dict[str, Callable[[], Task]] = {name: partial(make, prompt, said) for name, (prompt, said) in texts.items()}
+    reproduce(model, tasks, options.out, components=options.components, cdn=options.cdn, say=partial(print, flush=True))
+
+
+def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
+    if not options.prompt:
+        if options.continuation:
+            raise ValueError("`--continuation` needs a `--prompt` that it continues.")
+        return {name: (prompt, None) for name, prompt in SHORTFORM_PROMPTS.items()}
+    said = options.continuation or [None] * len(options.prompt)
+    if len(said) != len(options.prompt):
+        raise ValueError(f"{len(options.prompt)} --prompt but {len(said)} --continuation; give one for each, or none.")
+    return {f"prompt-{i}": pair for i, pair in enumerate(zip(options.prompt, said, strict=True), start=1)}
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    model = _load(options)
+    source = provenance_of(model)
+    print(f"mechsvd {__version__}, torch {torch.__version__}, transformer-lens {source.transformer_lens}, Python {platform.python_version()}")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"
+    print(f"device {next(model.parameters()).device} ({cuda}, {torch.get_num_threads()} CPU threads)")
+    print(f"model {source.model}: {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, {source.dtype}, weights {source.weights}, {source.processing}")
+    check = self_check(model)
+    print(check)
+    if check.failure:
+        raise ValueError(f"this model cannot be used: {check.failure}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Results → plotly figures, one function each; nothing is shown, nothing global is set, no model is touched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from torch import Tensor
+
+from mechsvd.decomposition import Decomposition
+from mechsvd.sweeps import RankSweep
+from mechsvd.writes import Writes
+
+MANY_POINTS = 5000  # above this, draw with WebGL
+UNITS = "residual-stream units"
+EDITED, ATTEMPTED, CLEAN = "#1f5fa8", "#d1662a", "#5a5a5a"
+
+
+def singular_values(svd: Decomposition, *, log: bool = False) -> go.Figure:
+    """Singular values, descending; `log` for a logarithmic axis."""
+    figure = _figure("Singular values of all writes", "direction", f"singular value ({UNITS})", log_y=log)
+    figure.add_trace(_line(_count_from_one(svd), svd.singular_values, "σ", EDITED, hover="direction %{x}<br>σ = %{y:.4g}"))
+    return figure
+
+
+def cumulative_singular_values(svd: Decomposition) -> go.Figure:
+    """Cumulative sum of the singular values against a logarithmic axis of directions."""
+    sums = svd.singular_values.double().cumsum(0)
+    figure = _figure("Cumulative sum of singular values", "directions (log axis)", f"sum of singular values ({UNITS})", log_x=True)
+    trace = _line(_count_from_one(svd), sums, "Σσ", EDITED, hover="first %{x} directions<br>Σσ = %{y:.4g} (%{customdata:.1%})")
+    figure.add_trace(trace.update(customdata=(sums / sums[-1]).numpy() if len(sums) else None))
+    return figure
+
+
+def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
+    """Singular values of every layer's writes on a logarithmic axis, early layers dark and late ones bright."""
+    figure = _figure("Singular values, layer by layer", "direction", f"singular value ({UNITS})", log_y=True)
+    for colour, svd in zip(_shades(len(layers)), layers, strict=True):
+        hover = f"layer {svd.layer}<br>direction %{{x}}<br>σ = %{{y:.4g}}"
+        figure.add_trace(_line(_count_from_one(svd), svd.singular_values, f"layer {svd.layer}", colour, hover=hover))
+    return figure.update_layout(showlegend=True)
+
+
+def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Figure:
+    """Who writes a direction: each site's and token's share of it (squared left singular vector)."""
+    labels = [f"{position}: {piece}" for position, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)]
+    shares = 100 * svd.writer_map(direction)
+    title = f"Who writes direction {direction + 1} (σ = {float(svd.singular_values[direction]):.3g})"
+    hover = "%{y}<br>%{customdata}<br>%{z:.2f} %<extra></extra>"
+    return _heat_map(title, "position", "site", shares, list(range(len(labels))), writes.sites, "share (%)", hover, labels)
+
+
+def probability(sweep: RankSweep) -> go.Figure:
+    """Probability of the continuation against the number of kept directions, with the clean value as a line."""
+    figure = _figure("Generation probability", "kept directions", "probability of the continuation")
+    figure.add_trace(_line(sweep.ranks, sweep.measurement.log_prob.exp(), "clipped", EDITED, hover="k = %{x}<br>p = %{y:.4g}"))
+    return _with_clean(figure, _clean(sweep).log_prob.exp())
+
+
+def surprise(sweep: RankSweep) -> go.Figure:
+    """Surprise (−log-probability) of the continuation against the number of kept directions, with the clean value."""
+    figure = _figure("Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True)
+    figure.add_trace(_line(sweep.ranks, -sweep.measurement.log_prob, "clipped", EDITED, hover="k = %{x}<br>%{y:.4g} nats"))
+    return _with_clean(figure, -_clean(sweep).log_prob)
+
+
+def deltas(sweep: RankSweep) -> go.Figure:
+    """Sizes of the attempted (orig_delta) and kept (kept_delta) writes against the number of kept directions."""
+    figure = _figure("Attempted and kept writes", "kept directions", f"root-mean-square write ({UNITS})")
+    measured = sweep.measurement
+    figure.add_trace(_line(sweep.ranks, measured.orig_delta, "orig_delta", ATTEMPTED, hover="k = %{x}<br>attempted %{y:.4g}"))
+    figure.add_trace(_line(sweep.ranks, measured.kept_delta, "kept_delta", EDITED, hover="k = %{x}<br>kept %{y:.4g}"))
+    return _with_clean(figure, _clean(sweep).orig_delta).update_layout(showlegend=True)
+
+
+def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
+    """Sizes of the writes of every site against the number of kept directions, relative to the clean run."""
+    measured, clean = sweep.measurement, _clean(sweep)
+    edited = measured.kept_deltas if kept else measured.orig_deltas
+    word = "Kept" if kept else "Attempted"
+    hover = "%{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
+    relative = (edited / clean.orig_deltas).T
+    return _heat_map(f"{word} writes by site", "kept directions", "site", relative, sweep.ranks.tolist(), measured.sites, "of clean", hover)
+
+
+def _figure(title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Figure:
+    axes = {"showline": True, "linecolor": "#999", "gridcolor": "#eee", "zeroline": False, "exponentformat": "power"}
+    return go.Figure(
+        layout={
+            "template": "plotly_white",
+            "title": {"text": title, "font": {"size": 16}},
+            "xaxis": {"title": {"text": x}, "type": "log" if log_x else "linear", **axes},
+            "yaxis": {"title": {"text": y}, "type": "log" if log_y else "linear", **axes},
+            "margin": {"l": 70, "r": 30, "t": 50, "b": 55},
+            "showlegend": False,
+        }
+    )
+
+
+def _line(x: Any, y: Tensor, name: str, colour: str, *, hover: str) -> Any:
+    draw = go.Scattergl if len(y) > MANY_POINTS else go.Scatter
+    marker = {"size": 4} if len(y) <= 40 else None
+    mode = "lines+markers" if marker else "lines"
+    values = y.double().cpu().numpy()
+    line = {"color": colour, "width": 1.8}
+    return draw(x=_numbers(x), y=values, name=name, mode=mode, marker=marker, line=line, hovertemplate=hover + "<extra></extra>")
+
+
+def _heat_map(
+    title: str, x: str, y: str, z: Tensor, columns: Any, sites: Any, unit: str, hover: str, labels: Any = None
+) -> go.Figure:
+    figure = _figure(title, x, y)
+    figure.add_trace(
+        go.Heatmap(
+            x=columns,
+            y=[str(site) for site in sites],
+            z=z.double().cpu().numpy(),
+            customdata=None if labels is None else [labels] * len(sites),
+            colorscale="Viridis",
+            zmin=0,
+            colorbar={"title": {"text": unit}},
+            hovertemplate=hover,
+        )
+    )
+    return figure
+
+
+def _with_clean(figure: go.Figure, value: Tensor) -> go.Figure:
+    clean = float(value)
+    figure.add_hline(y=clean, line={"color": CLEAN, "dash": "dash", "width": 1.2})
+    # a shape has no legend entry and no hover, so the number stands beside it
+    return figure.add_annotation(
+        x=1, xref="paper", y=_on_axis(figure, clean), text=f"clean {clean:.4g}", showarrow=False, xanchor="right", yanchor="bottom"
+    )
+
+
+def _on_axis(figure: go.Figure, value: float) -> float:
+    # plotly wants the logarithm for annotations on logarithmic axes, but not for shapes
+    from math import log10
+
+    return log10(value) if figure.layout.yaxis.type == "log" and value > 0 else value
+
+
+def _clean(sweep: RankSweep) -> Any:
+    if sweep.measurement.clean is None:
+        raise ValueError("This sweep holds no clean run, so there is nothing to compare with; make it by `sweep_rank`.")
+    return sweep.measurement.clean
+
+
+def _count_from_one(svd: Decomposition) -> range:
+    return range(1, svd.rank + 1)
+
+
+def _numbers(x: Any) -> list[int]:
+    return x.tolist() if isinstance(x, Tensor) else list(x)
+
+
+def _pieces(writes: Writes) -> Sequence[str]:
+    return writes.pieces or [f"[{token}]" for token in writes.tokens.tolist()]
+
+
+def _shades(count: int) -> list[str]:
+    return sample_colorscale("Viridis", [i / max(1, count - 1) * 0.9 for i in range(count)])
