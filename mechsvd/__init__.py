@@ -1,5 +1,7 @@
 """mechsvd: what a transformer writes to its residual stream, decomposed, clipped and measured.
 
+A worked example:
+
     import mechsvd as ms
 
     model = ms.load_model()                       # the embedded model; or "gpt2", a directory, a TransformerLens model
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (grouped by what they are for)
     # a model and what is asked of it
     "load_model", "self_check", "SelfCheck", "find_sites", "Site", "Task", "SHORTFORM_PROMPTS",
     # writes and their directions

@@ -87,10 +87,12 @@ def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
 def _doctor(options: argparse.Namespace) -> None:
     model = _load(options)
     source = provenance_of(model)
-    print(f"mechsvd {__version__}, torch {torch.__version__}, transformer-lens {source.transformer_lens}, Python {platform.python_version()}")
+    versions = {"mechsvd": __version__, "torch": torch.__version__, "transformer-lens": source.transformer_lens}
+    print(", ".join(f"{name} {number}" for name, number in versions.items()) + f", Python {platform.python_version()}")
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"
     print(f"device {next(model.parameters()).device} ({cuda}, {torch.get_num_threads()} CPU threads)")
-    print(f"model {source.model}: {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, {source.dtype}, weights {source.weights}, {source.processing}")
+    print(f"model {source.model}: {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, {source.dtype}, {source.processing}")
+    print(f"weights {source.weights}")
     check = self_check(model)
     print(check)
     if check.failure:

@@ -1,6 +1,7 @@
 """The SVD of a sample of vectors: singular values, directions, and which vectors write each direction. Tensors only."""
 
 import warnings
+from os import PathLike
 from typing import Any
 
 import torch
@@ -31,7 +32,11 @@ class Decomposition:
     source: Provenance | None = None
 
     save = save_result
-    load = classmethod(load_result)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Decomposition":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
 
     @property
     def rank(self) -> int:
@@ -150,8 +155,8 @@ def _decompose_groups(
         rank = _numerical_rank(sizes, vectors.shape[1:])
         signs = _signs(directions[:, :rank])
         left = rearrange(left[:, :rank] * signs, "(site pos) rank -> site pos rank", site=shape[1])
-        parts = (sizes[:rank], directions[:, :rank] * signs, left)
-        found.append(Decomposition(*(part.to(device=device, dtype=dtype) for part in parts), layer, source))
+        sizes, directions, left = (t.to(device=device, dtype=dtype) for t in (sizes[:rank], directions[:, :rank] * signs, left))
+        found.append(Decomposition(sizes, directions, left, layer, source))
     _warn_unseen(vectors.shape[1], found)
     return tuple(found)
 

@@ -35,15 +35,13 @@ class Gate:
 
     def __call__(self, x: Float[Tensor, "... d_model"], hook: Any = None) -> Float[Tensor, "... d_model"]:
         """Edit the writes `x`; computed in float32 or wider, returned as a new tensor in the dtype of `x`."""
-        plan = self._plan
-        dtype = at_least_single(x.dtype)
-        wide = x.to(dtype)
-        base = torch.zeros_like(wide) if plan.constant == 0 else wide * plan.constant
-        if plan.columns.shape[-1] == 0:
-            return base.expand(*self.gains.shape[:-1], *base.shape[-2:]).to(x.dtype) if self.is_stack else base.to(x.dtype)
-        columns, delta = plan.columns.to(x.device, dtype), plan.delta.to(x.device, dtype)
-        edited = (wide @ columns * delta) @ columns.mT
-        return (edited if plan.constant == 0 else edited.add_(base)).to(x.dtype)
+        plan, wide = self._plan, x.to(at_least_single(x.dtype))
+        columns, delta = plan.columns.to(wide), plan.delta.to(wide)
+        coordinates = (wide @ columns).mul(delta)
+        if plan.constant == 0:
+            return (coordinates @ columns.mT).to(x.dtype)
+        base = wide if plan.constant == 1 else wide * plan.constant
+        return _add_product(base, coordinates, columns).to(x.dtype)
 
     def __getitem__(self, rows: Any) -> "Gate":
         """Some edits of a stack, in the order asked for."""
@@ -98,6 +96,14 @@ def _plan(basis: Tensor, gains: Tensor, constant: float) -> _Plan:
         columns = basis.T[own].mT
         return _Plan(constant, columns, (gains.gather(-1, own) - constant)[:, None])
     return _Plan(constant, basis[:, union], (gains[:, union] - constant)[:, None])
+
+
+def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Tensor, "*edit pos d_model"]:
+    """Compute base + coordinates Vᵀ, in one pass over the result where rows share V and have their own base."""
+    if columns.ndim > 2 or base.shape[:-1] != coordinates.shape[:-1]:
+        return base + coordinates @ columns.mT
+    flat = torch.addmm(base.reshape(-1, base.shape[-1]), coordinates.reshape(-1, columns.shape[1]), columns.mT)
+    return flat.view(base.shape)
 
 
 def gate(

@@ -47,7 +47,7 @@ def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Fig
     shares = 100 * svd.writer_map(direction)
     title = f"Who writes direction {direction + 1} (σ = {float(svd.singular_values[direction]):.3g})"
     hover = "%{y}<br>%{customdata}<br>%{z:.2f} %<extra></extra>"
-    return _heat_map(title, "position", "site", shares, list(range(len(labels))), writes.sites, "share (%)", hover, labels)
+    return _heat_map(title, "position", shares, list(range(len(labels))), writes.sites, "share (%)", hover, labels)
 
 
 def probability(sweep: RankSweep) -> go.Figure:
@@ -79,8 +79,8 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     edited = measured.kept_deltas if kept else measured.orig_deltas
     word = "Kept" if kept else "Attempted"
     hover = "%{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
-    relative = (edited / clean.orig_deltas).T
-    return _heat_map(f"{word} writes by site", "kept directions", "site", relative, sweep.ranks.tolist(), measured.sites, "of clean", hover)
+    relative, ranks = (edited / clean.orig_deltas).T, sweep.ranks.tolist()
+    return _heat_map(f"{word} writes by site", "kept directions", relative, ranks, measured.sites, "of clean", hover)
 
 
 def _figure(title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Figure:
@@ -106,10 +106,8 @@ def _line(x: Any, y: Tensor, name: str, colour: str, *, hover: str) -> Any:
     return draw(x=_numbers(x), y=values, name=name, mode=mode, marker=marker, line=line, hovertemplate=hover + "<extra></extra>")
 
 
-def _heat_map(
-    title: str, x: str, y: str, z: Tensor, columns: Any, sites: Any, unit: str, hover: str, labels: Any = None
-) -> go.Figure:
-    figure = _figure(title, x, y)
+def _heat_map(title: str, x: str, z: Tensor, columns: Any, sites: Any, unit: str, hover: str, labels: Any = None) -> go.Figure:
+    figure = _figure(title, x, "site").update_yaxes(type="category")
     figure.add_trace(
         go.Heatmap(
             x=columns,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from mechsvd.edits import Edit, Gate
@@ -54,8 +54,10 @@ def bind(edit: Edit, site: Site, positions: frozenset[int] | None = None, observ
     """
     seen = 0
 
-    def hook_function(x: Float[Tensor, "row pos d_model"], hook: Any = None) -> Float[Tensor, "edit pos d_model"]:
+    def hook_function(x: Tensor, hook: Any = None) -> Tensor:
         nonlocal seen
+        if x.ndim == 2 and positions is None:  # OPT's MLP sees [batch·pos, d_model]; positions cannot be told apart there
+            return _checked(_run(edit, x[None], hook, site), x[None], edit, site)[0]
         start = seen if x.shape[1] == 1 else 0  # a one-token step continues the text before it
         seen = start + x.shape[1]
         edited = _checked(_run(edit, x, hook, site), x, edit, site)
@@ -85,8 +87,8 @@ def _checked(edited: Any, x: Tensor, edit: Edit, site: Site) -> Tensor:
     if not isinstance(edited, Tensor) or edited.shape != (rows, *x.shape[1:]):
         returned = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
         raise ValueError(
-            f"The edit at layer {site.layer} {site.component} returned {returned} for writes of shape {list(x.shape)}; an edit must "
-            "return a new tensor of the same shape."
+            f"The edit at layer {site.layer} {site.component} returned {returned} for writes of shape {list(x.shape)}; an edit "
+            "must return a new tensor of the same shape."
         )
     return edited.to(x)
 

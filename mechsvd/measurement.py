@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -46,7 +47,11 @@ class Measurement:
     source: Provenance | None = None
 
     save = save_result
-    load = classmethod(load_result)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Measurement":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
 
     @property
     def log_prob(self) -> Float[Tensor, " edit"]:
@@ -218,8 +223,10 @@ def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: b
 
 def _in_order(parts: Sequence[Measurement], order: Tensor, sites: tuple[Site, ...]) -> Measurement:
     back = order.argsort()
-    columns = (torch.cat([getattr(part, name) for part in parts])[back] for name in ("log_probs", "orig_deltas", "kept_deltas"))
-    return Measurement(*columns, sites=sites)
+    log_probs, orig, kept = (
+        torch.cat([getattr(part, name) for part in parts])[back] for name in ("log_probs", "orig_deltas", "kept_deltas")
+    )
+    return Measurement(log_probs, orig, kept, sites)
 
 
 def _unless_out_of_memory(setup: _Setup, edits: Gate | Sequence[Edit]) -> Measurement | None:
@@ -242,8 +249,8 @@ def _halved(setup: _Setup, size: int) -> int:
     if size == 1:
         needed = _bytes_a_row(setup.model, setup.task)
         raise MemoryError(
-            f"One edit alone does not fit into memory: about {needed / 2**20:,.0f} MiB are needed beside the model. Shorten the task, "
-            "or load the model in a smaller dtype."
+            f"One edit alone does not fit into memory: about {needed / 2**20:,.0f} MiB are needed beside the model. Shorten the "
+            "task, or load the model in a smaller dtype."
         )
     _LARGEST[setup.model] = size // 2 * len(setup.task.tokens)
     warnings.warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.", stacklevel=5)
@@ -291,7 +298,7 @@ def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]
 def _warn_not_finite(edited: Measurement) -> None:
     wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if wrong:
-        warnings.warn(f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them as they are.", stacklevel=3)
+        warnings.warn(f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them so.", stacklevel=3)
 
 
 def _is_seen() -> bool:

@@ -149,8 +149,8 @@ def _require_checkpoint(directory: Path, allow_pickle: bool) -> None:
         raise ValueError(f"{directory} has a config.json but no weights: model.safetensors is missing there.")
     if not allow_pickle:
         raise ValueError(
-            f"{directory} holds its weights as pickles ({pickles[0]}), which can run code when opened; convert them to safetensors, "
-            "or pass `allow_pickle=True` if you trust them."
+            f"{directory} holds its weights as pickles ({pickles[0]}), which can run code when opened; convert them to "
+            "safetensors, or pass `allow_pickle=True` if you trust them."
         )
 
 

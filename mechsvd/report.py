@@ -175,7 +175,8 @@ body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;paddin
 h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:3rem;border-bottom:1px solid #ccc;padding-bottom:.3rem}
 .text{white-space:pre-wrap;background:#f6f6f4;border-left:4px solid #1f5fa8;padding:.8rem 1rem;border-radius:3px}
 .text b{font-weight:400;background:#dcebfa}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(500px,1fr));gap:1rem}
-.plot{height:400px}table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top}
+.plot{height:400px;min-width:0;overflow:hidden}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top}
 tr+tr{border-top:1px solid #e5e5e5}td:last-child{font-variant-numeric:tabular-nums}nav a{margin-right:1rem}
 footer{margin-top:3rem;color:#666;font-size:.9rem}
 """
@@ -191,7 +192,8 @@ def _page(studies: Sequence[Study], check: SelfCheck, cdn: bool, seconds: float 
     links = "".join(f'<a href="#{_escape(s.name)}">{_escape(s.name)}</a>' for s in studies)
     sections = "\n".join(_section(s) for s in studies)
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>mechsvd: {_escape(source.model)}</title><style>{_STYLE}</style>{plotly}</head><body>
+<html lang="en"><head><meta charset="utf-8"><title>mechsvd: {_escape(source.model)}</title>
+<style>{_STYLE}</style>{plotly}</head><body>
 <h1>What {_escape(source.model)} writes to its residual stream</h1>
 <p>Every vector that attention and MLP layers add to the residual stream during a text is collected; their singular value
 decomposition gives directions; then every write is clipped to the first <i>k</i> directions while the model runs, for every

@@ -1,9 +1,7 @@
 """Results that say where they came from: provenance, and saving as one safetensors file with a JSON header.
 
-A result is a frozen dataclass of tensors, numbers, text and other results. Two lines give a class its `.save` and `.load`:
-
-    save = save_result
-    load = classmethod(load_result)
+A result is a frozen dataclass of tensors, numbers, text and other results; its `.save` and `.load` are `save_result` and
+`load_result`.
 """
 
 import hashlib
@@ -86,9 +84,9 @@ def save_result(self: Any, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
-    body = json.dumps({"class": type(self).__name__, "value": _pack(self, "", tensors)}, ensure_ascii=False, sort_keys=True)
     from mechsvd import __version__
 
+    body = json.dumps({"class": type(self).__name__, "value": _pack(self, "", tensors)}, ensure_ascii=False, sort_keys=True)
     metadata = {"mechsvd": body, "version": __version__, "format": str(FORMAT), "sha256": _digest(body, tensors)}
     write_atomically(path, save(tensors, metadata=metadata))
 
@@ -158,7 +156,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}. Nothing was loaded.") from error
     if missing := {"mechsvd", "version", "format", "sha256"} - metadata.keys():
-        raise ValueError(f"{path} is a safetensors file, but not one of mechsvd's results: {sorted(missing)} missing in its header.")
+        raise ValueError(f"{path} is a safetensors file, but not a result of mechsvd: its header lacks {sorted(missing)}.")
     return metadata, tensors
 
 

@@ -1,5 +1,6 @@
 """Is it true of this model? That its writes make up the residual stream, measured on a few tokens, once a model."""
 
+from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,18 +22,25 @@ class SelfCheck:
         block_error: of resid_pre + writes = resid_post, for each block.
         stream_error: of resid_pre₀ = resid_post of the last block when all writes are zeroed.
         output_change: largest change of a logit when all writes are zeroed, relative to the largest logit.
-        sharing_error: of the logits when the rows of a batch share everything before the first write.
-        tolerance: what `block_error` and `stream_error` may be in the model's dtype.
+        scored_error: of the logits when only some positions are unembedded.
+        sharing_error: of the logits when the rows of a batch share everything before the first write; infinite where the
+            model's own code does not allow it, and then they do not share.
+        tolerance: what the errors may be in the model's dtype; ten times that for logits, which are a whole model deep.
     """
 
     block_error: Float[Tensor, " layer"]
     stream_error: float
     output_change: float
+    scored_error: float
     sharing_error: float
     tolerance: float
 
     save = save_result
-    load = classmethod(load_result)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "SelfCheck":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
 
     @property
     def failure(self) -> str | None:
@@ -45,12 +53,16 @@ class SelfCheck:
             )
         if not self.stream_error <= self.tolerance:
             return f"with all writes zeroed the residual stream still changes by {self.stream_error:.2g} of its size"
-        return None if self.output_change > 0 else "zeroing all writes leaves the output as it is, so the hooks do not act"
+        if not self.output_change > 0:
+            return "zeroing all writes leaves the output as it is, so the hooks do not act"
+        if not self.scored_error <= 10 * self.tolerance:
+            return f"unembedding some positions only changes their logits by {self.scored_error:.2g} of their size"
+        return None
 
     @property
     def shares_prefix(self) -> bool:
         """Whether rows of a batch may share what comes before the first edit."""
-        return self.sharing_error <= 10 * self.tolerance  # kernels differ with the batch size, and this is a whole model deep
+        return self.sharing_error <= 10 * self.tolerance
 
     def to_pandas(self) -> Any:
         """One row a block, with its error."""
@@ -109,6 +121,8 @@ def _measure(model: Model) -> SelfCheck:
         clean = dict(stored)
         zero = [(s.hook_name, lambda x, hook=None: torch.zeros_like(x)) for s in sites]
         zeroed = run_model(model, tokens, [*zero, store(names[0][0]), store(names[-1][1])])
+        scored = slice(tokens.shape[1] - 2, tokens.shape[1])
+        scored_error = _difference(run_model(model, tokens, scored=scored), logits[:, scored])
         sharing = _sharing_error(model, tokens, sites[0].hook_name, logits)
     writes = [sum(clean[s.hook_name] for s in sites if s.layer == i) for i in range(len(names))]
     block_error = [_difference(clean[pre] + write, clean[post]) for (pre, post), write in zip(names, writes, strict=True)]
@@ -116,20 +130,18 @@ def _measure(model: Model) -> SelfCheck:
         block_error=torch.tensor(block_error),
         stream_error=_difference(stored[names[0][0]], stored[names[-1][1]]),
         output_change=_difference(zeroed, logits),
+        scored_error=scored_error,
         sharing_error=sharing,
         tolerance=4 * torch.finfo(next(model.parameters()).dtype).eps + 1e-5,
     )
 
 
 def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> float:
-    scored = slice(tokens.shape[1] - 2, tokens.shape[1])
     try:
-        shared = run_model(model, tokens, [(first, lambda x, hook=None: x.expand(2, -1, -1).contiguous())], scored)
+        shared = run_model(model, tokens, [(first, lambda x, hook=None: x.expand(2, -1, -1).contiguous())])
     except (RuntimeError, ValueError, IndexError):  # the model's own code reshapes with the batch size it started with
         return float("inf")
-    if shared.shape != (2, 2, logits.shape[-1]):
-        return float("inf")
-    return _difference(shared, logits[:, scored].expand_as(shared))
+    return _difference(shared, logits.expand(2, -1, -1)) if shared.shape[0] == 2 else float("inf")
 
 
 def _difference(measured: Tensor, expected: Tensor) -> float:

@@ -124,14 +124,19 @@ def run_model(
     def counted(index: int, hook_function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def run(x: Tensor, hook: Any = None) -> Tensor | None:
             fired[index] += 1
-            return hook_function(x, hook=hook)
+            if x.ndim == 3:
+                return hook_function(x, hook=hook)
+            rows = hook_function(x.reshape(-1, tokens.shape[1], x.shape[-1]), hook=hook)  # OPT's MLP sees [batch·pos, d_model]
+            return None if rows is None else rows.flatten(0, 1)
 
         return run
 
     ours = [(name, counted(i, f)) for i, (name, f) in enumerate(hooks)]
     cut_early = scored is not None and not users_hooks(model)
     if cut_early:
-        ours.append((stream_names(model)[-1][1], lambda x, hook=None: x[:, scored]))
+        # GPT-2 reshapes to the input's shape behind the last norm; a HookedTransformer has no hook before its unembedding
+        last = "unembed.hook_in" if "unembed.hook_in" in points else stream_names(model)[-1][1]
+        ours.append((last, lambda x, hook=None: x[:, scored]))
     logits = model.run_with_hooks(tokens, fwd_hooks=ours, return_type="logits")
     for (name, _), times in zip(hooks, fired, strict=True):
         if times != 1:

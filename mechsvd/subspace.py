@@ -1,5 +1,7 @@
 """Orthonormal bases of subspaces of the residual stream."""
 
+from os import PathLike
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +25,11 @@ class Subspace:
     source: Provenance | None = None
 
     save = save_result
-    load = classmethod(load_result)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Subspace":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_orthonormal(self.basis)

@@ -1,6 +1,7 @@
 """Rank sweeps: keep the first k directions of every write, for every k, in any order of the directions."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -31,7 +32,11 @@ class RankSweep:
     measurement: Measurement
 
     save = save_result
-    load = classmethod(load_result)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "RankSweep":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
 
     def to_pandas(self) -> Any:
         """One row a rank: rank, log_prob, probability, surprise, orig_delta, kept_delta."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -41,14 +42,18 @@ class Task:
     pieces: tuple[str, ...] = ()
 
     save = save_result
-    load = classmethod(load_result)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Task":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         if self.tokens.is_floating_point() or self.tokens.is_complex() or self.tokens.dtype == torch.bool:
             raise TypeError(f"`tokens` must be token ids (whole numbers), but their dtype is {self.tokens.dtype}.")
         if self.tokens.ndim != 1:
             raise ValueError(f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row.")
-        if isinstance(self.prompt_length, bool) or not 1 <= self.prompt_length:
+        if isinstance(self.prompt_length, bool) or self.prompt_length < 1:
             raise ValueError(f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts).")
         if self.prompt_length >= len(self.tokens):
             raise ValueError(
@@ -111,7 +116,7 @@ class Task:
         import pandas as pd
 
         count = len(self.tokens)
-        pieces = list(self.pieces) or [None] * count
+        pieces: list[str | None] = [*self.pieces] or [None] * count
         scored = [i >= self.prompt_length for i in range(count)]
         return pd.DataFrame({"position": range(count), "token": self.tokens.tolist(), "text": pieces, "scored": scored})
 
@@ -213,7 +218,7 @@ def _fit(model: Model, prompt_ids: list[int], new_tokens: int, truncate: str | N
 
 def _pieces(model: Model, ids: list[int], window: int = 8) -> tuple[str, ...]:
     """The text that each token adds to those before it: SentencePiece tokens show their space only there."""
-    pieces = []
+    pieces: list[str] = []
     for i in range(len(ids)):
         start = max(0, i - window)
         before, through = model.tokenizer.decode(ids[start:i]), model.tokenizer.decode(ids[start : i + 1])

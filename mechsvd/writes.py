@@ -1,6 +1,7 @@
 """Collecting writes: what every site adds to the residual stream at every position of a text."""
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,11 @@ class Writes:
     source: Provenance | None = None
 
     save = save_result
-    load = classmethod(load_result)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Writes":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
 
     def __len__(self) -> int:
         """Number of writes: sites × positions."""
@@ -99,8 +104,8 @@ def collect_writes(
     chosen = as_tasks(tasks)
     for task in chosen:
         require_fitting(model, task)
-    notes = () if check and require_sound(model) else ("self-check skipped",)
     sites = find_sites(model, layers, components, missing)
+    notes = () if check and require_sound(model) else ("self-check skipped",)
     kept = [_kept_positions(model, task, positions, skip_bos) for task in chosen]
     with evaluation(model) as users:
         values = _run_by_length(model, chosen, sites)

@@ -151,21 +151,23 @@ def translation_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 
 def model_card(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, minutes: float) -> str:
     """Describe how the model was made and what it measured, after rounding to half precision."""
-    loss = held_out_loss(model, tokenizer)
+    loss, accuracy = held_out_loss(model, tokenizer), translation_accuracy(model, tokenizer)
+    c = model.config
+    heads, groups = c.num_attention_heads, c.num_key_value_heads
     return f"""# The embedded model of mechsvd
 
-A language model of {model.num_parameters():,} parameters (Llama architecture: {model.config.num_hidden_layers} layers, d_model \
-{model.config.hidden_size}, {model.config.num_attention_heads} heads on {model.config.num_key_value_heads} key-value heads, context \
-{CONTEXT}, tied embeddings, vocabulary {len(tokenizer)}, byte-level BPE), stored in half precision. MIT licence, like the project.
+A language model of {model.num_parameters():,} parameters: Llama architecture, {c.num_hidden_layers} layers, d_model {c.hidden_size},
+{heads} heads on {groups} key-value heads, context {CONTEXT}, tied embeddings, a byte-level BPE vocabulary of {len(tokenizer)},
+stored in half precision. MIT licence, like the project.
 
-**Made by** `python -m mechsvd.demo.train`: seed {SEED}, {STEPS} steps of {ROWS} × {CONTEXT} tokens, {minutes:.0f} minutes on \
+**Made by** `python -m mechsvd.demo.train`: seed {SEED}, {STEPS} steps of {ROWS} × {CONTEXT} tokens, {minutes:.0f} minutes on
 {torch.get_num_threads()} CPU threads. The text comes from `mechsvd/demo/language.py`: reflective sentences, popular science, short
 mails, and few-shot English-to-French word lists over a dictionary of {len(DICTIONARY)} entries.
 
 **Measured** on texts from a seed that training never used:
 
-- held-out loss {loss.model:.3f} nats a token over {loss.tokens:,} tokens; the choices of the language itself are {loss.language:.3f} nats a token;
-- the right French word for {translation_accuracy(model, tokenizer):.1%} of the dictionary, after three unseen examples, greedily.
+- held-out loss {loss.model:.3f} nats a token over {loss.tokens:,} tokens, where the language's own choices are {loss.language:.3f};
+- the right French word for {accuracy:.1%} of the dictionary, after three unseen examples, greedily.
 
 It knows nothing but this language. It is for trying mechsvd offline and for tests, not for claims about language models.
 """
