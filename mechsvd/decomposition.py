@@ -108,7 +108,7 @@ def decompose(writes: Any, *, per_layer: bool = False, center: bool = False) -> 
         >>> decompose(torch.diag(torch.tensor([3.0, 2.0]))[None]).singular_values
         tensor([3., 2.])
     """
-    values: Tensor = getattr(writes, "values", writes)
+    values: Tensor = writes if isinstance(writes, Tensor) else writes.values
     source: Provenance | None = getattr(writes, "source", None)
     _require_sample(values)
     if not per_layer:

@@ -82,8 +82,8 @@ class _Plan:
     """How a gate is computed: r, the columns V_S (shared by all edits, or gathered for each), and g_S − r."""
 
     constant: float
-    columns: Float[Tensor, "*edit d_model m"]
-    delta: Float[Tensor, "*edit 1 m"]
+    columns: Float[Tensor, "*own d_model m"]
+    delta: Float[Tensor, "*edit m"]
 
 
 def _plan(basis: Tensor, gains: Tensor, constant: float) -> _Plan:
@@ -100,6 +100,8 @@ def _plan(basis: Tensor, gains: Tensor, constant: float) -> _Plan:
 
 def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Tensor, "*edit pos d_model"]:
     """Compute base + coordinates Vᵀ, in one pass over the result where rows share V and have their own base."""
+    if columns.shape[-1] == 0:
+        return base.expand(*coordinates.shape[:-1], -1).clone()
     if columns.ndim > 2 or base.shape[:-1] != coordinates.shape[:-1]:
         return base + coordinates @ columns.mT
     flat = torch.addmm(base.reshape(-1, base.shape[-1]), coordinates.reshape(-1, columns.shape[1]), columns.mT)
@@ -107,7 +109,7 @@ def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Te
 
 
 def gate(
-    basis: Subspace | Decomposition | Float[Tensor, "d_model rank"], gains: Float[Tensor, "*edit rank"], rest: float = 0.0
+    basis: Subspace | Decomposition | Float[Tensor, "d_model rank"], gains: Float[Tensor, "*edit gain"], rest: float = 0.0
 ) -> Gate:
     """Give each direction a gain, and everything outside the basis the gain `rest`.
 

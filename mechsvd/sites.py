@@ -4,7 +4,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ COMPONENTS = ("attn", "mlp")
 Hook = tuple[str, Callable[..., Tensor | None]]
 
 
+@runtime_checkable
 class Model(Protocol):
     """What mechsvd needs of a TransformerLens model: a `TransformerBridge` or a `HookedTransformer`."""
 

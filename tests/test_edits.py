@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from mechsvd.decomposition import decompose
+from mechsvd.edits import Gate, ablate, chain, gate, keep, shift, shrink
+from mechsvd.subspace import Subspace, complete
+from tests.test_subspace import orthonormal
+
+X = torch.randn(4, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def dense(basis, gains, rest, x):
+    """The definition, with a d × d matrix."""
+    projector = basis @ basis.T
+    return x @ (basis @ torch.diag(gains) @ basis.T).T + rest * (x - x @ projector)
+
+
+def test_keep_is_a_projection():
+    edit = keep(Subspace(orthonormal(12, 5)))
+    torch.testing.assert_close(edit(edit(X)), edit(X))
+
+
+def test_keep_and_ablate_add_up_to_the_identity():
+    subspace = Subspace(orthonormal(12, 5))
+    torch.testing.assert_close(keep(subspace)(X) + ablate(subspace)(X), X)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+@pytest.mark.parametrize("rest", [0.0, 1.0, 0.3])
+def test_a_gate_equals_its_definition(rank, rest):
+    basis = orthonormal(12, rank)
+    gains = torch.rand(rank, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).round(decimals=1)
+    torch.testing.assert_close(gate(basis, gains, rest=rest)(X), dense(basis, gains, rest, X))
+
+
+@pytest.mark.parametrize("rest", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("kind", ["ranks", "single directions", "random"])
+@pytest.mark.parametrize("rank", [12, 9])
+def test_a_stack_equals_its_edits_one_by_one(kind, rest, rank):
+    basis = orthonormal(12, rank)
+    gains = {
+        "ranks": (torch.arange(rank) < torch.tensor([0, 3, 8, rank])[:, None]).double(),
+        "single directions": 1 - torch.eye(rank, dtype=torch.float64)[[0, 4, 2, 8]],
+        "random": torch.rand(4, rank, dtype=torch.float64),
+    }[kind]
+    stacked = gate(basis, gains, rest=rest)(X)
+    for row in range(4):
+        torch.testing.assert_close(stacked[row], dense(basis, gains[row], rest, X[row]))
+
+
+def test_a_stack_shares_one_row_among_all_its_edits():
+    gains = torch.rand(3, 12, dtype=torch.float64)
+    stack = gate(orthonormal(12, 12), gains)
+    torch.testing.assert_close(stack(X[:1]), stack(X[:1].expand(3, -1, -1)))
+    identity = gate(orthonormal(12, 12), torch.ones(3, 12, dtype=torch.float64), rest=1.0)
+    torch.testing.assert_close(identity(X[:1]), X[:1].expand(3, -1, -1))
+
+
+def test_one_direction_is_removed_by_its_own_column_and_a_high_rank_by_the_smaller_side():
+    basis = orthonormal(64, 64)
+    single = gate(basis, 1 - torch.eye(64, dtype=torch.float64)[:16], rest=1.0)
+    assert single._plan.columns.shape == (16, 64, 1)
+    high = gate(basis, (torch.arange(64) < torch.tensor([60, 61])[:, None]).double())
+    assert high._plan.columns.shape == (64, 4)
+    assert high.cost.tolist() == [4, 3]
+
+
+def test_a_completed_basis_gives_the_same_clip():
+    basis = orthonormal(12, 9)
+    gains = (torch.arange(9) < 7).double()
+    padded = torch.cat([gains, torch.zeros(3, dtype=torch.float64)])
+    torch.testing.assert_close(gate(complete(basis), padded)(X), gate(basis, gains)(X))
+
+
+def test_an_edit_returns_a_new_tensor_and_leaves_its_input():
+    for edit in (keep(Subspace(orthonormal(12, 12))), gate(orthonormal(12, 12), torch.ones(12), rest=1.0), shift(torch.ones(12))):
+        before = X.clone()
+        edit(X).add_(1.0)
+        assert torch.equal(X, before)
+
+
+def test_removal_in_half_precision_is_computed_in_single():
+    x, basis = X.to(torch.bfloat16), orthonormal(12, 1).float()
+    removed = ablate(Subspace(basis))(x)
+    assert removed.dtype == torch.bfloat16
+    exact = x.double() - (x.double() @ basis.double()) @ basis.double().T
+    torch.testing.assert_close(removed, exact.to(torch.bfloat16), rtol=0.01, atol=1e-6)  # one rounding, not a sum of them
+
+
+def test_shrink_has_the_gains_of_ridge_regression():
+    svd = decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))[None])
+    x = torch.ones(1, 1, 3, dtype=torch.float64)
+    torch.testing.assert_close(shrink(svd, 2.0)(x), torch.tensor([[[9 / 11, 4 / 6, 1 / 3]]], dtype=torch.float64))
+    torch.testing.assert_close(shrink(svd, 0.0)(x), x)
+
+
+def test_chain_applies_the_first_edit_first():
+    basis = orthonormal(12, 3)
+    shifted = shift(torch.ones(12, dtype=torch.float64))
+    torch.testing.assert_close(chain(shifted, ablate(Subspace(basis)))(X), ablate(Subspace(basis))(X + 1))
+    torch.testing.assert_close(chain()(X), X)
+
+
+def test_gradients_flow_through_gains_and_writes():
+    gains = torch.rand(12, dtype=torch.float64, requires_grad=True)
+    x = X.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda g, v: Gate(orthonormal(12, 12), g)(v), (gains, x[:1, :2]))
+
+
+def test_bad_gains_are_refused():
+    basis = orthonormal(12, 3)
+    with pytest.raises(ValueError, match=r"\[2\], but the basis has 3 directions"):
+        gate(basis, torch.ones(2))
+    with pytest.raises(ValueError, match="NaN or inf"):
+        gate(basis, torch.tensor([1.0, float("nan"), 0.0]))
+    with pytest.raises(ValueError, match="NaN or inf"):
+        gate(basis, torch.ones(3), rest=float("inf"))
+    with pytest.raises(ValueError, match="orthonormal"):
+        gate(torch.ones(3, 2), torch.ones(2))
+    with pytest.raises(ValueError, match="`alpha` is -1"):
+        shrink(decompose(torch.eye(2)[None]), -1.0)
+    with pytest.raises(ValueError, match="`vector` must be finite"):
+        shift(torch.tensor([1.0, float("nan")]))

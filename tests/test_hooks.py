@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd.edits import Gate
+from mechsvd.sites import users_hooks
+from tests.conftest import tiny, tiny_task
+from tests.test_subspace import orthonormal
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny("Llama")
+
+
+TOKENS = tiny_task().tokens[None]
+
+
+def logits(model, hooks=()):
+    with torch.no_grad():
+        return model.run_with_hooks(TOKENS, fwd_hooks=list(hooks))
+
+
+def test_keeping_everything_leaves_the_logits_as_they_are(llama):
+    everything = ms.keep(ms.span(torch.eye(32)))
+    torch.testing.assert_close(logits(llama, ms.fwd_hooks(llama, everything)), logits(llama))
+
+
+def test_ablating_everything_equals_zeroing_every_write(llama):
+    hooks = ms.fwd_hooks(llama, ms.ablate(ms.span(torch.eye(32))))
+    zero = [(f"blocks.{i}.hook_{c}_out", lambda x, hook: torch.zeros_like(x)) for i in range(2) for c in ("attn", "mlp")]
+    torch.testing.assert_close(logits(llama, hooks), logits(llama, zero))
+
+
+def test_our_hooks_compose_with_anybody_elses_in_any_nesting(llama):
+    subspace = ms.Subspace(orthonormal(32, 8).float())
+    theirs = ("blocks.1.hook_mlp_out", lambda x, hook: 2 * x)
+    both = logits(llama, [*ms.fwd_hooks(llama, ms.keep(subspace), layers=0), theirs])
+    with llama.hooks(fwd_hooks=[theirs]):
+        nested = logits(llama, ms.fwd_hooks(llama, ms.keep(subspace), layers=0))
+    torch.testing.assert_close(both, nested)
+    assert (both - logits(llama, ms.fwd_hooks(llama, ms.keep(subspace), layers=0))).abs().max() > 1e-3
+    assert not users_hooks(llama)
+
+
+def test_an_edit_is_itself_a_hook_function(llama):
+    edit = ms.keep(ms.Subspace(orthonormal(32, 8).float()))
+    torch.testing.assert_close(
+        logits(llama, [("blocks.0.hook_mlp_out", edit)]), logits(llama, ms.fwd_hooks(llama, edit, layers=[0], components=["mlp"]))
+    )
+
+
+def test_positions_are_edited_and_the_others_spared(llama):
+    seen = {}
+    hooks = ms.fwd_hooks(llama, lambda x, hook: x * 0, layers=0, components=["attn"], positions=[2, 4])
+    hooks.append(("blocks.0.hook_attn_out", lambda x, hook: seen.__setitem__("edited", x)))
+    logits(llama, hooks)
+    logits(llama, [("blocks.0.hook_attn_out", lambda x, hook: seen.__setitem__("clean", x))])
+    assert (seen["edited"][:, [2, 4]] == 0).all()
+    spared = [0, 1, 3, 5, 6, 7, 8]
+    torch.testing.assert_close(seen["edited"][:, spared], seen["clean"][:, spared])
+
+
+def test_positions_are_absolute_while_decoding_with_a_cache(embedded):
+    tokens = embedded.to_tokens("I believe the meaning of life is")
+    position = tokens.shape[1] + 1  # the second new token
+    edit = lambda x, hook=None: -3 * x  # noqa: E731
+    options = {"max_new_tokens": 6, "do_sample": False, "return_type": "tokens", "verbose": False, "stop_at_eos": False}
+    with embedded.hooks(fwd_hooks=ms.fwd_hooks(embedded, edit, positions=[position])):
+        cached = embedded.generate(tokens, use_past_kv_cache=True, **options)
+    with embedded.hooks(fwd_hooks=ms.fwd_hooks(embedded, edit, positions=[position])):
+        plain = embedded.generate(tokens, use_past_kv_cache=False, **options)
+    assert cached.tolist() == plain.tolist()
+    assert cached.tolist() != embedded.generate(tokens, **options).tolist()
+
+
+@pytest.mark.parametrize("wrong", [lambda x, hook: x[:, :1], lambda x, hook: x[..., :4], lambda x, hook: None, lambda x, hook: x.mean()])
+def test_a_wrong_shape_is_an_error_with_its_site(llama, wrong):
+    with pytest.raises(ValueError, match=r"The edit at layer 1 mlp returned .* for writes of shape \[1, 9, 32\]"):
+        logits(llama, ms.fwd_hooks(llama, wrong, layers=1, components=["mlp"]))
+    assert not users_hooks(llama)
+
+
+def test_a_wrong_dtype_is_put_right(llama):
+    hooks = ms.fwd_hooks(llama, lambda x, hook: x.double())
+    torch.testing.assert_close(logits(llama, hooks), logits(llama))
+
+
+def test_an_error_inside_an_edit_is_raised_once_more_with_its_site(llama):
+    with pytest.raises(RuntimeError, match="The edit failed at layer 0 attn: division by zero") as caught:
+        logits(llama, ms.fwd_hooks(llama, lambda x, hook: x * (1 / 0)))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert not users_hooks(llama)
+
+
+def test_a_basis_of_another_model_size_and_bad_positions_are_refused(llama):
+    with pytest.raises(ValueError, match="d_model 16, but the model's is 32"):
+        ms.fwd_hooks(llama, ms.keep(ms.Subspace(orthonormal(16, 4))))
+    with pytest.raises(ValueError, match="absolute positions"):
+        ms.fwd_hooks(llama, ms.chain(), positions=[-1])
+    with pytest.raises(ValueError, match="absolute positions"):
+        ms.fwd_hooks(llama, ms.chain(), positions=[])
+
+
+def test_a_stack_needs_one_row_for_each_edit(llama):
+    stack = Gate(torch.eye(32), torch.rand(3, 32))
+    assert logits(llama, ms.fwd_hooks(llama, stack)).shape[0] == 3  # one row is shared by all
+
+
+def test_a_model_that_flattens_its_mlp_takes_plain_hooks_too():
+    opt = tiny("OPT")
+    torch.testing.assert_close(logits(opt, ms.fwd_hooks(opt, ms.keep(ms.span(torch.eye(32))))), logits(opt))
