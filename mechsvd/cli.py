@@ -3,6 +3,7 @@
 import argparse
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, or 1 after an error, which is printed in a line."""
     options = _parser().parse_args(arguments)
+    plain, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"mechsvd: note: {message}\n"
     try:
         options.run(options)
     except (ValueError, KeyError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"mechsvd: {message}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = plain
     return 0
 
 

@@ -62,10 +62,15 @@ class Gate:
         return self.basis.shape[0]
 
     @property
-    def cost(self) -> Int[Tensor, " edit"]:
-        """Number of directions that each edit must touch; edits of like cost are best run together."""
+    def costs(self) -> Int[Tensor, "constant edit"]:
+        """Number of directions that each edit must touch, for each way of computing it."""
         gains = self.gains.reshape(-1, self.basis.shape[1])
-        return torch.stack([(gains != constant).sum(dim=-1) for constant in self._constants]).amin(dim=0)
+        return torch.stack([(gains != constant).sum(dim=-1) for constant in self._constants])
+
+    def like_together(self) -> Int[Tensor, " edit"]:
+        """An order of the stack in which edits that are computed the same way, at like cost, are neighbours."""
+        cost, way = self.costs.min(dim=0)
+        return (way * (self.basis.shape[1] + 1) + cost).argsort(stable=True)
 
     @cached_property
     def _plan(self) -> "_Plan":

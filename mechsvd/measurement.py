@@ -1,20 +1,17 @@
 """The engine: a model, a task and a stack of edits, many edits in one forward pass, measured against the clean run."""
 
-import os
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mechsvd.edits import Edit, Gate, chain
+from mechsvd.batches import rows_a_pass, run_batches
+from mechsvd.edits import Edit, Gate
 from mechsvd.hooks import bind
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, require_same_model, result, save_result
@@ -22,10 +19,6 @@ from mechsvd.selfcheck import require_sound, self_check
 from mechsvd.sites import COMPONENTS, Model, Site, evaluation, find_sites, run_model
 from mechsvd.subspace import at_least_single
 from mechsvd.tasks import Task, require_fitting
-
-TOKENS_A_PASS = {"cpu": 1024, "gpu": 65536}  # enough to keep the matrix products busy; more only leaves the cache
-SHARE_OF_MEMORY = 0.4
-_LARGEST: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()  # tokens a pass that fitted after running out of memory
 
 
 @result
@@ -144,18 +137,10 @@ def measure(
         source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, notes)
         if isinstance(edits, Gate):
             edits = _fitting_gate(model, edits, source if check else None)
-        clean = setup.forward([chain()])
-        edited = _run_all(setup, edits, batch_size or rows_a_pass(model, task), progress)
+        rows = _run_all(setup, edits, batch_size or rows_a_pass(model, task), progress)
+    edited, clean = _rows(rows, slice(1, None)), _rows(rows, slice(0, 1))
     _warn_not_finite(edited)
     return replace(edited, clean=replace(clean, source=source), source=source)
-
-
-def rows_a_pass(model: Model, task: Task) -> int:
-    """How many edits of a task fit into one forward pass, from the free memory and the model's size."""
-    device, length = next(model.parameters()).device, len(task.tokens)
-    fitting = int(SHARE_OF_MEMORY * _free_bytes(device) / _bytes_a_row(model, task))
-    busy = TOKENS_A_PASS["cpu" if device.type == "cpu" else "gpu"] // length
-    return max(1, min(fitting, busy, _LARGEST.get(model, fitting * length) // length))
 
 
 @dataclass(frozen=True)
@@ -168,22 +153,25 @@ class _Setup:
     positions: frozenset[int] | None
     shares_prefix: bool
 
-    def forward(self, edits: Gate | Sequence[Edit]) -> Measurement:
-        """One forward pass, each edit a row of the batch."""
-        rows = edits if isinstance(edits, Gate) else _Each(tuple(edits))
+    def forward(self, edits: Gate | Sequence[Edit], with_clean: bool = False) -> Measurement:
+        """One forward pass, each edit a row of the batch, behind the clean run on request."""
+        rows: Edit = edits if isinstance(edits, Gate) else _Each(tuple(edits))
+        if with_clean:
+            rows = _BehindClean(rows, 1 + len(edits))
+        count = len(edits) + with_clean
         orig: list[Tensor] = []
         kept: list[Tensor] = []
 
         def observe(site: Site, attempted: Tensor, let_through: Tensor) -> None:
-            orig.append(_rms_norm(attempted).expand(len(edits)))
+            orig.append(_rms_norm(attempted).expand(count))
             kept.append(_rms_norm(let_through))
 
         hooks = [(site.hook_name, bind(rows, site, self.positions, observe)) for site in self.sites]
         tokens = self.task.tokens.to(next(self.model.parameters()).device)
-        batch = tokens.expand(1 if self.shares_prefix else len(edits), -1)
+        batch = tokens.expand(1 if self.shares_prefix else count, -1)
         logits = run_model(self.model, batch, hooks, self.task.scored)
         log_probs = logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
-        target = tokens[self.task.prompt_length :].expand(len(edits), -1)
+        target = tokens[self.task.prompt_length :].expand(count, -1)
         scored = log_probs.gather(-1, target[..., None])[..., 0]
         return Measurement(scored.cpu(), torch.stack(orig, dim=1).cpu(), torch.stack(kept, dim=1).cpu(), self.sites)
 
@@ -203,73 +191,38 @@ class _Each:
         return torch.cat([edit(rows[i : i + 1], hook=hook) for i, edit in enumerate(self.edits)])
 
 
+@dataclass(frozen=True)
+class _BehindClean:
+    """A stack of edits behind a first row that is left as it is: the clean run, in the same pass."""
+
+    edits: Edit
+    rows: int
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        return torch.cat([x[:1], self.edits(x if len(x) == 1 else x[1:], hook=hook).to(x)])
+
+
 def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: bool | None) -> Measurement:
-    count = len(edits)
-    order = edits.cost.argsort(stable=True) if isinstance(edits, Gate) else torch.arange(count)
-    parts: list[Measurement] = []
-    done = 0
-    with tqdm(total=count, desc="edits", disable=not _is_seen() if progress is None else not progress) as bar:
-        while done < count:
-            rows = order[done : done + size]
-            part = _unless_out_of_memory(setup, edits[rows] if isinstance(edits, Gate) else [edits[i] for i in rows])
-            if part is None:
-                size = _halved(setup, size)
-                continue
-            parts.append(part)
-            done += len(rows)
-            bar.update(len(rows))
-    return _in_order(parts, order, setup.sites)
+    """All edits, of like cost together, in the order given; the clean run is row 0."""
+    order = edits.like_together().cpu() if isinstance(edits, Gate) else torch.arange(len(edits))
+
+    def forward(rows: Tensor) -> Measurement:
+        chosen = edits[rows] if isinstance(edits, Gate) else [edits[i] for i in rows]
+        return setup.forward(chosen, with_clean=bool(rows[0] == order[0]))
+
+    parts = run_batches(forward, order, size, setup.model, setup.task, progress)
+    return _rows(_joined(parts), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order.argsort()]))
 
 
-def _in_order(parts: Sequence[Measurement], order: Tensor, sites: tuple[Site, ...]) -> Measurement:
-    back = order.argsort()
+def _joined(parts: Sequence[Measurement]) -> Measurement:
     log_probs, orig, kept = (
-        torch.cat([getattr(part, name) for part in parts])[back] for name in ("log_probs", "orig_deltas", "kept_deltas")
+        torch.cat([getattr(part, name) for part in parts]) for name in ("log_probs", "orig_deltas", "kept_deltas")
     )
-    return Measurement(log_probs, orig, kept, sites)
+    return Measurement(log_probs, orig, kept, parts[0].sites)
 
 
-def _unless_out_of_memory(setup: _Setup, edits: Gate | Sequence[Edit]) -> Measurement | None:
-    try:
-        return setup.forward(edits)
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-    # outside the except block: the exception holds the frames, and those the tensors
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-
-
-def _halved(setup: _Setup, size: int) -> int:
-    if size == 1:
-        needed = _bytes_a_row(setup.model, setup.task)
-        raise MemoryError(
-            f"One edit alone does not fit into memory: about {needed / 2**20:,.0f} MiB are needed beside the model. Shorten the "
-            "task, or load the model in a smaller dtype."
-        )
-    _LARGEST[setup.model] = size // 2 * len(setup.task.tokens)
-    warnings.warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.", stacklevel=5)
-    return size // 2
-
-
-def _bytes_a_row(model: Model, task: Task) -> int:
-    cfg, length = model.cfg, len(task.tokens)
-    widths = 16 * cfg.d_model + 4 * (getattr(cfg, "d_mlp", None) or 4 * cfg.d_model) + 3 * cfg.n_heads * length
-    return 4 * (length * widths + 3 * len(task.continuation) * cfg.d_vocab)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on this system
-        return 4 * 2**30
+def _rows(measured: Measurement, rows: slice | Tensor) -> Measurement:
+    return Measurement(measured.log_probs[rows], measured.orig_deltas[rows], measured.kept_deltas[rows], measured.sites)
 
 
 def _fitting_gate(model: Model, gate: Gate, source: Provenance | None) -> Gate:
@@ -299,8 +252,3 @@ def _warn_not_finite(edited: Measurement) -> None:
     wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if wrong:
         warnings.warn(f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them so.", stacklevel=3)
-
-
-def _is_seen() -> bool:
-    in_notebook = any("notebook" in base.__module__ for base in tqdm.__mro__)
-    return in_notebook or sys.stderr.isatty()

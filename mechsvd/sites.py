@@ -75,10 +75,11 @@ def find_sites(
     """
     wanted_layers, wanted = _valid_layers(model, layers), _valid_components(components)
     hook_names, found = model.hook_dict, []
+    attention_only = getattr(model.cfg, "attn_only", False)  # its blocks still have an MLP hook, which never fires
     for layer in wanted_layers:
         for component in wanted:
             name = f"blocks.{layer}.hook_{component}_out"
-            if name in hook_names:
+            if name in hook_names and not (attention_only and component == "mlp"):
                 found.append(Site(layer, component, name))
             elif missing == "error":
                 raise KeyError(

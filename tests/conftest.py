@@ -118,7 +118,10 @@ def tiny_task(length=9, prompt_length=5, seed=0):
     import mechsvd as ms
 
     generator = torch.Generator().manual_seed(seed)
-    return ms.Task(tokens=torch.cat([torch.tensor([0]), torch.randint(2, 256, (length - 1,), generator=generator)]), prompt_length=prompt_length)
+    return ms.Task(
+        tokens=torch.cat([torch.tensor([0]), torch.randint(2, 256, (length - 1,), generator=generator)]),
+        prompt_length=prompt_length,
+    )
 
 
 def loop_log_prob(model, task, edit_of_site, layers, components=("attn", "mlp")):

@@ -11,7 +11,11 @@ from tests.test_subspace import orthonormal
 def prescribed(n, d_model, spectrum):
     """A sample with these singular values."""
     rank = len(spectrum)
-    return orthonormal(n, rank, seed=3) @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ orthonormal(d_model, rank, seed=4).T
+    return (
+        orthonormal(n, rank, seed=3)
+        @ torch.diag(torch.tensor(spectrum, dtype=torch.float64))
+        @ orthonormal(d_model, rank, seed=4).T
+    )
 
 
 @pytest.mark.parametrize(("n", "d_model"), [(200, 12), (40, 40)])
@@ -82,7 +86,9 @@ def test_half_precision_writes_are_decomposed_as_their_exact_values():
     values = torch.randn(2, 40, 6).to(torch.bfloat16)
     svd = decompose(values)
     assert svd.directions.dtype == torch.float32
-    torch.testing.assert_close(svd.singular_values.double(), torch.linalg.svdvals(values.double().reshape(-1, 6)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        svd.singular_values.double(), torch.linalg.svdvals(values.double().reshape(-1, 6)), rtol=1e-6, atol=0
+    )
 
 
 def test_not_converging_falls_back_to_scipy_and_is_right(monkeypatch):

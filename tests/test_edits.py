@@ -62,7 +62,13 @@ def test_one_direction_is_removed_by_its_own_column_and_a_high_rank_by_the_small
     assert single._plan.columns.shape == (16, 64, 1)
     high = gate(basis, (torch.arange(64) < torch.tensor([60, 61])[:, None]).double())
     assert high._plan.columns.shape == (64, 4)
-    assert high.cost.tolist() == [4, 3]
+    assert high.costs.tolist() == [[60, 61], [4, 3]]
+
+
+def test_edits_computed_the_same_way_are_neighbours():
+    ranks = gate(orthonormal(8, 8), (torch.arange(8) < torch.arange(9)[:, None]).double())
+    assert ranks.like_together().tolist() == [0, 1, 2, 3, 4, 8, 7, 6, 5]
+    assert ranks[ranks.like_together()[5:]]._plan.columns.shape == (8, 3)
 
 
 def test_a_completed_basis_gives_the_same_clip():

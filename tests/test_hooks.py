@@ -7,6 +7,8 @@ from mechsvd.sites import users_hooks
 from tests.conftest import tiny, tiny_task
 from tests.test_subspace import orthonormal
 
+pytestmark = pytest.mark.older
+
 
 @pytest.fixture(scope="module")
 def llama():
@@ -74,7 +76,9 @@ def test_positions_are_absolute_while_decoding_with_a_cache(embedded):
     assert cached.tolist() != embedded.generate(tokens, **options).tolist()
 
 
-@pytest.mark.parametrize("wrong", [lambda x, hook: x[:, :1], lambda x, hook: x[..., :4], lambda x, hook: None, lambda x, hook: x.mean()])
+@pytest.mark.parametrize(
+    "wrong", [lambda x, hook: x[:, :1], lambda x, hook: x[..., :4], lambda x, hook: None, lambda x, hook: x.mean()]
+)
 def test_a_wrong_shape_is_an_error_with_its_site(llama, wrong):
     with pytest.raises(ValueError, match=r"The edit at layer 1 mlp returned .* for writes of shape \[1, 9, 32\]"):
         logits(llama, ms.fwd_hooks(llama, wrong, layers=1, components=["mlp"]))

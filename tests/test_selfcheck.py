@@ -5,6 +5,8 @@ import mechsvd as ms
 from mechsvd.selfcheck import SelfCheck, require_sound, self_check
 from tests.conftest import ACCEPTED, loop_log_prob, tiny, tiny_hf, tiny_task
 
+pytestmark = pytest.mark.older
+
 
 @pytest.mark.parametrize("architecture", ACCEPTED)
 def test_the_writes_of_an_architecture_make_up_its_stream_and_the_sweep_equals_the_loop(architecture, silent):
@@ -25,13 +27,17 @@ def third_write(strength):
     """A model whose second block adds something that no hook sees."""
     hf_model = tiny_hf("Llama")
     block = hf_model.model.layers[1]
-    block.register_forward_hook(lambda module, inputs, output: (output[0] if isinstance(output, tuple) else output) * (1 + strength))
+    block.register_forward_hook(
+        lambda module, inputs, output: (output[0] if isinstance(output, tuple) else output) * (1 + strength)
+    )
     return tiny("Llama", hf_model)
 
 
 def test_a_model_with_a_write_that_no_hook_sees_is_refused_with_block_and_error():
     model = third_write(0.05)
-    with pytest.raises(ValueError, match=r"in block 1, resid_pre \+ attn_out \+ mlp_out differs from resid_post by 0.0\d+ of its size"):
+    with pytest.raises(
+        ValueError, match=r"in block 1, resid_pre \+ attn_out \+ mlp_out differs from resid_post by 0.0\d+ of its size"
+    ):
         ms.collect_writes(model, tiny_task())
     assert "in block 1" in repr(self_check(model))
 
@@ -50,7 +56,14 @@ def test_a_model_without_sites_is_refused():
 
 
 def test_each_failure_has_its_sentence():
-    good = {"block_error": torch.zeros(2), "stream_error": 0.0, "output_change": 1.0, "scored_error": 0.0, "sharing_error": 0.0, "tolerance": 1e-5}
+    good = {
+        "block_error": torch.zeros(2),
+        "stream_error": 0.0,
+        "output_change": 1.0,
+        "scored_error": 0.0,
+        "sharing_error": 0.0,
+        "tolerance": 1e-5,
+    }
     assert SelfCheck(**good).failure is None
     assert SelfCheck(**good).shares_prefix
     cases = {

@@ -77,7 +77,10 @@ def test_the_users_hooks_are_kept_take_part_and_are_noted(llama):
     tokens = tiny_task().tokens[None]
     llama.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x * 0)
     try:
-        with pytest.warns(UserWarning, match=r"already has hooks at blocks.0.mlp.hook_out.*results include them"), evaluation(llama) as notes:
+        with (
+            pytest.warns(UserWarning, match=r"already has hooks at blocks.0.mlp.hook_out.*results include them"),
+            evaluation(llama) as notes,
+        ):
             with_theirs = run_model(llama, tokens, [("blocks.1.hook_mlp_out", lambda x, hook=None: x)], scored=slice(2, 4))
         assert notes == ("hooks of the user at blocks.0.mlp.hook_out",)
         assert users_hooks(llama) == ["blocks.0.mlp.hook_out"]

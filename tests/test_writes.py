@@ -17,7 +17,9 @@ def test_writes_are_what_the_models_own_cache_holds(embedded, meaning):
 def test_one_forward_pass_and_one_hook_a_site(embedded, meaning, monkeypatch):
     calls = []
     run = type(embedded).run_with_hooks
-    monkeypatch.setattr(type(embedded), "run_with_hooks", lambda self, tokens, **kw: calls.append(kw["fwd_hooks"]) or run(self, tokens, **kw))
+    monkeypatch.setattr(
+        type(embedded), "run_with_hooks", lambda self, tokens, **kw: calls.append(kw["fwd_hooks"]) or run(self, tokens, **kw)
+    )
     ms.self_check(embedded)
     calls.clear()
     ms.collect_writes(embedded, meaning)

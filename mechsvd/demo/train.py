@@ -156,9 +156,9 @@ def model_card(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, minu
     heads, groups = c.num_attention_heads, c.num_key_value_heads
     return f"""# The embedded model of mechsvd
 
-A language model of {model.num_parameters():,} parameters: Llama architecture, {c.num_hidden_layers} layers, d_model {c.hidden_size},
-{heads} heads on {groups} key-value heads, context {CONTEXT}, tied embeddings, a byte-level BPE vocabulary of {len(tokenizer)},
-stored in half precision. MIT licence, like the project.
+A language model of {model.num_parameters():,} parameters: Llama architecture, {c.num_hidden_layers} layers,
+d_model {c.hidden_size}, {heads} heads on {groups} key-value heads, context {CONTEXT}, tied embeddings, a vocabulary of
+{len(tokenizer)} (byte-level BPE), stored in half precision. MIT licence, like the project.
 
 **Made by** `python -m mechsvd.demo.train`: seed {SEED}, {STEPS} steps of {ROWS} × {CONTEXT} tokens, {minutes:.0f} minutes on
 {torch.get_num_threads()} CPU threads. The text comes from `mechsvd/demo/language.py`: reflective sentences, popular science, short

@@ -1,0 +1,112 @@
+"""How many edits run in one forward pass: from the memory that is free, halved when it runs out."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechsvd.sites import Model
+from mechsvd.tasks import Task
+
+SHARE_OF_MEMORY = 0.4
+GPU_TOKENS = 65_536  # a pass; enough to keep the matrix products busy
+CPU_TOKENS = 1024  # a pass; enough to read the weights seldom
+CPU_ENTRIES = 1_500_000  # of the widest activation a pass, for small models: more leaves the cache and takes fresh pages
+_LARGEST: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()  # tokens a pass that were left after running out of memory
+Part = TypeVar("Part")
+
+
+def rows_a_pass(model: Model, task: Task) -> int:
+    """How many edits of a task fit into one forward pass, from the free memory and the model's size."""
+    device, length = next(model.parameters()).device, len(task.tokens)
+    fitting = int(SHARE_OF_MEMORY * _free_bytes(device) / bytes_a_row(model, task))
+    busy = max(CPU_TOKENS, CPU_ENTRIES // _d_mlp(model)) if device.type == "cpu" else GPU_TOKENS
+    return max(1, min(fitting, busy // length, _LARGEST.get(model, fitting * length) // length))
+
+
+def bytes_a_row(model: Model, task: Task) -> int:
+    """What one more edit in a forward pass takes, roughly: activations of a block, attention scores, scored logits."""
+    cfg, length = model.cfg, len(task.tokens)
+    widths = 16 * cfg.d_model + 4 * _d_mlp(model) + 3 * cfg.n_heads * length
+    return 4 * (length * widths + 3 * len(task.continuation) * cfg.d_vocab)
+
+
+def run_batches(
+    forward: Callable[[Int[Tensor, " row"]], Part],
+    order: Int[Tensor, " edit"],
+    size: int,
+    model: Model,
+    task: Task,
+    progress: bool | None,
+) -> list[Part]:
+    """Run all edits, `size` at a time in the order given, and half as many whenever memory runs out.
+
+    Raises:
+        MemoryError: one edit alone does not fit.
+    """
+    parts: list[Part] = []
+    done = 0
+    with tqdm(total=len(order), desc="edits", disable=not _is_seen() if progress is None else not progress) as bar:
+        while done < len(order):
+            rows = order[done : done + size]
+            part = _unless_out_of_memory(forward, rows)
+            if part is None:
+                size = _halved(size, model, task)
+                continue
+            parts.append(part)
+            done += len(rows)
+            bar.update(len(rows))
+    return parts
+
+
+def _unless_out_of_memory(forward: Callable[[Tensor], Part], rows: Tensor) -> Part | None:
+    try:
+        return forward(rows)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    # outside the except block: the exception holds the frames, and those the tensors
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def _halved(size: int, model: Model, task: Task) -> int:
+    if size == 1:
+        raise MemoryError(
+            f"One edit alone does not fit into memory: about {bytes_a_row(model, task) / 2**20:,.0f} MiB are needed beside the "
+            "model. Shorten the task, or load the model in a smaller dtype."
+        )
+    _LARGEST[model] = size // 2 * len(task.tokens)
+    warnings.warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.", stacklevel=5)
+    return size // 2
+
+
+def _d_mlp(model: Model) -> int:
+    return getattr(model.cfg, "d_mlp", None) or 4 * model.cfg.d_model
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return 4 * 2**30
+
+
+def _is_seen() -> bool:
+    in_notebook = any("notebook" in base.__module__ for base in tqdm.__mro__)
+    return in_notebook or sys.stderr.isatty()

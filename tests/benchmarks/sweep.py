@@ -1,0 +1,156 @@
+"""How fast the rank sweep is, against the loop anyone would write and against what the machine can do; prints a table.
+
+    python tests/benchmarks/sweep.py [stories260k directory]
+
+The loop is one `run_with_hooks` a rank with a dense d × d projector at every site. The machine's rate is that of a 2048³
+float32 product, measured before and after each sweep. FLOPs are those of the forward passes of all edits: the model's matrix
+products, attention, the unembedding of the scored positions, and the gates (4·d·min(k, d − k) a write). "At most" is how many
+times as fast an engine would be that ran the model alone, without gates, at the machine's full rate.
+
+glibc gives freed memory back between two forward passes and takes it again page by page. To see the engine without that, run
+with MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824 in the environment; the loop gains from it too.
+"""
+
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+import mechsvd as ms
+
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
+
+
+def main():
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else STORIES
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, mechsvd {ms.__version__}, float32")
+    print(f"memory kept between passes: {'yes' if 'MALLOC_TRIM_THRESHOLD_' in os.environ else 'no'}")
+    print("\n| model | tokens | ranks | loop | engine | times as fast | at most | share of the matrix-multiply rate |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    if directory.is_dir():
+        stories = ms.load_model(directory, device="cpu")
+        row(
+            "stories260k (d_model 64, 5 layers)",
+            stories,
+            ms.Task.from_text(stories, "Once upon a time, there was", max_new_tokens=20),
+        )
+    tokens = torch.cat([torch.tensor([1]), torch.randint(3, 1000, (63,), generator=torch.Generator().manual_seed(0))])
+    row("random Llama (d_model 512, 8 layers)", random_llama(), ms.Task(tokens=tokens, prompt_length=44), repeats=3)
+    print("\n| start | seconds |\n| --- | --- |")
+    print(f"| `import torch` | {import_seconds('torch'):.2f} |")
+    print(f"| `import mechsvd` | {import_seconds('mechsvd'):.2f} |")
+
+
+def row(name, model, task, repeats=5):
+    """Measure one model, the loop and the engine in turn, and print the row."""
+    svd = ms.decompose(ms.collect_writes(model, task))
+    ms.sweep_rank(model, task, svd, ranks=[0, 1], progress=False)
+    loops, engines, rates, worst = [], [], [], 0.0
+    for _ in range(repeats):
+        loop_seconds, expected = timed(lambda: loop(model, task, svd))
+        before = multiply_rate()
+        seconds, sweep = timed(lambda: ms.sweep_rank(model, task, svd, progress=False))
+        rates.append(statistics.mean([before, multiply_rate()]))
+        loops.append(loop_seconds)
+        engines.append(seconds)
+        worst = max(worst, float((sweep.measurement.log_prob - expected).abs().max()))
+    ratio = statistics.median(a / b for a, b in zip(loops, engines, strict=True))
+    share = statistics.median(flops(model, task, svd) / s / r for s, r in zip(engines, rates, strict=True))
+    model_share = statistics.median(flops(model, task, svd, gates=False) / s / r for s, r in zip(engines, rates, strict=True))
+    limit = statistics.median(s * r / flops(model, task, svd, gates=False) for s, r in zip(loops, rates, strict=True))
+    print(
+        f"| {name} | {len(task.tokens)} | {svd.rank + 1} | {statistics.median(loops):.2f} s | {statistics.median(engines):.3f} s "
+        f"| {ratio:.1f} | {limit:.1f} | {share:.0%} ({model_share:.0%} without the gates) of {statistics.median(rates) / 1e9:.0f} GFLOP/s |"
+    )
+    print(f"<!-- {name}: largest difference between loop and engine {worst:.1e} nats -->")
+
+
+@torch.no_grad()
+def loop(model, task, svd):
+    """The plain loop: one run a rank, a dense projector at every site, log-probabilities from full logits."""
+    names = [site.hook_name for site in ms.find_sites(model)]
+    tokens, found = task.tokens[None], []
+    for rank in range(svd.rank + 1):
+        kept = svd.directions[:, :rank]
+        projector = kept @ kept.T
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(n, lambda x, hook, p=projector: x @ p) for n in names])
+        log_probs = logits[0, task.scored].log_softmax(-1)
+        found.append(log_probs.gather(-1, task.continuation[:, None]).sum())
+    return torch.stack(found)
+
+
+def flops(model, task, svd, gates=True):
+    """Forward FLOPs of all edits of a full sweep."""
+    cfg, length, scored, edits = model.cfg, len(task.tokens), len(task.continuation), svd.rank + 1
+    heads_share = (cfg.n_key_value_heads or cfg.n_heads) / cfg.n_heads
+    weights = cfg.n_layers * (2 * (1 + heads_share) * cfg.d_model**2 + 3 * cfg.d_model * cfg.d_mlp)
+    attention = cfg.n_layers * 4 * length**2 * cfg.d_model
+    one = 2 * weights * length + attention + 2 * cfg.d_model * cfg.d_vocab * scored
+    kept = sum(min(k, svd.d_model - k) for k in range(edits))
+    return one * edits + (2 * cfg.n_layers * length * 4 * cfg.d_model * kept if gates else 0)
+
+
+def multiply_rate(size=2048, seconds=1.0):
+    """FLOP/s of a float32 product, over about a second, since a burst is faster than what lasts."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    a @ b
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ b
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - started)
+
+
+def random_llama():
+    """A random Llama-shaped model of 26 million parameters."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=256,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        LlamaForCausalLM(config).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(Path(ms.__file__).parent / "demo" / "weights").save_pretrained(directory)
+        return ms.load_model(directory, device="cpu")
+
+
+def timed(run):
+    """Seconds and result of a call."""
+    started = time.perf_counter()
+    result = run()
+    return time.perf_counter() - started, result
+
+
+def import_seconds(module):
+    """Median seconds that a fresh interpreter takes to import a module."""
+    command = f'{sys.executable} -c "import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"'
+    return statistics.median(float(os.popen(command).read()) for _ in range(5))
+
+
+def cpu_name():
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

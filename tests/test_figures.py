@@ -1,0 +1,106 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd import figures
+from mechsvd.decomposition import Decomposition
+
+
+@pytest.fixture(scope="module")
+def sweep(embedded, meaning, meaning_svd):
+    return ms.sweep_rank(embedded, meaning, meaning_svd)
+
+
+def drawn(figure, trace=0):
+    """The figure's own data, as a browser would get it."""
+    figure.to_json()
+    return figure.data[trace]
+
+
+def test_singular_values_descend_from_one(meaning_svd):
+    for log in (False, True):
+        figure = figures.singular_values(meaning_svd, log=log)
+        np.testing.assert_allclose(drawn(figure).y, meaning_svd.singular_values.numpy())
+        assert list(figure.data[0].x) == list(range(1, 129))
+        assert (np.diff(figure.data[0].y) <= 0).all()
+        assert figure.layout.yaxis.type == ("log" if log else "linear")
+
+
+def test_cumulative_values_end_at_the_sum_on_a_logarithmic_axis(meaning_svd):
+    figure = figures.cumulative_singular_values(meaning_svd)
+    assert drawn(figure).y[-1] == pytest.approx(float(meaning_svd.singular_values.sum()), rel=1e-5)
+    assert figure.data[0].customdata[-1] == pytest.approx(1)
+    assert figure.layout.xaxis.type == "log"
+
+
+def test_layer_spectra_draw_one_line_a_layer(embedded, meaning, silent):
+    layers = ms.decompose(ms.collect_writes(embedded, meaning), per_layer=True)
+    figure = figures.layer_spectra(layers)
+    assert [trace.name for trace in figure.data] == [f"layer {i}" for i in range(6)]
+    np.testing.assert_allclose(drawn(figure, 3).y, layers[3].singular_values.numpy())
+
+
+def test_a_writer_map_shows_site_and_token_and_sums_to_a_hundred(embedded, meaning, meaning_svd):
+    writes = ms.collect_writes(embedded, meaning)
+    figure = figures.writer_map(meaning_svd, writes, direction=2)
+    heat = drawn(figure)
+    assert heat.z.sum() == pytest.approx(100, rel=1e-4)
+    assert list(heat.y) == [str(site) for site in writes.sites]
+    assert heat.customdata[0][1] == f"1: {writes.pieces[1]}"
+
+
+@pytest.mark.parametrize(
+    ("draw", "column", "clean"),
+    [
+        (figures.probability, "probability", lambda c: c.log_prob.exp()),
+        (figures.surprise, "surprise", lambda c: -c.log_prob),
+    ],
+)
+def test_a_sweep_is_drawn_with_its_clean_value_as_a_line(sweep, draw, column, clean):
+    figure = draw(sweep)
+    np.testing.assert_allclose(drawn(figure).y, sweep.to_pandas()[column], rtol=1e-6)
+    assert figure.layout.shapes[0].y0 == pytest.approx(float(clean(sweep.measurement.clean)))
+    assert "clean" in figure.layout.annotations[0].text
+
+
+def test_attempted_and_kept_writes_are_drawn_together(sweep):
+    figure = figures.deltas(sweep)
+    assert [trace.name for trace in figure.data] == ["orig_delta", "kept_delta"]
+    np.testing.assert_allclose(drawn(figure, 1).y, sweep.to_pandas()["kept_delta"], rtol=1e-6)
+
+
+def test_the_map_of_deltas_is_relative_to_clean_and_ends_at_one(sweep):
+    for kept in (True, False):
+        heat = drawn(figures.delta_map(sweep, kept=kept))
+        assert heat.z.shape == (12, 129)
+        np.testing.assert_allclose(heat.z[:, -1], 1, rtol=1e-3)
+
+
+def test_axes_carry_units_and_nothing_global_is_set(sweep, meaning_svd):
+    import plotly.io
+
+    before = plotly.io.templates.default
+    assert "residual-stream units" in figures.singular_values(meaning_svd).layout.yaxis.title.text
+    assert "nats" in figures.surprise(sweep).layout.yaxis.title.text
+    assert plotly.io.templates.default == before
+
+
+def test_many_points_are_drawn_with_webgl(silent):
+    many = Decomposition(torch.ones(6000), torch.zeros(2, 6000), torch.zeros(1, 1, 6000))
+    assert figures.singular_values(many).data[0].type == "scattergl"
+
+
+def test_a_sweep_without_a_clean_run_cannot_be_compared(sweep):
+    from dataclasses import replace
+
+    bare = replace(sweep, measurement=replace(sweep.measurement, clean=None))
+    with pytest.raises(ValueError, match="holds no clean run"):
+        figures.probability(bare)
+
+
+def test_an_improbable_text_stays_drawable(embedded, meaning, meaning_svd):
+    figure = figures.surprise(ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0]))
+    assert json.loads(figure.to_json())["data"]

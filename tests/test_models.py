@@ -1,0 +1,98 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd.demo import WEIGHTS
+from mechsvd.models import fingerprint, processing_state, provenance_of
+from tests.conftest import tiny
+
+
+def test_the_embedded_model_a_directory_and_a_model_load_alike(embedded):
+    local = ms.load_model(WEIGHTS, device="cpu")
+    assert fingerprint(local) == fingerprint(embedded)
+    assert ms.load_model(local) is local
+    assert embedded.cfg.model_name == "mechsvd embedded"
+    assert next(embedded.parameters()).dtype == torch.float32
+
+
+def test_dtype_and_device_do_what_they_say():
+    model = ms.load_model(dtype=torch.bfloat16, device="cpu")
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert provenance_of(model).dtype == "bfloat16"
+
+
+def test_a_fingerprint_changes_with_any_weight_and_is_never_stale():
+    model = tiny("Llama")
+    before = fingerprint(model)
+    assert fingerprint(tiny("Llama")) == before
+    with torch.no_grad():
+        weight = model.blocks[1].mlp.out.weight
+        weight[3, 7] = torch.nextafter(weight[3, 7], torch.tensor(9.0))
+    assert fingerprint(model) != before
+
+
+def test_the_processing_state_is_told():
+    model = tiny("GPT-2")
+    assert processing_state(model) == "raw"
+    model.enable_compatibility_mode(disable_warnings=True)
+    assert "compatibility mode" in processing_state(model)
+    assert "writing weights centred" in processing_state(model)
+
+
+def test_a_directory_that_is_no_model_names_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a Hugging Face model: config\.json is missing"):
+        ms.load_model(tmp_path)
+    shutil.copy(WEIGHTS / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"no weights: model\.safetensors is missing"):
+        ms.load_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(ValueError, match=r"pickles \(pytorch_model\.bin\).*allow_pickle=True"):
+        ms.load_model(tmp_path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return shutil.copytree(WEIGHTS, tmp_path / "model")
+
+
+def test_truncated_weights_name_the_file(checkpoint):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot be loaded; its model\.safetensors or config\.json is damaged"):
+        ms.load_model(checkpoint, device="cpu")
+
+
+def test_weights_of_the_wrong_shape_name_the_file(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 300}))
+    with pytest.raises(ValueError, match=r"cannot be loaded; its model\.safetensors or config\.json is damaged"):
+        ms.load_model(checkpoint, device="cpu")
+
+
+def test_a_garbled_config_names_the_file(checkpoint):
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        ms.load_model(checkpoint, device="cpu")
+
+
+def test_a_hub_model_out_of_reach_says_the_ways_out():
+    with pytest.raises(OSError, match=r"Cannot load 'nobody/nothing' from the hub.*HF_TOKEN.*local directory.*embedded model"):
+        ms.load_model("nobody/nothing")
+
+
+def test_what_is_no_model_is_refused():
+    for wrong in (None, 3, ""):
+        with pytest.raises(TypeError, match="`model` must be a name, a directory or a TransformerLens model"):
+            ms.load_model(wrong)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"), [("3.8.1", "3.8.1 is installed"), ("5.0.0", "5.0.0 is installed"), ("not installed", "not installed")]
+)
+def test_a_missing_or_unsupported_transformerlens_gives_the_exact_line(monkeypatch, found, message):
+    monkeypatch.setattr("mechsvd.models._installed_version", lambda: found)
+    with pytest.raises(ImportError, match=rf"{message}.*pip install 'transformer-lens>=3.9,<5'"):
+        ms.load_model()

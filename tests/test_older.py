@@ -1,0 +1,149 @@
+"""The same numbers from a `HookedTransformer` and a `TransformerBridge` of the same raw weights (transformer-lens 3.9)."""
+
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd.models import processing_state
+from mechsvd.selfcheck import require_sound
+from mechsvd.sites import users_hooks
+from tests.conftest import STORIES, loop_log_prob, tiny_hf, tiny_task
+
+pytestmark = pytest.mark.older
+
+try:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+except ImportError:
+    pytest.skip("HookedTransformer left TransformerLens with 4.0", allow_module_level=True)
+
+
+def hooked(hf_model, tokenizer=None):
+    """A HookedTransformer of a Hugging Face model's raw weights: nothing folded, nothing centred."""
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
+
+    config, is_llama = hf_model.config, hf_model.config.model_type == "llama"
+    sizes = {
+        "d_model": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "d_head": config.hidden_size // config.num_attention_heads,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "device": "cpu",
+    }
+    if is_llama:
+        sizes |= {
+            "d_mlp": config.intermediate_size,
+            "act_fn": "silu",
+            "normalization_type": "RMS",
+            "eps": config.rms_norm_eps,
+            "gated_mlp": True,
+            "final_rms": True,
+            "positional_embedding_type": "rotary",
+            "rotary_dim": config.hidden_size // config.num_attention_heads,
+            "rotary_adjacent_pairs": False,
+            "rotary_base": 10000,
+            "n_key_value_heads": config.num_key_value_heads,
+        }
+        convert = convert_llama_weights
+    else:
+        sizes |= {
+            "d_mlp": 4 * config.hidden_size,
+            "act_fn": "gelu_new",
+            "normalization_type": "LN",
+            "eps": config.layer_norm_epsilon,
+        }
+        convert = convert_gpt2_weights
+    model = HookedTransformer(HookedTransformerConfig(**sizes, model_name="hooked"), tokenizer=tokenizer)
+    model.load_state_dict(convert(hf_model, model.cfg), strict=False)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """The real small model, as both classes."""
+    if not STORIES.is_dir():
+        pytest.skip(f"the real model stories260k is not in {STORIES.parent}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf_model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    return hooked(hf_model, AutoTokenizer.from_pretrained(STORIES)), ms.load_model(STORIES, device="cpu")
+
+
+def test_tasks_writes_singular_values_and_sweeps_are_the_same(pair):
+    found = []
+    for model in pair:
+        task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
+        writes = ms.collect_writes(model, task)
+        svd = ms.decompose(writes)
+        found.append((task, writes, svd, ms.sweep_rank(model, task, svd)))
+    (task, writes, svd, sweep), (task_b, writes_b, svd_b, sweep_b) = found
+    assert task.tokens.tolist() == task_b.tokens.tolist()
+    assert task.pieces == task_b.pieces
+    torch.testing.assert_close(writes.values, writes_b.values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(svd.singular_values, svd_b.singular_values, rtol=1e-4, atol=0)
+    torch.testing.assert_close(sweep.measurement.log_prob, sweep_b.measurement.log_prob, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sweep.measurement.orig_deltas, sweep_b.measurement.orig_deltas, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sweep.measurement.kept_deltas, sweep_b.measurement.kept_deltas, rtol=1e-4, atol=1e-5)
+
+
+def test_their_self_checks_pass_and_rows_share_a_prefix(pair):
+    for model in pair:
+        assert require_sound(model).shares_prefix
+        assert processing_state(model) == "raw"
+
+
+def test_hooks_compose_and_positions_are_absolute_with_a_cache(pair):
+    for model in pair:
+        tokens = model.to_tokens("Once upon a time")
+        options = {"max_new_tokens": 6, "do_sample": False, "return_type": "tokens", "verbose": False, "stop_at_eos": False}
+        texts = []
+        for cached in (True, False):
+            with model.hooks(fwd_hooks=ms.fwd_hooks(model, lambda x, hook: -3 * x, positions=[tokens.shape[1] + 1])):
+                texts.append(model.generate(tokens, use_past_kv_cache=cached, **options).tolist())
+        assert texts[0] == texts[1]
+        assert not users_hooks(model)
+
+
+def test_gpt2_with_biases_gives_the_sweep_of_the_loop(silent):
+    model, task = hooked(tiny_hf("GPT-2")), tiny_task()
+    svd = ms.decompose(ms.collect_writes(model, task))
+    sweep = ms.sweep_rank(model, task, svd, ranks=[0, 9])
+    kept = svd.directions[:, :9] @ svd.directions[:, :9].T
+    expected = loop_log_prob(model, task, lambda x, hook: x @ kept, range(2))
+    torch.testing.assert_close(sweep.measurement.log_probs[1].double(), expected, rtol=0, atol=1e-4)
+
+
+def test_processed_weights_are_another_state_and_their_bases_are_refused(silent):
+    raw, processed = hooked(tiny_hf("GPT-2")), hooked(tiny_hf("GPT-2"))
+    processed.process_weights_()
+    assert "normalization folded" in processing_state(processed)
+    assert "writing weights centred" in processing_state(processed)
+    svd = ms.decompose(ms.collect_writes(raw, tiny_task()))
+    with pytest.raises(ValueError, match="processing: "):
+        ms.sweep_rank(processed, tiny_task(), svd)
+
+
+def test_the_users_hooks_and_train_mode_survive(pair):
+    model = pair[0]
+    model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x)
+    model.train(True)
+    try:
+        with pytest.warns(UserWarning, match="train mode|already has hooks"):
+            ms.collect_writes(model, tiny_task())
+        assert users_hooks(model) == ["blocks.0.hook_mlp_out"]
+        assert model.training
+    finally:
+        model.reset_hooks()
+        model.train(False)
+
+
+def test_an_attention_only_model_needs_the_missing_component_to_be_skipped():
+    config = HookedTransformerConfig(
+        d_model=16, n_layers=2, n_heads=2, d_head=8, n_ctx=32, d_vocab=300, attn_only=True, normalization_type="LN", seed=0
+    )
+    model = HookedTransformer(config).eval()
+    with pytest.raises(KeyError, match=r"blocks\.0\.hook_mlp_out.*missing='skip'"):
+        ms.collect_writes(model, tiny_task())
+    assert len(ms.collect_writes(model, tiny_task(), missing="skip").sites) == 2
+    assert len(ms.collect_writes(model, tiny_task(), components="attn").sites) == 2
