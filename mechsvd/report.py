@@ -174,7 +174,7 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222}
 h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:3rem;border-bottom:1px solid #ccc;padding-bottom:.3rem}
 .text{white-space:pre-wrap;background:#f6f6f4;border-left:4px solid #1f5fa8;padding:.8rem 1rem;border-radius:3px}
-.text b{font-weight:400;background:#dcebfa}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(500px,1fr));gap:1rem}
+.text b{font-weight:400;background:#dcebfa}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:1rem}
 .plot{height:400px;min-width:0;overflow:hidden}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top}
 tr+tr{border-top:1px solid #e5e5e5}td:last-child{font-variant-numeric:tabular-nums}nav a{margin-right:1rem}

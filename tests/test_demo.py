@@ -42,7 +42,7 @@ def test_the_vocabulary_is_a_few_hundred_words_besides_the_dictionary():
     assert len(DICTIONARY) > 200
 
 
-@pytest.mark.parametrize(("name", "shape"), zip(["meaning", "relativity", "launch", "translation"], SHAPES, strict=True))
+@pytest.mark.parametrize(("name", "shape"), list(zip(ms.SHORTFORM_PROMPTS, SHAPES, strict=True)))
 def test_greedy_continuations_of_the_four_prompts_are_grammatical_text_of_their_kind(embedded, name, shape):
     task = ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS[name], max_new_tokens=120)
     text = "".join(task.text())

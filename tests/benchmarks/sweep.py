@@ -6,9 +6,6 @@ The loop is one `run_with_hooks` a rank with a dense d × d projector at every s
 float32 product, measured before and after each sweep. FLOPs are those of the forward passes of all edits: the model's matrix
 products, attention, the unembedding of the scored positions, and the gates (4·d·min(k, d − k) a write). "At most" is how many
 times as fast an engine would be that ran the model alone, without gates, at the machine's full rate.
-
-glibc gives freed memory back between two forward passes and takes it again page by page. To see the engine without that, run
-with MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824 in the environment; the loop gains from it too.
 """
 
 import logging
@@ -33,7 +30,6 @@ def main():
     logging.disable(logging.WARNING)
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else STORIES
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, mechsvd {ms.__version__}, float32")
-    print(f"memory kept between passes: {'yes' if 'MALLOC_TRIM_THRESHOLD_' in os.environ else 'no'}")
     print("\n| model | tokens | ranks | loop | engine | times as fast | at most | share of the matrix-multiply rate |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     if directory.is_dir():
