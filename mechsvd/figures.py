@@ -115,7 +115,6 @@ def _heat_map(title: str, x: str, z: Tensor, columns: Any, sites: Any, unit: str
             z=z.double().cpu().numpy(),
             customdata=None if labels is None else [labels] * len(sites),
             colorscale="Viridis",
-            zmin=0,
             colorbar={"title": {"text": unit}},
             hovertemplate=hover,
         )

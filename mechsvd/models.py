@@ -56,16 +56,13 @@ def load_model(
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        bridge = TransformerBridge.boot_transformers(name, device=device, dtype=dtype, **options)
+        return TransformerBridge.boot_transformers(name, device=device, dtype=dtype, **options)
     except OSError as error:
         raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
     except Exception as error:
         if is_local and type(error).__module__.startswith(("safetensors", "builtins")):
             raise _damaged(name, error) from error
         raise
-    if model == EMBEDDED:
-        bridge.cfg.model_name = "mechsvd embedded"  # and not a path of this machine, in every result
-    return bridge
 
 
 def provenance_of(
@@ -75,7 +72,7 @@ def provenance_of(
     from mechsvd import __version__
 
     return Provenance(
-        model=str(getattr(model.cfg, "model_name", type(model).__name__)),
+        model=model_name(model),
         weights=fingerprint(model),
         processing=processing_state(model),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -85,6 +82,14 @@ def provenance_of(
         hooks=tuple(site.hook_name for site in sites),
         notes=notes,
     )
+
+
+def model_name(model: Model) -> str:
+    """The model's name; of a local directory its last part only, for results travel and paths of a machine should not."""
+    name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+    if name == str(WEIGHTS):
+        return "mechsvd embedded"
+    return Path(name).name if Path(name).is_dir() else name
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.demo import WEIGHTS
-from mechsvd.models import fingerprint, processing_state, provenance_of
+from mechsvd.models import fingerprint, model_name, processing_state, provenance_of
 from tests.conftest import tiny
 
 
@@ -14,7 +14,7 @@ def test_the_embedded_model_a_directory_and_a_model_load_alike(embedded):
     local = ms.load_model(WEIGHTS, device="cpu")
     assert fingerprint(local) == fingerprint(embedded)
     assert ms.load_model(local) is local
-    assert embedded.cfg.model_name == "mechsvd embedded"
+    assert model_name(embedded) == "mechsvd embedded"
     assert next(embedded.parameters()).dtype == torch.float32
 
 
@@ -56,6 +56,10 @@ def test_a_directory_that_is_no_model_names_what_is_missing(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     return shutil.copytree(WEIGHTS, tmp_path / "model")
+
+
+def test_a_local_directory_is_named_by_its_last_part_and_not_by_its_path(checkpoint):
+    assert model_name(ms.load_model(checkpoint, device="cpu")) == "model"
 
 
 def test_truncated_weights_name_the_file(checkpoint):
