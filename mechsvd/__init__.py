@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mechsvd.decomposition import Decomposition, decompose
-from mechsvd.edits import Gate, ablate, chain, gate, keep, shift, shrink
+from mechsvd.edits import ablate, chain, gate, keep, shift, shrink
 from mechsvd.hooks import fwd_hooks
 from mechsvd.measurement import Measurement, measure
 from mechsvd.models import load_model
@@ -43,12 +43,16 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     # writes and their directions
     "collect_writes", "Writes", "decompose", "Decomposition", "span", "Subspace",
     # edits and hooks
-    "gate", "keep", "ablate", "shrink", "shift", "chain", "Gate", "fwd_hooks",
+    "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
     # measurements
     "measure", "Measurement", "sweep_rank", "RankSweep",
     # results and pictures
     "Provenance", "figures",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

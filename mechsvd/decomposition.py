@@ -1,6 +1,7 @@
 """The SVD of a sample of vectors: singular values, directions, and which vectors write each direction. Tensors only."""
 
 import warnings
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -54,9 +55,9 @@ class Decomposition:
         Raises:
             ValueError: `rank` is not a whole number from 1 to the number of directions.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= self.rank:
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= self.rank:
             raise ValueError(f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; choose 1 to {self.rank}.")
-        return Subspace(self.directions[:, :rank], self.source)
+        return Subspace(self.directions[:, : int(rank)], self.source)
 
     def writer_map(self, direction: int) -> Float[Tensor, "site pos"]:
         """Which site wrote a direction at which position: squared left singular vector, a share that sums to 1."""
@@ -96,7 +97,8 @@ def decompose(writes: Any, *, per_layer: bool = False, center: bool = False) -> 
     Args:
         writes: what `collect_writes` gives, or a bare tensor "site pos d_model".
         per_layer: one decomposition a layer, each over the sites of that layer.
-        center: subtract the mean write of each sample first.
+        center: subtract the mean write of each sample first. Only the directions change: an edit still acts on whole writes,
+            so clipping to centred directions clips the mean too.
 
     Returns:
         A `Decomposition`; a tuple of them, by layer, with `per_layer`.
@@ -108,7 +110,7 @@ def decompose(writes: Any, *, per_layer: bool = False, center: bool = False) -> 
         >>> decompose(torch.diag(torch.tensor([3.0, 2.0]))[None]).singular_values
         tensor([3., 2.])
     """
-    values: Tensor = writes if isinstance(writes, Tensor) else writes.values
+    values: Tensor = writes if isinstance(writes, Tensor) else getattr(writes, "values", None)
     source: Provenance | None = getattr(writes, "source", None)
     _require_sample(values)
     if not per_layer:
@@ -208,9 +210,13 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _require_sample(values: Tensor) -> None:
-    if values.ndim != 3 or values.numel() == 0:
-        raise ValueError(f"`writes` must be a non-empty tensor [site, pos, d_model], but its shape is {list(values.shape)}.")
+def _require_sample(values: Any) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError("`writes` must be what `collect_writes` gives (of several tasks, too), or a tensor [site, pos, d_model].")
+    if values.ndim != 3 or values.numel() == 0 or not values.is_floating_point():
+        raise ValueError(
+            f"`writes` must be a non-empty float tensor [site, pos, d_model], but is {values.dtype} of shape {list(values.shape)}."
+        )
     if not values.isfinite().all():
         site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"`writes` hold NaN or inf, first at site {site}, position {pos}; they must be finite.")

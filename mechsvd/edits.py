@@ -1,7 +1,7 @@
 """Edits: pure maps on writes. Most are gates, a gain for each direction of a basis and one gain for the rest."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from mechsvd.results import Provenance
 from mechsvd.subspace import Subspace, at_least_single, require_orthonormal
 
 Edit = Callable[..., Tensor]  # edit(x) and, as a TransformerLens hook, edit(x, hook=hook_point)
+Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,12 @@ class Gate:
             return (coordinates @ columns.mT).to(x.dtype)
         base = wide if plan.constant == 1 else wide * plan.constant
         return _add_product(base, coordinates, columns).to(x.dtype)
+
+    def __repr__(self) -> str:
+        stack = f"stack of {len(self)} gates" if self.is_stack else "gate"
+        rank, d_model = self.basis.shape[1], self.d_model
+        origin = self.source.model if self.source else "bare tensors"
+        return f"A {stack} over {rank} directions in {d_model} dimensions\n  the rest times {self.rest:g}\n  from {origin}"
 
     def __getitem__(self, rows: Any) -> "Gate":
         """Some edits of a stack, in the order asked for."""
@@ -113,9 +120,7 @@ def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Te
     return flat.view(base.shape)
 
 
-def gate(
-    basis: Subspace | Decomposition | Float[Tensor, "d_model rank"], gains: Float[Tensor, "*edit gain"], rest: float = 0.0
-) -> Gate:
+def gate(basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], rest: float = 0.0) -> Gate:
     """Give each direction a gain, and everything outside the basis the gain `rest`.
 
     `rest` is 0 by default, so `gate(basis, ones)` keeps the subspace; with `rest=1`, gains of 1 change nothing.
@@ -133,7 +138,7 @@ def gate(
         tensor([[4., 2.]])
     """
     directions, source = _directions(basis)
-    rank = directions.shape[1]
+    rank, gains = directions.shape[1], torch.as_tensor(gains)
     if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
         raise ValueError(f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; give one gain for each.")
     if not gains.isfinite().all() or not math.isfinite(rest):
@@ -141,14 +146,16 @@ def gate(
     return Gate(directions, gains.to(directions), float(rest), source)
 
 
-def keep(subspace: Subspace) -> Gate:
+def keep(subspace: Basis) -> Gate:
     """Keep what lies in the subspace and drop the rest: the projection x → VVᵀx."""
-    return gate(subspace, torch.ones(subspace.rank), rest=0.0)
+    directions, _ = _directions(subspace)
+    return gate(subspace, directions.new_ones(directions.shape[1]), rest=0.0)
 
 
-def ablate(subspace: Subspace) -> Gate:
+def ablate(subspace: Basis) -> Gate:
     """Remove what lies in the subspace (zero ablation) and keep the rest: x → x − VVᵀx."""
-    return gate(subspace, torch.zeros(subspace.rank), rest=1.0)
+    directions, _ = _directions(subspace)
+    return gate(subspace, directions.new_zeros(directions.shape[1]), rest=1.0)
 
 
 def shrink(svd: Decomposition, alpha: float) -> Gate:
@@ -156,7 +163,8 @@ def shrink(svd: Decomposition, alpha: float) -> Gate:
 
     Args:
         svd: the directions and their singular values.
-        alpha: strength in squared units of the residual stream; 0 keeps every direction as it is.
+        alpha: strength in squared units of the residual stream; 0 keeps every direction of the decomposition as it is, and
+            drops what it did not see.
 
     Raises:
         ValueError: `alpha` is negative or not finite.
@@ -172,29 +180,48 @@ def shrink(svd: Decomposition, alpha: float) -> Gate:
 def shift(vector: Float[Tensor, " d_model"]) -> Edit:
     """Add one vector to every write, as activation steering does."""
     if vector.ndim != 1 or not vector.isfinite().all():
-        raise ValueError(f"`vector` must be finite and of shape [d_model], but has shape {list(vector.shape)}.")
+        what = "holds NaN or inf" if vector.ndim == 1 else f"has shape {list(vector.shape)}"
+        raise ValueError(f"`vector` must be finite and of shape [d_model], but {what}.")
 
     def shifted(x: Tensor, hook: Any = None) -> Tensor:
+        if x.shape[-1] != len(vector):
+            raise ValueError(f"`vector` has {len(vector)} entries, but the writes have d_model {x.shape[-1]}.")
         return x + vector.to(x)
 
     return shifted
 
 
 def chain(*edits: Edit) -> Edit:
-    """Apply edits one after the other, the first one first."""
+    """Apply edits one after the other, the first one first; a chain of none changes nothing."""
+    return Chain(edits)
 
-    def chained(x: Tensor, hook: Any = None) -> Tensor:
-        for edit in edits:
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Edits applied one after the other; build one with `chain`."""
+
+    edits: tuple[Edit, ...]
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        """Edit the writes `x` by each in turn."""
+        for edit in self.edits:
             x = edit(x, hook=hook)
         return x
 
-    return chained
+
+def gates_of(edit: Edit) -> list[Gate]:
+    """The gates in an edit, so that their bases can be held against a model."""
+    if isinstance(edit, Chain):
+        return [gate for part in edit.edits for gate in gates_of(part)]
+    return [edit] if isinstance(edit, Gate) else []
 
 
-def _directions(basis: Subspace | Decomposition | Tensor) -> tuple[Tensor, Provenance | None]:
+def _directions(basis: Basis) -> tuple[Tensor, Provenance | None]:
     if isinstance(basis, Subspace):
         return basis.basis, basis.source
     if isinstance(basis, Decomposition):
         return basis.directions, basis.source
+    if not isinstance(basis, Tensor):
+        raise TypeError(f"A basis must be a Subspace, a Decomposition or a tensor [d_model, rank], but is {type(basis).__name__}.")
     require_orthonormal(basis)
     return basis, None

@@ -8,6 +8,7 @@ from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from mechsvd.decomposition import Decomposition
+from mechsvd.results import require_same_model
 from mechsvd.sweeps import RankSweep
 from mechsvd.writes import Writes
 
@@ -43,6 +44,12 @@ def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
 
 def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Figure:
     """Who writes a direction: each site's and token's share of it (squared left singular vector)."""
+    if svd.left.shape[:2] != writes.values.shape[:2]:
+        raise ValueError(
+            f"The decomposition is of {list(svd.left.shape[:2])} sites and positions, but these writes have "
+            f"{list(writes.values.shape[:2])}; pass the writes that it was made from."
+        )
+    require_same_model(svd.source, writes.source, "The decomposition and the writes")
     labels = [f"{position}: {piece}" for position, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)]
     shares = 100 * svd.writer_map(direction)
     title = f"Who writes direction {direction + 1} (σ = {float(svd.singular_values[direction]):.3g})"

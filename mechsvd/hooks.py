@@ -7,8 +7,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechsvd.edits import Edit, Gate
+from mechsvd.edits import Edit, Gate, gates_of
+from mechsvd.models import provenance_of
+from mechsvd.results import Provenance, require_same_model
 from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites
+from mechsvd.tasks import valid_positions
 
 Observer = Callable[[Site, Tensor, Tensor], None]  # site, attempted write, kept write
 
@@ -21,32 +24,49 @@ def fwd_hooks(
     components: Sequence[str] = COMPONENTS,
     positions: Iterable[int] | None = None,
     missing: Literal["error", "skip"] = "error",
+    check: bool = True,
 ) -> list[Hook]:
     """Bind an edit to the sites of a model, as hooks for `run_with_hooks`, `hooks` or `generate`.
 
     Args:
-        edit: a gate, a chain, or any function of the writes "batch pos d_model" that returns a new tensor of that shape.
+        edit: a gate, a chain, or any function `edit(x, hook)` of the writes "batch pos d_model" that returns a new tensor of
+            that shape.
         layers, components: which sites; all by default.
         positions: absolute positions to edit, all by default. While decoding with a KV cache the hooks count the one-token
             steps, so bind fresh hooks for each new text.
         missing: whether a layer without the hook is refused or left out.
+        check: refuse a basis that comes from another model or processing state.
 
     Returns:
         One `(hook name, function)` a site, in the order of writing.
 
     Raises:
         KeyError: an unknown layer or component.
-        ValueError: an edit over another `d_model`, or a position below 0.
+        TypeError: an edit that cannot be called, or positions that are not whole numbers.
+        ValueError: an edit over another `d_model` or of another model, a stack of edits, or a position below 0.
     """
-    if isinstance(edit, Gate) and edit.d_model != model.cfg.d_model:
-        raise ValueError(f"The edit's basis has d_model {edit.d_model}, but the model's is {model.cfg.d_model}.")
-    chosen = None if positions is None else frozenset(positions)
-    if chosen is not None and (not chosen or min(chosen) < 0):
-        raise ValueError(f"`positions` are {sorted(chosen)}, but must be absolute positions, 0 or more, and at least one.")
-    return [(site.hook_name, bind(edit, site, chosen)) for site in find_sites(model, layers, components, missing)]
+    sites, chosen = find_sites(model, layers, components, missing), valid_positions(positions)
+    if isinstance(edit, Gate) and edit.is_stack:
+        raise ValueError(f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, or measure all by `measure`.")
+    require_fitting_edit(model, edit, provenance_of(model) if check and gates_of(edit) else None)
+    return [(site.hook_name, bind(edit, site, chosen)) for site in sites]
 
 
-def bind(edit: Edit, site: Site, positions: frozenset[int] | None = None, observe: Observer | None = None) -> Callable[..., Tensor]:
+def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) -> None:
+    """Refuse an edit that cannot be called, or whose basis is of another size or, where `source` is known, another model.
+
+    Raises:
+        TypeError, ValueError: saying which.
+    """
+    if not callable(edit):
+        raise TypeError(f"An edit must be a function of the writes, but this is {type(edit).__name__}; make one by `mechsvd.keep`.")
+    for gate in gates_of(edit):
+        if gate.d_model != model.cfg.d_model:
+            raise ValueError(f"The edit's basis has d_model {gate.d_model}, but the model's is {model.cfg.d_model}.")
+        require_same_model(gate.source, source, "The basis and the model")
+
+
+def bind(edit: Edit, site: Site, positions: Sequence[int] | None = None, observe: Observer | None = None) -> Callable[..., Tensor]:
     """Make the hook function of one site: edit, check the shape, restore dtype and device, spare the other positions.
 
     Args:
@@ -74,12 +94,19 @@ def bind(edit: Edit, site: Site, positions: frozenset[int] | None = None, observ
 
 
 def _run(edit: Edit, x: Tensor, hook: Any, site: Site) -> Any:
+    before = None if x.is_inference() else x._version
     try:
-        return edit(x, hook=hook)
+        edited = edit(x, hook=hook)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise RuntimeError(f"The edit failed at layer {site.layer} {site.component}: {error}") from error
+    if before is not None and x._version != before:
+        raise ValueError(
+            f"The edit at layer {site.layer} {site.component} changed its input in place, which would change the clean run and other "
+            "edits too; return a new tensor, `x = x.clone()` first."
+        )
+    return edited
 
 
 def _checked(edited: Any, x: Tensor, edit: Edit, site: Site) -> Tensor:
@@ -93,5 +120,5 @@ def _checked(edited: Any, x: Tensor, edit: Edit, site: Site) -> Tensor:
     return edited.to(x)
 
 
-def _mask(positions: frozenset[int], start: int, x: Tensor) -> Bool[Tensor, " pos"]:
+def _mask(positions: Sequence[int], start: int, x: Tensor) -> Bool[Tensor, " pos"]:
     return torch.tensor([start + i in positions for i in range(x.shape[1])], device=x.device)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mechsvd.batches import rows_a_pass, run_batches
 from mechsvd.edits import Edit, Gate
-from mechsvd.hooks import bind
+from mechsvd.hooks import bind, require_fitting_edit
 from mechsvd.models import provenance_of
-from mechsvd.results import Provenance, load_result, require_same_model, result, save_result
+from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.selfcheck import require_sound, self_check
 from mechsvd.sites import COMPONENTS, Model, Site, evaluation, find_sites, run_model
 from mechsvd.subspace import at_least_single
-from mechsvd.tasks import Task, require_fitting
+from mechsvd.tasks import Task, require_fitting, valid_positions
 
 
 @result
@@ -125,19 +125,21 @@ def measure(
         progress: a bar with an estimate; by default only where it is seen.
 
     Raises:
+        TypeError: something else than a task, or than edits.
         ValueError: a task that does not fit the model, a basis of another `d_model` or model, an edit that changes shapes.
         MemoryError: one edit alone does not fit.
     """
     require_fitting(model, task)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}, but a forward pass needs at least one edit.")
     sites = find_sites(model, layers, components, missing)
     shares_prefix = (require_sound(model) if check else self_check(model)).shares_prefix
-    setup = _Setup(model, task, sites, _valid_positions(task, positions), shares_prefix)
+    setup = _Setup(model, task, sites, valid_positions(positions, len(task.tokens)), shares_prefix)
     with evaluation(model) as users:
         notes = users if check else ("self-check skipped", *users)
         source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, notes)
-        if isinstance(edits, Gate):
-            edits = _fitting_gate(model, edits, source if check else None)
-        rows = _run_all(setup, edits, batch_size or rows_a_pass(model, task), progress)
+        stack = _as_stack(model, edits, source if check else None)
+        rows = _run_all(setup, stack, rows_a_pass(model, task) if batch_size is None else batch_size, progress)
     edited, clean = _rows(rows, slice(1, None)), _rows(rows, slice(0, 1))
     _warn_not_finite(edited)
     return replace(edited, clean=replace(clean, source=source), source=source)
@@ -150,7 +152,7 @@ class _Setup:
     model: Model
     task: Task
     sites: tuple[Site, ...]
-    positions: frozenset[int] | None
+    positions: tuple[int, ...] | None
     shares_prefix: bool
 
     def forward(self, edits: Gate | Sequence[Edit], with_clean: bool = False) -> Measurement:
@@ -225,22 +227,21 @@ def _rows(measured: Measurement, rows: slice | Tensor) -> Measurement:
     return Measurement(measured.log_probs[rows], measured.orig_deltas[rows], measured.kept_deltas[rows], measured.sites)
 
 
-def _fitting_gate(model: Model, gate: Gate, source: Provenance | None) -> Gate:
-    if gate.d_model != model.cfg.d_model:
-        raise ValueError(f"The edits' basis has d_model {gate.d_model}, but the model's is {model.cfg.d_model}.")
-    require_same_model(gate.source, source, "The basis and the model")
-    device = next(model.parameters()).device
-    stacked = gate.gains if gate.is_stack else gate.gains[None]
-    return Gate(gate.basis.to(device), stacked.to(device), gate.rest, gate.source)
-
-
-def _valid_positions(task: Task, positions: Iterable[int] | None) -> frozenset[int] | None:
-    if positions is None:
-        return None
-    chosen = frozenset(positions)
-    if not chosen or not chosen <= set(range(len(task.tokens))):
-        raise ValueError(f"`positions` are {sorted(chosen)}, but must be some of 0 to {len(task.tokens) - 1}.")
-    return chosen
+def _as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | tuple[Edit, ...]:
+    if isinstance(edits, Gate):
+        require_fitting_edit(model, edits, source)
+        device = next(model.parameters()).device
+        stacked = edits.gains if edits.is_stack else edits.gains[None]
+        return Gate(edits.basis.to(device), stacked.to(device), edits.rest, edits.source)
+    if not isinstance(edits, Sequence) or not edits:
+        raise TypeError(
+            f"`edits` must be a stack of gates or a list of edits, at least one, but is {type(edits).__name__} {edits!r:.40}."
+        )
+    for edit in edits:
+        require_fitting_edit(model, edit, source)
+        if isinstance(edit, Gate) and edit.is_stack:
+            raise ValueError("A stack of gates cannot be one of a list of edits: pass the stack alone, or its members `stack[i]`.")
+    return tuple(edits)
 
 
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:

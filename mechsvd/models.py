@@ -43,26 +43,30 @@ def load_model(
         ImportError: TransformerLens is missing or of a version that is not supported.
     """
     if hasattr(model, "run_with_hooks"):
+        if options or device is not None:
+            raise ValueError("This model is loaded already and is used as it is; options are for models that are loaded by name.")
         return model
     if not isinstance(model, (str, Path)) or not str(model):
         raise TypeError(f"`model` must be a name, a directory or a TransformerLens model, but it is {model!r}.")
     _require_transformer_lens()
-    name = str(WEIGHTS if model == EMBEDDED else model)
+    _require_placement(device, dtype)
+    name = str(WEIGHTS if model == EMBEDDED else Path(model).expanduser() if str(model).startswith("~") else model)
     is_local = Path(name).is_dir()
     if is_local:
         _require_checkpoint(Path(name), allow_pickle)
+    elif isinstance(model, Path) or name.startswith((".", "/", "~")):
+        raise ValueError(f"There is no directory {name}.")
     elif not allow_pickle:
         _require_hub_safetensors(name)
+    from safetensors import SafetensorError
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
         return TransformerBridge.boot_transformers(name, device=device, dtype=dtype, **options)
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        if not is_local and not isinstance(error, OSError):
+            raise
         raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
-    except Exception as error:
-        if is_local and type(error).__module__.startswith(("safetensors", "builtins")):
-            raise _damaged(name, error) from error
-        raise
 
 
 def provenance_of(
@@ -142,6 +146,16 @@ def _require_transformer_lens() -> None:
     numbers = tuple(int(part) for part in found.split(".")[:2])
     if not OLDEST <= numbers < NEWEST:
         raise ImportError(f"TransformerLens {found} is installed, but mechsvd supports 3.9 to below 5; run: {INSTALL}")
+
+
+def _require_placement(device: str | torch.device | None, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"`dtype` must be a floating torch.dtype such as torch.float32, but is {dtype!r}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(":")[0].splitlines()[0]
+        raise ValueError(f"Device {str(device)!r} cannot be used here ({reason}); 'cpu' always can.") from error
 
 
 def _require_checkpoint(directory: Path, allow_pickle: bool) -> None:

@@ -56,6 +56,16 @@ class Site:
         return hash(self.hook_name)
 
 
+def require_model(model: Any) -> None:
+    """Refuse what is no TransformerLens model, such as the name of one.
+
+    Raises:
+        TypeError: saying how to get a model.
+    """
+    if not hasattr(model, "run_with_hooks") or not hasattr(model, "hook_dict"):
+        raise TypeError(f"`model` must be a TransformerLens model, but is {model!r:.60}; get one by `mechsvd.load_model(…)`.")
+
+
 def find_sites(
     model: Model,
     layers: int | Iterable[int] | None = None,
@@ -73,6 +83,9 @@ def find_sites(
         KeyError: an unknown layer or component, or a hook that a layer lacks.
         ValueError: nothing left.
     """
+    require_model(model)
+    if missing not in ("error", "skip"):
+        raise ValueError(f"`missing` is {missing!r}, but must be 'error' or 'skip'.")
     wanted_layers, wanted = _valid_layers(model, layers), _valid_components(components)
     hook_names, found = model.hook_dict, []
     attention_only = getattr(model.cfg, "attn_only", False)  # its blocks still have an MLP hook, which never fires
@@ -179,8 +192,8 @@ def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[
     n_layers = model.cfg.n_layers
     if layers is None:
         return range(n_layers)
-    chosen = [layers] if isinstance(layers, int) else sorted(set(layers))
-    if wrong := [layer for layer in chosen if not 0 <= layer < n_layers]:
+    chosen = sorted({layers} if isinstance(layers, int) else set(layers))
+    if wrong := [layer for layer in chosen if isinstance(layer, bool) or layer not in range(n_layers)]:
         raise KeyError(f"No layers {wrong}: the model has layers 0–{n_layers - 1}.")
     return chosen
 

@@ -78,6 +78,10 @@ def sweep_rank(
     Raises:
         ValueError: a rank below 0 or above what exists, an order that is no permutation.
     """
+    if not isinstance(svd, Decomposition):
+        raise TypeError(
+            f"`svd` must be a Decomposition, but is {type(svd).__name__}; of a `per_layer` tuple, take one and its layer."
+        )
     chosen = _valid_ranks(svd, ranks)
     permutation = _valid_order(svd, order)
     place = permutation.argsort()  # of each direction in the order
@@ -97,19 +101,24 @@ def _cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gat
 
 
 def _valid_ranks(svd: Decomposition, ranks: Any) -> Int[Tensor, " edit"]:
-    chosen = torch.arange(svd.rank + 1) if ranks is None else torch.as_tensor(ranks).cpu()
-    if chosen.ndim != 1 or len(chosen) == 0 or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise ValueError(f"`ranks` must be a non-empty list of whole numbers, but is {ranks!r}.")
+    chosen = torch.arange(svd.rank + 1) if ranks is None else _whole_numbers("ranks", ranks)
     if chosen.min() < 0 or chosen.max() > svd.rank:
         wrong = chosen[(chosen < 0) | (chosen > svd.rank)].tolist()
         raise ValueError(f"`ranks` holds {wrong[:5]}, but the decomposition has {svd.rank} directions; choose 0 to {svd.rank}.")
-    return chosen.long()
+    return chosen
 
 
 def _valid_order(svd: Decomposition, order: Any) -> Int[Tensor, " rank"]:
     if order is None:
         return torch.arange(svd.rank)
-    permutation = torch.as_tensor(order).cpu()
+    permutation = _whole_numbers("order", order)
     if not torch.equal(permutation.sort().values, torch.arange(svd.rank)):
         raise ValueError(f"`order` must name each of the {svd.rank} directions once, 0 to {svd.rank - 1}, but it does not.")
-    return permutation.long()
+    return permutation
+
+
+def _whole_numbers(name: str, numbers: Any) -> Int[Tensor, " n"]:
+    found = numbers if isinstance(numbers, Tensor) else torch.tensor([]) if isinstance(numbers, str) else torch.tensor([*numbers])
+    if found.ndim != 1 or len(found) == 0 or found.is_floating_point() or found.dtype == torch.bool:
+        raise ValueError(f"`{name}` must be a non-empty list of whole numbers, but is {numbers!r:.60}.")
+    return found.cpu().long()

@@ -1,7 +1,8 @@
 """What is asked of a model: a prompt and its continuation, as tokens, and the positions that are scored."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from os import PathLike
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechsvd.results import load_result, result, save_result
-from mechsvd.sites import Model, evaluation
+from mechsvd.sites import Model, evaluation, require_model
 
 SHORTFORM_PROMPTS: dict[str, str] = {
     "meaning": "I believe the meaning of life is",
@@ -49,12 +50,18 @@ class Task:
         return load_result(cls, path)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokens, Tensor):
+            raise TypeError(
+                f"`tokens` must be a tensor of token ids, but is {type(self.tokens).__name__}; wrap it in torch.tensor."
+            )
         if self.tokens.is_floating_point() or self.tokens.is_complex() or self.tokens.dtype == torch.bool:
             raise TypeError(f"`tokens` must be token ids (whole numbers), but their dtype is {self.tokens.dtype}.")
         if self.tokens.ndim != 1:
             raise ValueError(f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row.")
         if isinstance(self.prompt_length, bool) or self.prompt_length < 1:
             raise ValueError(f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts).")
+        if self.pieces and len(self.pieces) != len(self.tokens):
+            raise ValueError(f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; give one for each, or none.")
         if self.prompt_length >= len(self.tokens):
             raise ValueError(
                 f"Nothing to score: `prompt_length` is {self.prompt_length} of {len(self.tokens)} tokens; the continuation needs "
@@ -86,6 +93,8 @@ class Task:
             TypeError: text that is not a string.
             ValueError: an empty prompt or continuation, or more tokens than the context holds.
         """
+        if truncate not in (None, "left"):
+            raise ValueError(f"`truncate` is {truncate!r}, but must be 'left' or None.")
         prompt_ids = _prompt_ids(model, prompt, prepend_bos)
         if continuation is None:
             scored = None
@@ -132,6 +141,10 @@ def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
         ValueError: an empty list.
         TypeError: something that is not a task.
     """
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable | Task):
+        raise TypeError(
+            f"A task is needed, but this is {type(tasks).__name__} {tasks!r:.40}; make one by `Task.from_text(model, …)`."
+        )
     found = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
     if not found:
         raise ValueError("No tasks: the list is empty; give at least one.")
@@ -141,12 +154,39 @@ def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
     return found
 
 
+def valid_positions(positions: Iterable[int] | None, length: int | None = None) -> tuple[int, ...] | None:
+    """Positions as sorted whole numbers, from 0 to below `length` where that is known.
+
+    Raises:
+        TypeError: a mask, fractions, or anything else that is no whole number.
+        ValueError: positions that do not exist, or none at all.
+    """
+    if positions is None:
+        return None
+    if isinstance(positions, Tensor):
+        positions = positions.tolist()
+    if not isinstance(positions, Iterable) or isinstance(positions, str):
+        raise TypeError(f"`positions` must be a list or range of whole numbers, but is {positions!r}.")
+    chosen = list(positions)
+    if wrong := [p for p in chosen if isinstance(p, bool) or not isinstance(p, Integral)]:
+        raise TypeError(f"`positions` must be whole numbers, but holds {wrong[0]!r}; of a mask, take `mask.nonzero().flatten()`.")
+    if not chosen:
+        raise ValueError("`positions` is empty, so nothing is left; give at least one.")
+    if wrong := [p for p in chosen if p < 0 or (length is not None and p >= length)]:
+        valid = "0 and more" if length is None else f"0 to {length - 1}"
+        raise ValueError(f"No positions {wrong[:5]}: they are absolute, {valid}.")
+    return tuple(sorted({int(p) for p in chosen}))
+
+
 def require_fitting(model: Model, task: Task) -> None:
     """Refuse a task that the model cannot read.
 
     Raises:
         ValueError: token ids that the model does not have, or more tokens than its context.
     """
+    require_model(model)
+    if not isinstance(task, Task):
+        raise TypeError(f"One task is needed, but this is {type(task).__name__}; make one by `Task.from_text(model, …)`.")
     if len(task.tokens) > model.cfg.n_ctx:
         raise ValueError(f"The task has {len(task.tokens)} tokens, but the model's context holds {model.cfg.n_ctx}; shorten it.")
     low, high = int(task.tokens.min()), int(task.tokens.max())
@@ -167,6 +207,7 @@ def _require_text(name: str, text: Any) -> None:
 
 
 def _prompt_ids(model: Model, prompt: str, prepend_bos: bool) -> list[int]:
+    require_model(model)
     _require_text("prompt", prompt)
     if model.tokenizer is None:
         raise ValueError("The model has no tokenizer: make the task from token ids, `Task(tokens=…, prompt_length=…)`.")

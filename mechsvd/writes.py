@@ -12,7 +12,7 @@ from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model, Site, evaluation, find_sites, run_model
-from mechsvd.tasks import Task, as_tasks, require_fitting
+from mechsvd.tasks import Task, as_tasks, require_fitting, valid_positions
 
 
 @result
@@ -137,9 +137,7 @@ def _run_by_length(model: Model, tasks: Sequence[Task], sites: Sequence[Site]) -
 
 def _kept_positions(model: Model, task: Task, positions: Iterable[int] | None, skip_bos: bool) -> Int[Tensor, " kept"]:
     length = len(task.tokens)
-    chosen = list(range(length)) if positions is None else sorted(set(positions))
-    if wrong := [p for p in chosen if not 0 <= p < length]:
-        raise ValueError(f"No positions {wrong}: the task has positions 0 to {length - 1}.")
+    chosen = valid_positions(positions, length) or range(length)
     if skip_bos:
         bos = getattr(model.tokenizer, "bos_token_id", None)
         chosen = [p for p in chosen if not (p == 0 and int(task.tokens[0]) == bos)]
