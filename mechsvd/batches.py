@@ -56,26 +56,26 @@ def run_batches(
     with tqdm(total=len(order), desc="edits", disable=not _is_seen() if progress is None else not progress) as bar:
         while done < len(order):
             rows = order[done : done + size]
-            part = _unless_out_of_memory(forward, rows)
-            if part is None:
+            if not _fits(forward, rows, parts):
                 size = _halved(size, model, task)
                 continue
-            parts.append(part)
             done += len(rows)
             bar.update(len(rows))
     return parts
 
 
-def _unless_out_of_memory(forward: Callable[[Tensor], Part], rows: Tensor) -> Part | None:
+def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) -> bool:
+    """Run some edits and keep what they give, or say that memory ran out."""
     try:
-        return forward(rows)
+        parts.append(forward(rows))
+        return True
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
     # outside the except block: the exception holds the frames, and those the tensors
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
+    return False
 
 
 def _is_out_of_memory(error: Exception) -> bool:

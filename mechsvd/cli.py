@@ -68,9 +68,10 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from mechsvd.report import reproduce  # plotly and pandas are needed only here
+    from mechsvd.report import reproduce, require_writable  # plotly and pandas are needed only here
 
     texts = _texts(options)
+    require_writable(options.out)
     model = _load(options)
     make = partial(Task.from_text, model, max_new_tokens=options.max_new_tokens)
     tasks: dict[str, Callable[[], Task]] = {name: partial(make, prompt, said) for name, (prompt, said) in texts.items()}
@@ -82,6 +83,8 @@ def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
         if options.continuation:
             raise ValueError("`--continuation` needs a `--prompt` that it continues.")
         return {name: (prompt, None) for name, prompt in SHORTFORM_PROMPTS.items()}
+    if not all([*options.prompt, *(options.continuation or [])]):
+        raise ValueError("A --prompt or --continuation is empty; give some text.")
     said = options.continuation or [None] * len(options.prompt)
     if len(said) != len(options.prompt):
         raise ValueError(f"{len(options.prompt)} --prompt but {len(said)} --continuation; give one for each, or none.")

@@ -1,6 +1,8 @@
 """The SVD of a sample of vectors: singular values, directions, and which vectors write each direction. Tensors only."""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral
 from os import PathLike
 from typing import Any
@@ -10,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.results import Provenance, load_result, result, save_result, with_notes
 from mechsvd.subspace import Subspace, at_least_single
 
 
@@ -110,7 +112,7 @@ def decompose(writes: Any, *, per_layer: bool = False, center: bool = False) -> 
         >>> decompose(torch.diag(torch.tensor([3.0, 2.0]))[None]).singular_values
         tensor([3., 2.])
     """
-    values: Tensor = writes if isinstance(writes, Tensor) else getattr(writes, "values", None)
+    values: Any = writes if isinstance(writes, Tensor) else getattr(writes, "values", None)
     source: Provenance | None = getattr(writes, "source", None)
     _require_sample(values)
     if not per_layer:
@@ -152,15 +154,22 @@ def _decompose_groups(
     vectors = rearrange(exact, "group site pos d_model -> group (site pos) d_model")
     if center:
         vectors = vectors - vectors.mean(dim=1, keepdim=True)
+        source = source and with_notes(source, "centred")
     found = []
     for left, sizes, directions, layer in zip(*thin_svd(vectors), layers, strict=True):
         rank = _numerical_rank(sizes, vectors.shape[1:])
         signs = _signs(directions[:, :rank])
         left = rearrange(left[:, :rank] * signs, "(site pos) rank -> site pos rank", site=shape[1])
         sizes, directions, left = (t.to(device=device, dtype=dtype) for t in (sizes[:rank], directions[:, :rank] * signs, left))
-        found.append(Decomposition(sizes, directions, left, layer, source))
+        found.append(Decomposition(sizes, directions, left, layer, _of_layer(source, layer)))
     _warn_unseen(vectors.shape[1], found)
     return tuple(found)
+
+
+def _of_layer(source: Provenance | None, layer: int | None) -> Provenance | None:
+    if source is None or layer is None:
+        return source
+    return replace(source, hooks=tuple(name for name in source.hooks if name.startswith(f"blocks.{layer}.")))
 
 
 def _numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:
@@ -192,22 +201,36 @@ def _svd(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         return torch.linalg.svd(vectors, full_matrices=False)
     except torch.linalg.LinAlgError:
-        from scipy.linalg import svd  # a second driver, slower and surer
+        from scipy.linalg import svd
 
-        parts = [svd(v.cpu().numpy(), full_matrices=False, lapack_driver="gesvd") for v in vectors]
-        left, sizes, right = (torch.stack([torch.from_numpy(p[i].copy()) for p in parts]) for i in range(3))
-        return left.to(vectors.device), sizes.to(vectors.device), right.to(vectors.device)
+        left, sizes, right = _once_more(lambda matrix: svd(matrix, full_matrices=False, lapack_driver="gesvd"), vectors)
+        return left, sizes, right
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:
-        from scipy.linalg import eigh  # a second driver, slower and surer
+        from scipy.linalg import eigh
 
-        parts = [eigh(g.cpu().numpy(), driver="ev") for g in gram]
-        values, vectors = (torch.stack([torch.from_numpy(p[i].copy()) for p in parts]).to(gram.device) for i in range(2))
+        values, vectors = _once_more(lambda matrix: eigh(matrix, driver="ev"), gram)
     return values, vectors
+
+
+def _once_more(solve: Callable[[Any], tuple[Any, ...]], matrices: Tensor) -> list[Tensor]:
+    """Solve each matrix on the CPU with scipy's slower and surer driver."""
+    from scipy.linalg import LinAlgError
+
+    try:
+        solved = [solve(matrix.cpu().numpy()) for matrix in matrices]
+    except LinAlgError as error:
+        raise RuntimeError(
+            f"The SVD of a matrix of shape {list(matrices.shape[1:])} did not converge, nor with a second driver ({error}); are "
+            "the writes of a sensible size?"
+        ) from error
+    return [
+        torch.stack([torch.from_numpy(part.copy()) for part in parts]).to(matrices.device) for parts in zip(*solved, strict=True)
+    ]
 
 
 def _require_sample(values: Any) -> None:

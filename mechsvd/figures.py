@@ -1,6 +1,8 @@
 """Results → plotly figures, one function each; nothing is shown, nothing global is set, no model is touched."""
 
 from collections.abc import Sequence
+from html import escape
+from math import log10
 from typing import Any
 
 import plotly.graph_objects as go
@@ -26,7 +28,7 @@ def singular_values(svd: Decomposition, *, log: bool = False) -> go.Figure:
 
 def cumulative_singular_values(svd: Decomposition) -> go.Figure:
     """Cumulative sum of the singular values against a logarithmic axis of directions."""
-    sums = svd.singular_values.double().cumsum(0)
+    sums = svd.singular_values.cpu().double().cumsum(0)
     figure = _figure("Cumulative sum of singular values", "directions (log axis)", f"sum of singular values ({UNITS})", log_x=True)
     trace = _line(_count_from_one(svd), sums, "Σσ", EDITED, hover="first %{x} directions<br>Σσ = %{y:.4g} (%{customdata:.1%})")
     figure.add_trace(trace.update(customdata=(sums / sums[-1]).numpy() if len(sums) else None))
@@ -50,11 +52,11 @@ def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Fig
             f"{list(writes.values.shape[:2])}; pass the writes that it was made from."
         )
     require_same_model(svd.source, writes.source, "The decomposition and the writes")
-    labels = [f"{position}: {piece}" for position, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)]
+    labels = [f"{at}: {escape(piece)}" for at, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)]
     shares = 100 * svd.writer_map(direction)
     title = f"Who writes direction {direction + 1} (σ = {float(svd.singular_values[direction]):.3g})"
     hover = "%{y}<br>%{customdata}<br>%{z:.2f} %<extra></extra>"
-    return _heat_map(title, "position", shares, list(range(len(labels))), writes.sites, "share (%)", hover, labels)
+    return _heat_map(title, "position", shares, _columns(writes), writes.sites, "share (%)", hover, labels)
 
 
 def probability(sweep: RankSweep) -> go.Figure:
@@ -108,7 +110,7 @@ def _line(x: Any, y: Tensor, name: str, colour: str, *, hover: str) -> Any:
     draw = go.Scattergl if len(y) > MANY_POINTS else go.Scatter
     marker = {"size": 4} if len(y) <= 40 else None
     mode = "lines+markers" if marker else "lines"
-    values = y.double().cpu().numpy()
+    values = y.cpu().double().numpy()
     line = {"color": colour, "width": 1.8}
     return draw(x=_numbers(x), y=values, name=name, mode=mode, marker=marker, line=line, hovertemplate=hover + "<extra></extra>")
 
@@ -119,7 +121,7 @@ def _heat_map(title: str, x: str, z: Tensor, columns: Any, sites: Any, unit: str
         go.Heatmap(
             x=columns,
             y=[str(site) for site in sites],
-            z=z.double().cpu().numpy(),
+            z=z.cpu().double().numpy(),
             customdata=None if labels is None else [labels] * len(sites),
             colorscale="Viridis",
             colorbar={"title": {"text": unit}},
@@ -140,8 +142,6 @@ def _with_clean(figure: go.Figure, value: Tensor) -> go.Figure:
 
 def _on_axis(figure: go.Figure, value: float) -> float:
     # plotly wants the logarithm for annotations on logarithmic axes, but not for shapes
-    from math import log10
-
     return log10(value) if figure.layout.yaxis.type == "log" and value > 0 else value
 
 
@@ -161,6 +161,11 @@ def _numbers(x: Any) -> list[int]:
 
 def _pieces(writes: Writes) -> Sequence[str]:
     return writes.pieces or [f"[{token}]" for token in writes.tokens.tolist()]
+
+
+def _columns(writes: Writes) -> list[int]:
+    several = int(writes.task_index.max()) > 0  # positions repeat from text to text
+    return list(range(len(writes.positions))) if several else writes.positions.tolist()
 
 
 def _shades(count: int) -> list[str]:

@@ -11,7 +11,7 @@ from mechsvd.edits import Edit, Gate, gates_of
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, require_same_model
 from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites
-from mechsvd.tasks import valid_positions
+from mechsvd.tasks import Positions, valid_positions
 
 Observer = Callable[[Site, Tensor, Tensor], None]  # site, attempted write, kept write
 
@@ -22,7 +22,7 @@ def fwd_hooks(
     *,
     layers: int | Iterable[int] | None = None,
     components: Sequence[str] = COMPONENTS,
-    positions: Iterable[int] | None = None,
+    positions: Positions = None,
     missing: Literal["error", "skip"] = "error",
     check: bool = True,
 ) -> list[Hook]:
@@ -66,21 +66,28 @@ def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) ->
         require_same_model(gate.source, source, "The basis and the model")
 
 
-def bind(edit: Edit, site: Site, positions: Sequence[int] | None = None, observe: Observer | None = None) -> Callable[..., Tensor]:
+def bind(
+    edit: Edit,
+    site: Site,
+    positions: Sequence[int] | None = None,
+    observe: Observer | None = None,
+    rows: int | None = None,
+) -> Callable[..., Tensor]:
     """Make the hook function of one site: edit, check the shape, restore dtype and device, spare the other positions.
 
     Args:
         observe: is shown the attempted and the kept write, at the edited positions.
+        rows: how many rows the edit returns; as many as it gets by default.
     """
     seen = 0
 
     def hook_function(x: Tensor, hook: Any = None) -> Tensor:
         nonlocal seen
         if x.ndim == 2 and positions is None:  # OPT's MLP sees [batch·pos, d_model]; positions cannot be told apart there
-            return _checked(_run(edit, x[None], hook, site), x[None], edit, site)[0]
+            return _checked(_run(edit, x[None], hook, site), x[None], rows, site)[0]
         start = seen if x.shape[1] == 1 else 0  # a one-token step continues the text before it
         seen = start + x.shape[1]
-        edited = _checked(_run(edit, x, hook, site), x, edit, site)
+        edited = _checked(_run(edit, x, hook, site), x, rows, site)
         if positions is None:
             if observe:
                 observe(site, x, edited)
@@ -97,21 +104,20 @@ def _run(edit: Edit, x: Tensor, hook: Any, site: Site) -> Any:
     before = None if x.is_inference() else x._version
     try:
         edited = edit(x, hook=hook)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         raise RuntimeError(f"The edit failed at layer {site.layer} {site.component}: {error}") from error
     if before is not None and x._version != before:
         raise ValueError(
-            f"The edit at layer {site.layer} {site.component} changed its input in place, which would change the clean run and other "
-            "edits too; return a new tensor, `x = x.clone()` first."
+            f"The edit at layer {site.layer} {site.component} changed its input in place, which would change the clean run and "
+            "other edits too; return a new tensor, `x = x.clone()` first."
         )
     return edited
 
 
-def _checked(edited: Any, x: Tensor, edit: Edit, site: Site) -> Tensor:
-    rows = len(edit) if isinstance(edit, Gate) and edit.is_stack else getattr(edit, "rows", x.shape[0])
-    if not isinstance(edited, Tensor) or edited.shape != (rows, *x.shape[1:]):
+def _checked(edited: Any, x: Tensor, rows: int | None, site: Site) -> Tensor:
+    if not isinstance(edited, Tensor) or edited.shape != (rows or x.shape[0], *x.shape[1:]):
         returned = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
         raise ValueError(
             f"The edit at layer {site.layer} {site.component} returned {returned} for writes of shape {list(x.shape)}; an edit "

@@ -1,5 +1,6 @@
 """The engine: a model, a task and a stack of edits, many edits in one forward pass, measured against the clean run."""
 
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.batches import rows_a_pass, run_batches
-from mechsvd.edits import Edit, Gate
+from mechsvd.edits import Edit, Gate, chain
 from mechsvd.hooks import bind, require_fitting_edit
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
-from mechsvd.selfcheck import require_sound, self_check
+from mechsvd.selfcheck import SelfCheck, require_sound
 from mechsvd.sites import COMPONENTS, Model, Site, evaluation, find_sites, run_model
 from mechsvd.subspace import at_least_single
-from mechsvd.tasks import Task, require_fitting, valid_positions
+from mechsvd.tasks import Positions, Task, require_fitting, valid_positions
 
 
 @result
@@ -106,7 +107,7 @@ def measure(
     *,
     layers: int | Iterable[int] | None = None,
     components: Sequence[str] = COMPONENTS,
-    positions: Iterable[int] | None = None,
+    positions: Positions = None,
     missing: Literal["error", "skip"] = "error",
     batch_size: int | None = None,
     check: bool = True,
@@ -133,16 +134,30 @@ def measure(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}, but a forward pass needs at least one edit.")
     sites = find_sites(model, layers, components, missing)
-    shares_prefix = (require_sound(model) if check else self_check(model)).shares_prefix
-    setup = _Setup(model, task, sites, valid_positions(positions, len(task.tokens)), shares_prefix)
+    checked, notes = require_sound(model, check, missing)
+    setup = _Setup(model, task, sites, valid_positions(positions, len(task.tokens)), checked)
     with evaluation(model) as users:
-        notes = users if check else ("self-check skipped", *users)
-        source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, notes)
+        source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, (*notes, *users))
         stack = _as_stack(model, edits, source if check else None)
         rows = _run_all(setup, stack, rows_a_pass(model, task) if batch_size is None else batch_size, progress)
     edited, clean = _rows(rows, slice(1, None)), _rows(rows, slice(0, 1))
     _warn_not_finite(edited)
     return replace(edited, clean=replace(clean, source=source), source=source)
+
+
+def estimate_seconds(model: Model, task: Task, edits: int) -> float:
+    """Foretell how long it takes to measure so many edits, from two small measurements."""
+    few = min(8, rows_a_pass(model, task))
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        measure(model, task, [chain()] * count, check=False, progress=False)
+        return time.perf_counter() - started
+
+    seconds(1)  # the first run pays for what is set up once
+    one, several = seconds(1), seconds(few)
+    an_edit = max(0.0, several - one) / max(1, few - 1)
+    return edits * an_edit + -(-edits // rows_a_pass(model, task)) * max(0.0, one - an_edit)
 
 
 @dataclass(frozen=True)
@@ -153,13 +168,13 @@ class _Setup:
     task: Task
     sites: tuple[Site, ...]
     positions: tuple[int, ...] | None
-    shares_prefix: bool
+    check: SelfCheck
 
     def forward(self, edits: Gate | Sequence[Edit], with_clean: bool = False) -> Measurement:
         """One forward pass, each edit a row of the batch, behind the clean run on request."""
         rows: Edit = edits if isinstance(edits, Gate) else _Each(tuple(edits))
         if with_clean:
-            rows = _BehindClean(rows, 1 + len(edits))
+            rows = _BehindClean(rows)
         count = len(edits) + with_clean
         orig: list[Tensor] = []
         kept: list[Tensor] = []
@@ -168,10 +183,10 @@ class _Setup:
             orig.append(_rms_norm(attempted).expand(count))
             kept.append(_rms_norm(let_through))
 
-        hooks = [(site.hook_name, bind(rows, site, self.positions, observe)) for site in self.sites]
+        hooks = [(site.hook_name, bind(rows, site, self.positions, observe, count)) for site in self.sites]
         tokens = self.task.tokens.to(next(self.model.parameters()).device)
-        batch = tokens.expand(1 if self.shares_prefix else count, -1)
-        logits = run_model(self.model, batch, hooks, self.task.scored)
+        batch = tokens.expand(1 if self.check.shares_prefix else count, -1)
+        logits = run_model(self.model, batch, hooks, self.task.scored, cut_early=self.check.scores_alone)
         log_probs = logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
         target = tokens[self.task.prompt_length :].expand(count, -1)
         scored = log_probs.gather(-1, target[..., None])[..., 0]
@@ -184,12 +199,8 @@ class _Each:
 
     edits: tuple[Edit, ...]
 
-    @property
-    def rows(self) -> int:
-        return len(self.edits)
-
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        rows = x.expand(self.rows, -1, -1)
+        rows = x.expand(len(self.edits), -1, -1)
         return torch.cat([edit(rows[i : i + 1], hook=hook) for i, edit in enumerate(self.edits)])
 
 
@@ -198,7 +209,6 @@ class _BehindClean:
     """A stack of edits behind a first row that is left as it is: the clean run, in the same pass."""
 
     edits: Edit
-    rows: int
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
         return torch.cat([x[:1], self.edits(x if len(x) == 1 else x[1:], hook=hook).to(x)])
@@ -234,9 +244,7 @@ def _as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | tup
         stacked = edits.gains if edits.is_stack else edits.gains[None]
         return Gate(edits.basis.to(device), stacked.to(device), edits.rest, edits.source)
     if not isinstance(edits, Sequence) or not edits:
-        raise TypeError(
-            f"`edits` must be a stack of gates or a list of edits, at least one, but is {type(edits).__name__} {edits!r:.40}."
-        )
+        raise TypeError(f"`edits` must be a stack of gates or a list of edits, at least one, but is {type(edits).__name__}.")
     for edit in edits:
         require_fitting_edit(model, edit, source)
         if isinstance(edit, Gate) and edit.is_stack:

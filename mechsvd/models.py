@@ -15,6 +15,8 @@ from mechsvd.sites import Model, Site
 
 EMBEDDED = "embedded"
 OLDEST, NEWEST = (3, 9), (5, 0)  # of transformer-lens: from the first, below the second
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 INSTALL = "pip install 'transformer-lens>=3.9,<5'"
 
 
@@ -32,7 +34,7 @@ def load_model(
 
     Args:
         model: "embedded", a directory, a hub name such as "gpt2", or a model.
-        device: TransformerLens's choice by default (CUDA, then MPS, then CPU).
+        device: TransformerLens's choice by default, which is CUDA where there is one.
         dtype: of the weights; projections are computed in float32 or wider whatever it is.
         allow_pickle: accept weights that are not safetensors.
         options: passed on to `TransformerBridge.boot_transformers` (revision, trust_remote_code, …).
@@ -161,7 +163,7 @@ def _require_placement(device: str | torch.device | None, dtype: torch.dtype) ->
 def _require_checkpoint(directory: Path, allow_pickle: bool) -> None:
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} is not a Hugging Face model: config.json is missing there.")
-    if any(directory.glob("*.safetensors")):
+    if any((directory / name).is_file() for name in SAFETENSORS):
         return
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if not pickles:
@@ -174,19 +176,20 @@ def _require_checkpoint(directory: Path, allow_pickle: bool) -> None:
 
 
 def _require_hub_safetensors(name: str) -> None:
-    from huggingface_hub import list_repo_files
+    from huggingface_hub import list_repo_files, try_to_load_from_cache
 
     try:
         files = list_repo_files(name)
-    except Exception:  # offline, gated, unknown: loading says which, and a cached model still loads
-        return
-    if not any(file.endswith(".safetensors") for file in files):
+    except Exception:  # offline, gated, unknown: loading says which, and what is in the cache still loads
+        known = [file for file in (*SAFETENSORS, *PICKLES) if isinstance(try_to_load_from_cache(name, file), str)]
+        files = known or list(SAFETENSORS)
+    if not set(SAFETENSORS) & set(files):
         raise ValueError(f"{name} has no safetensors weights on the hub; pass `allow_pickle=True` if you trust its pickles.")
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:300]
-    return ValueError(f"The checkpoint in {name} cannot be loaded; its model.safetensors or config.json is damaged: {reason}")
+    return ValueError(f"The checkpoint in {name} cannot be loaded; is its model.safetensors or config.json damaged? {reason}")
 
 
 def _unreachable(name: str, error: Exception) -> OSError:

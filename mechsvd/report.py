@@ -2,6 +2,7 @@
 
 import html
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import torch
 
 from mechsvd import figures
 from mechsvd.decomposition import Decomposition, decompose
+from mechsvd.measurement import estimate_seconds
 from mechsvd.results import Provenance, write_atomically
 from mechsvd.selfcheck import SelfCheck, self_check
 from mechsvd.sites import COMPONENTS, Model
@@ -96,6 +98,7 @@ def write_report(studies: Sequence[Study], check: SelfCheck, out: Path, *, cdn: 
     """
     for found in studies:
         _write_data(found, out / "report-data" / found.name)
+    _remove_stale(out / "report-data", {found.name for found in studies})
     path = out / "report.html"
     write_atomically(path, _page(studies, check, cdn, seconds).encode())
     return path
@@ -119,30 +122,34 @@ def reproduce(
         OSError: the folder cannot be written, which is tried before anything is computed.
     """
     started = time.perf_counter()
-    (out / "report-data").mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "report-data" / "writable", b"")
-    (out / "report-data" / "writable").unlink()
+    require_writable(out)
     studies = []
     for name, make in tasks.items():
-        say(f"{name}: the model's continuation")
         task = make()
-        say(f"{name}: {_cost(model, task)}")
+        say(f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}")
         studies.append(study(model, name, task, components))
     path = write_report(studies, self_check(model), out, cdn=cdn, seconds=time.perf_counter() - started)
     say(f"{path} after {time.perf_counter() - started:.0f} s")
     return path
 
 
-def _cost(model: Model, task: Task) -> str:
-    from mechsvd.edits import chain
-    from mechsvd.measurement import measure
+def require_writable(out: Path) -> None:
+    """Make the report's folders, and refuse where that fails.
 
-    measure(model, task, [chain()], progress=False)  # the first run pays for what is set up once
-    started = time.perf_counter()
-    measure(model, task, [chain()], progress=False)
-    passes = time.perf_counter() - started
-    edits = model.cfg.d_model + 1
-    return f"up to {edits} ranks of {len(task.tokens)} tokens, at most about {max(1, passes / 2 * edits):.0f} s"
+    Raises:
+        OSError: saying which folder.
+    """
+    try:
+        (out / "report-data").mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "report-data" / ".writable", b"")
+        (out / "report-data" / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"The report cannot be written to {out}: {error.strerror or error}; choose another folder.") from error
+
+
+def _cost(model: Model, task: Task) -> str:
+    edits = min(model.cfg.d_model, len(task.tokens) * 2 * model.cfg.n_layers) + 1
+    return f"at most {edits} ranks, about {max(1, round(estimate_seconds(model, task, edits)))} s"
 
 
 def _first_lasting(sweep: RankSweep, good: torch.Tensor) -> str:
@@ -162,12 +169,26 @@ def _write_data(found: Study, folder: Path) -> None:
         "layer_singular_values": layers,
         "sweep": found.sweep.to_pandas(),
         "sweep_by_site": found.sweep.sites_to_pandas(),
+        "writers_of_direction_1": _writers(found),
     }
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
     found.task.save(folder / "task.safetensors")
     found.pooled.save(folder / "decomposition.safetensors")
     found.sweep.save(folder / "sweep.safetensors")
+
+
+def _writers(found: Study) -> Any:
+    norms = found.writes.to_pandas().drop(columns="norm")
+    return norms.assign(share=found.pooled.writer_map(0).flatten().cpu().numpy())
+
+
+def _remove_stale(folder: Path, fresh: set[str]) -> None:
+    """Remove what an earlier run left for other prompts: only files that a run writes, only folders that hold nothing else."""
+    written = {path.name for name in fresh for path in (folder / name).iterdir()}
+    for old in folder.iterdir():
+        if old.is_dir() and old.name not in fresh and {path.name for path in old.iterdir()} <= written:
+            shutil.rmtree(old)
 
 
 _STYLE = """
@@ -192,7 +213,7 @@ def _page(studies: Sequence[Study], check: SelfCheck, cdn: bool, seconds: float 
     links = "".join(f'<a href="#{_escape(s.name)}">{_escape(s.name)}</a>' for s in studies)
     sections = "\n".join(_section(s) for s in studies)
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>mechsvd: {_escape(source.model)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>Writes of {_escape(source.model)}</title>
 <style>{_STYLE}</style>{plotly}</head><body>
 <h1>What {_escape(source.model)} writes to its residual stream</h1>
 <p>Every vector that attention and MLP layers add to the residual stream during a text is collected; their singular value

@@ -9,20 +9,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.results import load_result, result, save_result
-from mechsvd.sites import Model, evaluation, find_sites, run_model, stream_names
+from mechsvd.sites import (
+    COMPONENTS,
+    Model,
+    Site,
+    evaluation,
+    find_sites,
+    require_model,
+    run_model,
+    stream_names,
+    without_users_hooks,
+)
 
-_CHECKED: "WeakKeyDictionary[Any, SelfCheck]" = WeakKeyDictionary()
+_CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
 
 
 @result
 class SelfCheck:
-    """What was measured; errors are relative to the largest entry of the residual stream.
+    """What was measured.
 
     Attributes:
-        block_error: of resid_pre + writes = resid_post, for each block.
-        stream_error: of resid_pre₀ = resid_post of the last block when all writes are zeroed.
+        block_error: of resid_pre + writes = resid_post in each block: the largest over entries of |difference| ÷ sum of the
+            sizes of all terms of that entry, which rounding keeps near the precision of the dtype, beside huge entries too.
+        stream_error: the same for resid_pre of the first block = resid_post of the last one when all writes are zeroed.
+        unchecked: layers without all their hooks (`missing="skip"`), where the identity cannot be asked for.
         output_change: largest change of a logit when all writes are zeroed, relative to the largest logit.
-        scored_error: of the logits when only some positions are unembedded.
+        scored_error: of the logits when only some positions are unembedded, relative to the largest one.
         sharing_error: of the logits when the rows of a batch share everything before the first write; infinite where the
             model's own code does not allow it, and then they do not share.
         tolerance: what the errors may be in the model's dtype; ten times that for logits, which are a whole model deep.
@@ -30,6 +42,7 @@ class SelfCheck:
 
     block_error: Float[Tensor, " layer"]
     stream_error: float
+    unchecked: tuple[int, ...]
     output_change: float
     scored_error: float
     sharing_error: float
@@ -45,24 +58,27 @@ class SelfCheck:
     @property
     def failure(self) -> str | None:
         """What is wrong, in a sentence; None when the model passes."""
-        layer = int(self.block_error.argmax())
-        if not self.block_error[layer] <= self.tolerance:
-            return (
-                f"in block {layer}, resid_pre + attn_out + mlp_out differs from resid_post by {self.block_error[layer]:.2g} of its "
-                f"size (allowed: {self.tolerance:.0e}), so the hooks are not the whole write"
-            )
-        if not self.stream_error <= self.tolerance:
+        for layer, error in enumerate(self.block_error.tolist()):
+            if layer not in self.unchecked and not error <= self.tolerance:
+                return (
+                    f"in block {layer}, resid_pre + attn_out + mlp_out differs from resid_post by {error:.2g} of the size of its "
+                    f"terms (allowed: {self.tolerance:.0e}), so the hooks are not the whole write"
+                )
+        if not self.unchecked and not self.stream_error <= self.tolerance:
             return f"with all writes zeroed the residual stream still changes by {self.stream_error:.2g} of its size"
         if not self.output_change > 0:
             return "zeroing all writes leaves the output as it is, so the hooks do not act"
-        if not self.scored_error <= 10 * self.tolerance:
-            return f"unembedding some positions only changes their logits by {self.scored_error:.2g} of their size"
         return None
 
     @property
     def shares_prefix(self) -> bool:
         """Whether rows of a batch may share what comes before the first edit."""
         return self.sharing_error <= 10 * self.tolerance
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether the scored positions may be unembedded alone."""
+        return self.scored_error <= 10 * self.tolerance
 
     def to_pandas(self) -> Any:
         """One row a block, with its error."""
@@ -79,33 +95,38 @@ class SelfCheck:
 
 
 def self_check(model: Model) -> SelfCheck:
-    """Measure on six tokens whether the model's hooks are its writes; cached, since it is a fact of the architecture.
+    """Measure on six tokens whether the model's hooks are its writes; remembered for each model, dtype and processing mode.
 
-    Three runs: a clean one (`resid_pre + writes == resid_post` in every block, every hook fires once), one with all writes
-    zeroed (the stream stays constant and the output changes), one whose two rows part at the first write.
+    A clean run (`resid_pre + writes == resid_post` in every block, every hook fires once), one with all writes zeroed (the
+    stream stays constant and the output changes), and short ones for what the engine would like to do: unembed some positions
+    only, and let the rows of a batch part at the first write. The user's hooks are set aside meanwhile.
 
     Raises:
-        KeyError: a block without the hooks of the residual stream.
+        KeyError: a model without the hooks of the residual stream.
         RuntimeError: a hook that does not fire exactly once.
     """
-    if model not in _CHECKED:
-        _CHECKED[model] = _measure(model)
-    return _CHECKED[model]
+    require_model(model)
+    state = (next(model.parameters()).dtype, getattr(model, "compatibility_mode", False))
+    known = _CHECKED.setdefault(model, {})
+    if state not in known:
+        known[state] = _measure(model)
+    return known[state]
 
 
-def require_sound(model: Model) -> SelfCheck:
-    """Run the self-check and refuse a model that fails it.
+def require_sound(model: Model, check: bool = True, missing: str = "error") -> tuple[SelfCheck, tuple[str, ...]]:
+    """Run the self-check, refuse a model that fails it unless told not to, and say what belongs into the provenance.
 
     Raises:
         ValueError: with the block and the measured error.
     """
-    check = self_check(model)
-    if check.failure:
+    found = self_check(model)
+    if found.failure and check:
         raise ValueError(
-            f"mechsvd cannot use this model: {check.failure}. Results would be wrong without a sign of it; `check=False` goes on "
+            f"mechsvd cannot use this model: {found.failure}. Results would be wrong without a sign of it; `check=False` goes on "
             "all the same, and every result records it."
         )
-    return check
+    skipped = [f"layers without all hooks: {list(found.unchecked)}"] if missing == "skip" and found.unchecked else []
+    return found, (*([] if check else ["self-check skipped"]), *skipped)
 
 
 def _measure(model: Model) -> SelfCheck:
@@ -114,24 +135,26 @@ def _measure(model: Model) -> SelfCheck:
     stored: dict[str, Tensor] = {}
 
     def store(name: str) -> Any:
-        return name, lambda x, hook=None: stored.__setitem__(name, x.detach().double())
+        return name, lambda x, hook=None: stored.__setitem__(name, x.detach().cpu().double())
 
-    with evaluation(model):
+    with without_users_hooks(model), evaluation(model):
         logits = run_model(model, tokens, [store(n) for n in [*(s.hook_name for s in sites), *sum(names, ())]])
         clean = dict(stored)
         zero = [(s.hook_name, lambda x, hook=None: torch.zeros_like(x)) for s in sites]
         zeroed = run_model(model, tokens, [*zero, store(names[0][0]), store(names[-1][1])])
         scored = slice(tokens.shape[1] - 2, tokens.shape[1])
         scored_error = _difference(run_model(model, tokens, scored=scored), logits[:, scored])
-        sharing = _sharing_error(model, tokens, sites[0].hook_name, logits)
-    writes = [sum(clean[s.hook_name] for s in sites if s.layer == i) for i in range(len(names))]
-    block_error = [_difference(clean[pre] + write, clean[post]) for (pre, post), write in zip(names, writes, strict=True)]
+        firsts = {site.component: site for site in reversed(sites)}.values()
+        sharing_error = max(_sharing_error(model, tokens, site.hook_name, logits) for site in firsts)
+    blocks = [[clean[s.hook_name] for s in sites if s.layer == layer] for layer in range(len(names))]
+    block_error = [_imbalance([clean[pre], *writes], clean[post]) for (pre, post), writes in zip(names, blocks, strict=True)]
     return SelfCheck(
         block_error=torch.tensor(block_error),
-        stream_error=_difference(stored[names[0][0]], stored[names[-1][1]]),
+        stream_error=_imbalance([stored[names[0][0]]], stored[names[-1][1]]),
+        unchecked=_incomplete_layers(model, sites),
         output_change=_difference(zeroed, logits),
         scored_error=scored_error,
-        sharing_error=sharing,
+        sharing_error=sharing_error,
         tolerance=4 * torch.finfo(next(model.parameters()).dtype).eps + 1e-5,
     )
 
@@ -144,8 +167,21 @@ def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> 
     return _difference(shared, logits.expand(2, -1, -1)) if shared.shape[0] == 2 else float("inf")
 
 
+def _incomplete_layers(model: Model, sites: tuple[Site, ...]) -> tuple[int, ...]:
+    expected = 1 if getattr(model.cfg, "attn_only", False) else len(COMPONENTS)
+    counts = [sum(site.layer == layer for site in sites) for layer in range(model.cfg.n_layers)]
+    return tuple(layer for layer, count in enumerate(counts) if count < expected)
+
+
+def _imbalance(terms: list[Tensor], total: Tensor) -> float:
+    error = (sum(term.reshape(total.shape) for term in terms) - total).abs()
+    size = sum(term.reshape(total.shape).abs() for term in terms) + total.abs()
+    return float((error / torch.where(size > 0, size, 1.0)).max())
+
+
 def _difference(measured: Tensor, expected: Tensor) -> float:
-    return float((measured.double() - expected.double()).abs().max() / expected.double().abs().max())
+    measured, expected = measured.cpu().double(), expected.cpu().double()
+    return float((measured - expected).abs().max() / expected.abs().max())
 
 
 def _probe_tokens(model: Model) -> Tensor:

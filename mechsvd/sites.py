@@ -2,6 +2,7 @@
 
 import difflib
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,7 +23,6 @@ class Model(Protocol):
 
     cfg: Any
     tokenizer: Any
-    training: bool
 
     @property
     def hook_dict(self) -> dict[str, Any]: ...
@@ -34,8 +34,6 @@ class Model(Protocol):
     def parameters(self) -> Iterator[Tensor]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
-
-    def train(self, mode: bool) -> Any: ...
 
 
 @result
@@ -114,13 +112,15 @@ def run_model(
     tokens: Int[Tensor, "batch pos"],
     hooks: Sequence[Hook] = (),
     scored: slice | None = None,
+    cut_early: bool = True,
 ) -> Float[Tensor, "edit scored d_vocab"]:
     """Run the model once with hooks, each of which must fire exactly once.
 
     A hook may return more rows than it got ("1 pos d_model" to "edit pos d_model"): what comes before it is then computed once.
 
     Args:
-        scored: positions whose logits are wanted; the rest is dropped before the unembedding, where most of the memory is.
+        scored: positions whose logits are wanted.
+        cut_early: drop the other positions before the unembedding, where most of the memory is, unless a user's hook may see it.
 
     Returns:
         Logits at the scored positions (all by default).
@@ -147,7 +147,7 @@ def run_model(
         return run
 
     ours = [(name, counted(i, f)) for i, (name, f) in enumerate(hooks)]
-    cut_early = scored is not None and not users_hooks(model)
+    cut_early = cut_early and scored is not None and not users_hooks(model)
     if cut_early:
         # GPT-2 reshapes to the input's shape behind the last norm; a HookedTransformer has no hook before its unembedding
         last = "unembed.hook_in" if "unembed.hook_in" in points else stream_names(model)[-1][1]
@@ -170,22 +170,43 @@ def evaluation(model: Model) -> Iterator[tuple[str, ...]]:
     if names := users_hooks(model):
         notes = (f"hooks of the user at {', '.join(names)}",)
         warnings.warn(f"The model already has hooks at {', '.join(names)}; they are kept, and results include them.", stacklevel=4)
-    was_training = model.training
-    if was_training:
+    training = [module for module in _modules(model) if module.training]
+    if training:
         warnings.warn("The model is in train mode: it is evaluated in eval mode here and put back afterwards.", stacklevel=4)
-        model.train(False)
     try:
+        for module in training:
+            module.training = False
         with torch.no_grad():
             yield notes
     finally:
-        if was_training:
-            model.train(True)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def without_users_hooks(model: Model) -> Iterator[None]:
+    """Set the user's hooks aside for a while; they come back as they were, in their order."""
+    points = {id(point): point for point in model.hook_dict.values() if point.fwd_hooks}
+    theirs = [(point, point.fwd_hooks, point._forward_hooks) for point in points.values()]
+    try:
+        for point in points.values():
+            point.fwd_hooks, point._forward_hooks = [], OrderedDict()
+        yield
+    finally:
+        for point, handles, functions in theirs:
+            point.fwd_hooks, point._forward_hooks = handles, functions
 
 
 def users_hooks(model: Model) -> list[str]:
     """Names of the hook points that carry somebody's forward hooks."""
     points = {id(point): point for point in model.hook_dict.values()}
     return [str(point.name) for point in points.values() if point.fwd_hooks]
+
+
+def _modules(model: Any) -> list[Any]:
+    """All modules, those of the wrapped Hugging Face model too, whose mode can be set apart from the bridge's."""
+    roots = [model, getattr(model, "original_model", None)]
+    return list({id(module): module for root in roots if root is not None for module in root.modules()}.values())
 
 
 def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[int]:
@@ -195,7 +216,7 @@ def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[
     chosen = sorted({layers} if isinstance(layers, int) else set(layers))
     if wrong := [layer for layer in chosen if isinstance(layer, bool) or layer not in range(n_layers)]:
         raise KeyError(f"No layers {wrong}: the model has layers 0–{n_layers - 1}.")
-    return chosen
+    return [int(layer) for layer in chosen]
 
 
 def _valid_components(components: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Orthonormal bases of subspaces of the residual stream."""
 
 from os import PathLike
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,6 +45,12 @@ class Subspace:
         """Number of directions."""
         return self.basis.shape[1]
 
+    def to_pandas(self) -> Any:
+        """One row a dimension of the residual stream, one column a direction."""
+        import pandas as pd
+
+        return pd.DataFrame(self.basis.cpu().numpy(), columns=range(self.rank)).rename_axis("dimension").reset_index()
+
     def __repr__(self) -> str:
         origin = self.source.model if self.source else "bare tensors"
         return f"Subspace of rank {self.rank} in {self.d_model} dimensions\n  from {origin}\n  dtype {self.basis.dtype}"
@@ -65,11 +72,11 @@ def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) 
     """
     require_matrix(vectors)
     dtype = at_least_single(vectors.dtype)
-    left, sizes, _ = torch.linalg.svd(vectors.double(), full_matrices=False)
+    left, sizes, _ = torch.linalg.svd(vectors.cpu().double(), full_matrices=False)
     kept = sizes > max(vectors.shape) * torch.finfo(dtype).eps * sizes.max()
     if not kept.any():
         raise ValueError("`vectors` are all zero, so they span nothing; at least one must be non-zero.")
-    return Subspace(left[:, kept].to(dtype), source)
+    return Subspace(left[:, kept].to(vectors.device, dtype), source)
 
 
 def complete(basis: Float[Tensor, "d_model rank"]) -> Float[Tensor, "d_model d_model"]:
@@ -105,8 +112,8 @@ def require_orthonormal(basis: Tensor, tolerance: float = 1e-3) -> None:
             f"A basis holds directions as columns, [d_model, rank], but its shape is {[d_model, rank]}: more directions than "
             "dimensions. Is it transposed?"
         )
-    gram = (basis.T.to(at_least_single(basis.dtype)) @ basis.to(at_least_single(basis.dtype))).double()
-    error = (gram - torch.eye(rank, dtype=gram.dtype, device=gram.device)).abs()
+    gram = (basis.T.to(at_least_single(basis.dtype)) @ basis.to(at_least_single(basis.dtype))).cpu().double()
+    error = (gram - torch.eye(rank, dtype=gram.dtype)).abs()
     if error.max() > tolerance:
         i, j = divmod(int(error.argmax()), rank)
         raise ValueError(

@@ -1,5 +1,6 @@
 """Rank sweeps: keep the first k directions of every write, for every k, in any order of the directions."""
 
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from mechsvd.decomposition import Decomposition
 from mechsvd.edits import Gate
 from mechsvd.measurement import Measurement, measure
-from mechsvd.results import load_result, result, save_result
+from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.sites import Model
 from mechsvd.subspace import complete
 from mechsvd.tasks import Task
@@ -25,11 +26,13 @@ class RankSweep:
         ranks: the numbers of directions kept.
         order: the directions in the order in which they are added; the first k of it are kept.
         measurement: one row a rank, and the clean run.
+        basis_source: the writes that the directions come from.
     """
 
     ranks: Int[Tensor, " edit"]
     order: Int[Tensor, " rank"]
     measurement: Measurement
+    basis_source: Provenance | None = None
 
     save = save_result
 
@@ -49,6 +52,11 @@ class RankSweep:
         table = self.measurement.sites_to_pandas()
         table.insert(0, "rank", self.ranks.numpy()[table.pop("edit")])
         return table
+
+    @property
+    def source(self) -> Provenance | None:
+        """The model and task of the measurement."""
+        return self.measurement.source
 
     def __repr__(self) -> str:
         ranks = f"{int(self.ranks.min())} to {int(self.ranks.max())}"
@@ -78,6 +86,8 @@ def sweep_rank(
     Raises:
         ValueError: a rank below 0 or above what exists, an order that is no permutation.
     """
+    if isinstance(svd, Decomposition) and svd.rank == 0:
+        raise ValueError("This decomposition has no directions (its writes were all zero), so there is nothing to sweep.")
     if not isinstance(svd, Decomposition):
         raise TypeError(
             f"`svd` must be a Decomposition, but is {type(svd).__name__}; of a `per_layer` tuple, take one and its layer."
@@ -86,7 +96,9 @@ def sweep_rank(
     permutation = _valid_order(svd, order)
     place = permutation.argsort()  # of each direction in the order
     gains = (place[None, :] < chosen[:, None]).to(svd.directions)
-    return RankSweep(chosen, permutation, measure(model, task, _cheapest_gate(svd, gains), **options))
+    measured = measure(model, task, _cheapest_gate(svd, gains), **options)
+    _warn_other_sites(svd, measured)
+    return RankSweep(chosen, permutation, measured, svd.source)
 
 
 def _cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gate:
@@ -98,6 +110,16 @@ def _cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gat
         return Gate(svd.directions, gains, 0.0, svd.source)
     unseen = gains.new_zeros(len(gains), svd.d_model - svd.rank)
     return Gate(complete(svd.directions), torch.cat([gains, unseen], dim=1), 0.0, svd.source)
+
+
+def _warn_other_sites(svd: Decomposition, measured: Measurement) -> None:
+    swept = {site.hook_name for site in measured.sites}
+    if svd.source and swept != set(svd.source.hooks):
+        warnings.warn(
+            f"The sweep clips {len(swept)} sites, but the directions are of the writes of {len(svd.source.hooks)} others or fewer; "
+            "pass the same `layers` and `components` to `sweep_rank` as to `collect_writes`.",
+            stacklevel=3,
+        )
 
 
 def _valid_ranks(svd: Decomposition, ranks: Any) -> Int[Tensor, " edit"]:
@@ -118,7 +140,9 @@ def _valid_order(svd: Decomposition, order: Any) -> Int[Tensor, " rank"]:
 
 
 def _whole_numbers(name: str, numbers: Any) -> Int[Tensor, " n"]:
-    found = numbers if isinstance(numbers, Tensor) else torch.tensor([]) if isinstance(numbers, str) else torch.tensor([*numbers])
+    if isinstance(numbers, str) or (not isinstance(numbers, Tensor) and any(isinstance(n, bool | str) for n in numbers)):
+        raise ValueError(f"`{name}` must be a list of whole numbers, but is {numbers!r:.60}.")
+    found = numbers if isinstance(numbers, Tensor) else torch.tensor([*numbers])
     if found.ndim != 1 or len(found) == 0 or found.is_floating_point() or found.dtype == torch.bool:
         raise ValueError(f"`{name}` must be a non-empty list of whole numbers, but is {numbers!r:.60}.")
     return found.cpu().long()

@@ -13,6 +13,8 @@ from torch import Tensor
 from mechsvd.results import load_result, result, save_result
 from mechsvd.sites import Model, evaluation, require_model
 
+Positions = Iterable[int] | Int[Tensor, " position"] | None  # absolute, in the whole text; None for all
+
 SHORTFORM_PROMPTS: dict[str, str] = {
     "meaning": "I believe the meaning of life is",
     "relativity": "Simply put, the theory of relativity states that",
@@ -58,7 +60,7 @@ class Task:
             raise TypeError(f"`tokens` must be token ids (whole numbers), but their dtype is {self.tokens.dtype}.")
         if self.tokens.ndim != 1:
             raise ValueError(f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row.")
-        if isinstance(self.prompt_length, bool) or self.prompt_length < 1:
+        if isinstance(self.prompt_length, bool) or not isinstance(self.prompt_length, int) or self.prompt_length < 1:
             raise ValueError(f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts).")
         if self.pieces and len(self.pieces) != len(self.tokens):
             raise ValueError(f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; give one for each, or none.")
@@ -76,7 +78,7 @@ class Task:
         continuation: str | None = None,
         *,
         max_new_tokens: int = 40,
-        prepend_bos: bool = True,
+        prepend_bos: bool | None = None,
         truncate: Literal["left"] | None = None,
     ) -> "Task":
         """Make a task from text; without a continuation, from what the model says greedily.
@@ -86,7 +88,7 @@ class Task:
         Args:
             continuation: the text to score, spaces included (" Paris", not "Paris").
             max_new_tokens: length of the greedy continuation, which ends earlier at the end-of-text token.
-            prepend_bos: start with BOS where the model has one.
+            prepend_bos: start with BOS; by default where TransformerLens would (`cfg.default_prepend_bos`).
             truncate: "left" drops the oldest prompt tokens (after BOS) when all do not fit into the context.
 
         Raises:
@@ -154,7 +156,7 @@ def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
     return found
 
 
-def valid_positions(positions: Iterable[int] | None, length: int | None = None) -> tuple[int, ...] | None:
+def valid_positions(positions: Positions, length: int | None = None) -> tuple[int, ...] | None:
     """Positions as sorted whole numbers, from 0 to below `length` where that is known.
 
     Raises:
@@ -192,11 +194,7 @@ def require_fitting(model: Model, task: Task) -> None:
     low, high = int(task.tokens.min()), int(task.tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
         raise ValueError(f"Token ids run from {low} to {high}, but the model has 0 to {model.cfg.d_vocab - 1}.")
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    starts = task.tokens[:2].tolist().count(bos) if bos is not None and bos != getattr(model.tokenizer, "eos_token_id", None) else 1
-    if starts != 1:
-        many = "no BOS token" if starts == 0 else "two BOS tokens"
-        warnings.warn(f"The task starts with {many}: {task.text()[0][:60]!r}; models are trained with one.", stacklevel=3)
+    _warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0], stacklevel=3)
 
 
 def _require_text(name: str, text: Any) -> None:
@@ -206,18 +204,32 @@ def _require_text(name: str, text: Any) -> None:
         raise ValueError(f"`{name}` is empty; give some text.")
 
 
-def _prompt_ids(model: Model, prompt: str, prepend_bos: bool) -> list[int]:
+def _prompt_ids(model: Model, prompt: str, prepend_bos: bool | None) -> list[int]:
     require_model(model)
     _require_text("prompt", prompt)
     if model.tokenizer is None:
         raise ValueError("The model has no tokenizer: make the task from token ids, `Task(tokens=…, prompt_length=…)`.")
-    bos = model.tokenizer.bos_token_id
-    if prepend_bos and bos is not None and model.tokenizer.bos_token and prompt.startswith(model.tokenizer.bos_token):
-        warnings.warn(f"The prompt already starts with {model.tokenizer.bos_token!r}, so it has BOS twice.", stacklevel=4)
-    elif not prepend_bos and bos is not None:
-        warnings.warn("The prompt has no BOS token, though the model has one.", stacklevel=4)
-    start = [bos] if prepend_bos and bos is not None else []
-    return start + _encode(model, prompt)
+    expected = _expected_bos(model)
+    start = [model.tokenizer.bos_token_id] if (expected is not None if prepend_bos is None else prepend_bos) else []
+    if start == [None]:
+        raise ValueError("The model's tokenizer has no BOS token; leave `prepend_bos` out.")
+    ids = start + _encode(model, prompt)
+    _warn_unusual_start(model, ids, prompt, stacklevel=4)
+    return ids
+
+
+def _expected_bos(model: Model) -> int | None:
+    """The token that the model's texts start with, as TransformerLens has it; None where they start with none."""
+    wanted = getattr(model.cfg, "default_prepend_bos", True)
+    return getattr(model.tokenizer, "bos_token_id", None) if wanted else None
+
+
+def _warn_unusual_start(model: Model, ids: Sequence[int], text: str, stacklevel: int) -> None:
+    bos = _expected_bos(model)
+    if bos is None or (ids[0] == bos and bos not in ids[1:2]):
+        return
+    many = "BOS twice" if ids[0] == bos else "no BOS token, though the model has one"
+    warnings.warn(f"The text starts with {many}: {text[:40]!r}; models are trained with one.", stacklevel=stacklevel + 1)
 
 
 def _continuation_ids(model: Model, prompt: str, continuation: str) -> list[int]:
@@ -257,13 +269,18 @@ def _fit(model: Model, prompt_ids: list[int], new_tokens: int, truncate: str | N
     return prompt_ids[:kept_start] + prompt_ids[kept_start + excess :]
 
 
-def _pieces(model: Model, ids: list[int], window: int = 8) -> tuple[str, ...]:
-    """The text that each token adds to those before it: SentencePiece tokens show their space only there."""
+def _pieces(model: Model, ids: list[int]) -> tuple[str, ...]:
+    """The text that each token adds: SentencePiece shows spaces only behind other text, and a character of several tokens
+    belongs to the last of them."""
     pieces: list[str] = []
-    for i in range(len(ids)):
-        start = max(0, i - window)
-        before, through = model.tokenizer.decode(ids[start:i]), model.tokenizer.decode(ids[start : i + 1])
-        pieces.append(through[len(before) :] if i and through.startswith(before) else model.tokenizer.decode([ids[i]]))
+    context, done = 0, 0  # tokens from `context` on are decoded again, those up to `done` have given their text
+    for end in range(1, len(ids) + 1):
+        before, through = model.tokenizer.decode(ids[context:done]), model.tokenizer.decode(ids[context:end])
+        if through.endswith("\ufffd") and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(through[len(before) :])
+        context, done = done, end
     return tuple(pieces)
 
 

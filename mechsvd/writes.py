@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.batches import rows_a_pass, run_batches
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model, Site, evaluation, find_sites, run_model
-from mechsvd.tasks import Task, as_tasks, require_fitting, valid_positions
+from mechsvd.tasks import Positions, Task, as_tasks, require_fitting, valid_positions
 
 
 @result
@@ -77,7 +78,7 @@ def collect_writes(
     *,
     layers: int | Iterable[int] | None = None,
     components: Sequence[str] = COMPONENTS,
-    positions: Iterable[int] | None = None,
+    positions: Positions = None,
     skip_bos: bool = False,
     missing: Literal["error", "skip"] = "error",
     check: bool = True,
@@ -105,7 +106,7 @@ def collect_writes(
     for task in chosen:
         require_fitting(model, task)
     sites = find_sites(model, layers, components, missing)
-    notes = () if check and require_sound(model) else ("self-check skipped",)
+    _, notes = require_sound(model, check, missing)
     kept = [_kept_positions(model, task, positions, skip_bos) for task in chosen]
     with evaluation(model) as users:
         values = _run_by_length(model, chosen, sites)
@@ -126,18 +127,22 @@ def collect_writes(
 def _run_by_length(model: Model, tasks: Sequence[Task], sites: Sequence[Site]) -> list[Float[Tensor, "site pos d_model"]]:
     device = next(model.parameters()).device
     found: dict[int, Tensor] = {}
+
+    def forward(rows: Tensor) -> None:
+        stored: list[Tensor] = []
+        hooks = [(site.hook_name, lambda x, hook=None: stored.append(x.clone())) for site in sites]
+        run_model(model, torch.stack([tasks[i].tokens for i in rows]).to(device), hooks, scored=slice(0, 1))
+        found.update({int(i): torch.stack([x[row] for x in stored]) for row, i in enumerate(rows)})
+
     for length in {len(task.tokens) for task in tasks}:
         same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
-        stored: list[Tensor] = []
-        hooks = [(site.hook_name, lambda x, hook=None, stored=stored: stored.append(x.clone())) for site in sites]
-        run_model(model, torch.stack([tasks[i].tokens for i in same]).to(device), hooks, scored=slice(0, 1))
-        found |= {i: torch.stack([x[row] for x in stored]) for row, i in enumerate(same)}
+        run_batches(forward, torch.tensor(same), rows_a_pass(model, tasks[same[0]]), model, tasks[same[0]], progress=False)
     return [found[i] for i in range(len(tasks))]
 
 
-def _kept_positions(model: Model, task: Task, positions: Iterable[int] | None, skip_bos: bool) -> Int[Tensor, " kept"]:
+def _kept_positions(model: Model, task: Task, positions: Positions, skip_bos: bool) -> Int[Tensor, " kept"]:
     length = len(task.tokens)
-    chosen = valid_positions(positions, length) or range(length)
+    chosen = list(valid_positions(positions, length) or range(length))
     if skip_bos:
         bos = getattr(model.tokenizer, "bos_token_id", None)
         chosen = [p for p in chosen if not (p == 0 and int(task.tokens[0]) == bos)]

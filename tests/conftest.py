@@ -83,6 +83,7 @@ def _configurations():
         "GPT-J": lambda: hf.GPTJConfig(**named, rotary_dim=4),
         "OPT": lambda: hf.OPTConfig(**{**sizes, "ffn_dim": 64, "word_embed_proj_dim": 32}),
         "Bloom": lambda: hf.BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4),
+        "Lfm2": lambda: hf.Lfm2Config(**grouped, layer_types=["conv", "full_attention"]),
         "Mamba": lambda: hf.MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2, state_size=4),
     }
 

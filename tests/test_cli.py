@@ -62,7 +62,7 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
     table = pd.read_csv(tmp_path / "report-data" / "prompt-1" / "sweep_by_site.csv")
     assert set(table["component"]) == {"attn"}
     said = capsys.readouterr().out
-    assert re.search(r"prompt-1: up to 129 ranks of \d+ tokens, at most about \d+ s", said)
+    assert re.search(r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 129 ranks, about \d+ s", said)
     assert re.search(r"report.html after \d+ s", said)
 
 
@@ -78,7 +78,7 @@ def test_doctor_says_versions_device_and_the_self_check(capsys):
     [
         (["reproduce", "--continuation", "x"], "`--continuation` needs a `--prompt`"),
         (["reproduce", "--prompt", "a", "--prompt", "b", "--continuation", "c"], "2 --prompt but 1 --continuation"),
-        (["reproduce", "--prompt", ""], "`prompt` is empty"),
+        (["reproduce", "--prompt", "good", "--prompt", ""], "--continuation is empty"),
         (["doctor", "nobody/nothing"], "mechsvd: Cannot load 'nobody/nothing' from the hub"),
     ],
 )
@@ -92,5 +92,14 @@ def test_a_folder_that_cannot_be_written_fails_before_anything_is_computed(tmp_p
     (tmp_path / "file").write_text("")
     assert main(["reproduce", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 1
     output = capsys.readouterr()
-    assert "file" in output.err
-    assert "continuation" not in output.out
+    assert "The report cannot be written to" in output.err
+    assert not output.out
+
+
+def test_a_run_removes_what_an_earlier_one_left_for_other_prompts_and_nothing_else(tmp_path, silent):
+    options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
+    (tmp_path / "report-data" / "mine").mkdir(parents=True)
+    (tmp_path / "report-data" / "mine" / "notes.txt").write_text("kept")
+    assert main(["reproduce", "--prompt", "I believe", "--prompt", "I think", *options]) == 0
+    assert main(["reproduce", "--prompt", "We believe", *options]) == 0
+    assert sorted(path.name for path in (tmp_path / "report-data").iterdir()) == ["mine", "prompt-1"]

@@ -103,6 +103,27 @@ def test_not_converging_falls_back_to_scipy_and_is_right(monkeypatch):
         torch.testing.assert_close(decompose(values).singular_values, torch.from_numpy(sizes))
 
 
+def test_two_drivers_that_fail_are_an_error_in_words(monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.linalg.LinAlgError("no")
+
+    def fail_too(*args, **kwargs):
+        raise scipy.linalg.LinAlgError("neither")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    monkeypatch.setattr(scipy.linalg, "eigh", fail_too)
+    with pytest.raises(
+        RuntimeError, match=r"The SVD of a matrix of shape \[6, 6\] did not converge, nor with a second driver \(neither\)"
+    ):
+        decompose(torch.randn(2, 40, 6))
+
+
+def test_centring_is_noted(embedded, meaning):
+    import mechsvd as ms
+
+    assert "centred" in ms.decompose(ms.collect_writes(embedded, meaning), center=True).source.notes
+
+
 def test_nan_in_a_sample_is_refused_with_its_place():
     values = torch.randn(2, 4, 3)
     values[1, 2, 0] = float("nan")

@@ -100,15 +100,49 @@ def test_an_error_inside_an_edit_is_raised_once_more_with_its_site(llama):
 def test_a_basis_of_another_model_size_and_bad_positions_are_refused(llama):
     with pytest.raises(ValueError, match="d_model 16, but the model's is 32"):
         ms.fwd_hooks(llama, ms.keep(ms.Subspace(orthonormal(16, 4))))
-    with pytest.raises(ValueError, match="absolute positions"):
+    with pytest.raises(ValueError, match=r"No positions \[-1\]: they are absolute, 0 and more"):
         ms.fwd_hooks(llama, ms.chain(), positions=[-1])
-    with pytest.raises(ValueError, match="absolute positions"):
+    with pytest.raises(ValueError, match="`positions` is empty"):
         ms.fwd_hooks(llama, ms.chain(), positions=[])
 
 
-def test_a_stack_needs_one_row_for_each_edit(llama):
+def test_a_stack_is_refused_for_it_would_multiply_the_batch(llama):
     stack = Gate(torch.eye(32), torch.rand(3, 32))
-    assert logits(llama, ms.fwd_hooks(llama, stack)).shape[0] == 3  # one row is shared by all
+    with pytest.raises(ValueError, match="stack of 3 edits: bind one of them"):
+        ms.fwd_hooks(llama, stack)
+    torch.testing.assert_close(
+        logits(llama, ms.fwd_hooks(llama, stack[1])), logits(llama, ms.fwd_hooks(llama, ms.gate(torch.eye(32), stack.gains[1])))
+    )
+
+
+def test_an_edit_in_place_is_an_error_and_not_a_silent_change(llama):
+    def in_place(x, hook):
+        x[:, -1] = 0
+        return x
+
+    for positions in (None, [2]):
+        with pytest.raises(ValueError, match="The edit at layer 0 attn changed its input in place.*return a new tensor"):
+            logits(llama, ms.fwd_hooks(llama, in_place, positions=positions))
+    with pytest.raises(ValueError, match="in place"):
+        ms.measure(llama, tiny_task(), [ms.chain(), in_place])
+
+
+def test_a_basis_of_another_model_is_refused_wherever_it_hides(llama, silent):
+    other = tiny("Qwen2")
+    foreign = ms.keep(ms.decompose(ms.collect_writes(other, tiny_task())).subspace(5))
+    for edit in (foreign, ms.chain(ms.shift(torch.ones(32)), ms.chain(foreign))):
+        with pytest.raises(ValueError, match="The basis and the model come from different models"):
+            ms.fwd_hooks(llama, edit)
+        with pytest.raises(ValueError, match="come from different models"):
+            ms.measure(llama, tiny_task(), [ms.chain(), edit])
+        assert len(ms.fwd_hooks(llama, edit, check=False)) == 4
+
+
+def test_positions_may_be_a_tensor_but_not_a_mask(llama):
+    zero = lambda x, hook: x * 0  # noqa: E731
+    expected = logits(llama, ms.fwd_hooks(llama, zero, positions=[2, 4]))
+    for positions in (torch.tensor([4, 2]), range(2, 5, 2), {2, 4}):
+        torch.testing.assert_close(logits(llama, ms.fwd_hooks(llama, zero, positions=positions)), expected)
 
 
 def test_a_model_that_flattens_its_mlp_takes_plain_hooks_too():

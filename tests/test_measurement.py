@@ -90,7 +90,7 @@ def test_positions_and_layers_limit_the_edit_and_the_deltas(llama):
     edit = lambda x, hook: seen.append(x[0, [2, 6]]) or torch.where(mask, single(x), x)  # noqa: E731
     torch.testing.assert_close(measured.log_probs[0].double(), loop_log_prob(llama, task, edit, [1]), rtol=0, atol=1e-4)
     torch.testing.assert_close(measured.orig_deltas[0], torch.stack([x.norm(dim=-1).square().mean().sqrt() for x in seen]))
-    with pytest.raises(ValueError, match=r"`positions` are \[9\], but must be some of 0 to 8"):
+    with pytest.raises(ValueError, match=r"No positions \[9\]: they are absolute, 0 to 8"):
         measure(llama, task, STACKS["ranks"], positions=[9])
 
 

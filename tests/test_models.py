@@ -65,21 +65,44 @@ def test_a_local_directory_is_named_by_its_last_part_and_not_by_its_path(checkpo
 def test_truncated_weights_name_the_file(checkpoint):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cannot be loaded; its model\.safetensors or config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"cannot be loaded; is its model\.safetensors or config\.json damaged"):
         ms.load_model(checkpoint, device="cpu")
 
 
 def test_weights_of_the_wrong_shape_name_the_file(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 300}))
-    with pytest.raises(ValueError, match=r"cannot be loaded; its model\.safetensors or config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"cannot be loaded; is its model\.safetensors or config\.json damaged"):
         ms.load_model(checkpoint, device="cpu")
 
 
 def test_a_garbled_config_names_the_file(checkpoint):
     (checkpoint / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"config\.json damaged"):
         ms.load_model(checkpoint, device="cpu")
+
+
+def test_other_safetensors_do_not_let_pickles_pass(tmp_path):
+    shutil.copy(WEIGHTS / "config.json", tmp_path)
+    shutil.copy(WEIGHTS / "model.safetensors", tmp_path / "optimizer.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(ValueError, match="pickles"):
+        ms.load_model(tmp_path)
+
+
+def test_a_device_that_is_not_here_and_a_path_that_is_none_are_not_called_damage():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"Device 'cuda' cannot be used here.*'cpu' always can"):
+            ms.load_model(device="cuda")
+    with pytest.raises(ValueError, match="Device 'foo' cannot be used here"):
+        ms.load_model(device="foo")
+    with pytest.raises(ValueError, match=r"There is no directory \./nowhere"):
+        ms.load_model("./nowhere")
+
+
+def test_options_for_a_model_that_is_loaded_already_are_refused(embedded):
+    with pytest.raises(ValueError, match="loaded already"):
+        ms.load_model(embedded, device="cpu")
 
 
 def test_a_hub_model_out_of_reach_says_the_ways_out():

@@ -89,7 +89,7 @@ def test_tasks_writes_singular_values_and_sweeps_are_the_same(pair):
 
 def test_their_self_checks_pass_and_rows_share_a_prefix(pair):
     for model in pair:
-        assert require_sound(model).shares_prefix
+        assert require_sound(model)[0].shares_prefix
         assert processing_state(model) == "raw"
 
 

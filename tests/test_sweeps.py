@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -62,6 +64,16 @@ def test_attention_only_sweeps_clip_attention_only(embedded, meaning, silent):
     expected = loop_log_prob(embedded, meaning, lambda x, hook: x @ kept, range(6), ("attn",))
     torch.testing.assert_close(sweep.measurement.log_probs[1].double(), expected, rtol=0, atol=1e-3)
     assert len(sweep.measurement.sites) == 6
+
+
+def test_directions_of_other_sites_than_are_swept_warn(embedded, meaning, silent):
+    layer = ms.decompose(ms.collect_writes(embedded, meaning), per_layer=True)[3]
+    assert layer.source.hooks == ("blocks.3.hook_attn_out", "blocks.3.hook_mlp_out")
+    with pytest.warns(UserWarning, match="The sweep clips 12 sites, but the directions are of the writes of 2"):
+        ms.sweep_rank(embedded, meaning, layer, ranks=[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ms.sweep_rank(embedded, meaning, layer, ranks=[1], layers=3)
 
 
 def test_kept_and_attempted_sizes_obey_pythagoras(embedded, meaning, meaning_svd):

@@ -98,13 +98,31 @@ def test_too_long_a_task_is_refused_with_both_lengths_or_cut_on_request(embedded
 
 
 def test_two_or_no_bos_tokens_warn(embedded):
-    with pytest.warns(UserWarning, match="so it has BOS twice"):
+    with pytest.warns(UserWarning, match="The text starts with BOS twice"):
         ms.Task.from_text(embedded, "<s>I believe", " it")
     with pytest.warns(UserWarning, match="no BOS token, though the model has one"):
         task = ms.Task.from_text(embedded, "I believe", " it", prepend_bos=False)
-    with pytest.warns(UserWarning, match="starts with no BOS token"):
+    with pytest.warns(UserWarning, match="The text starts with no BOS token"):
         require_fitting(embedded, task)
     assert "<s>" not in repr(task)
+
+
+def test_bos_is_prepended_where_transformerlens_would_and_checked_by_its_number(embedded, monkeypatch):
+    monkeypatch.setattr(embedded.cfg, "default_prepend_bos", False)  # Qwen2, whose tokenizer has no BOS of its own
+    assert ms.Task.from_text(embedded, "I believe", " it").tokens.tolist() == embedded.tokenizer.encode(
+        "I believe it", add_special_tokens=False
+    )
+    monkeypatch.setattr(embedded.cfg, "default_prepend_bos", True)
+    with pytest.warns(UserWarning, match="no BOS token"):
+        require_fitting(embedded, ms.Task(tokens=torch.tensor([5, 6, 7]), prompt_length=1))
+    with pytest.warns(UserWarning, match="BOS twice"):
+        require_fitting(embedded, ms.Task(tokens=torch.tensor([0, 0, 7]), prompt_length=1))
+
+
+def test_characters_of_several_tokens_are_shown_whole(embedded):
+    task = ms.Task.from_text(embedded, "日本 is ☃ nice", " 😀 ok")
+    assert task.text() == ("<s>日本 is ☃ nice", " 😀 ok")
+    assert "�" not in repr(task)
 
 
 def test_a_model_without_a_tokenizer_says_how_to_go_on():

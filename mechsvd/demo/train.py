@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing: `python -m mechsvd.demo.train [DIRECTORY]`, seeded, a few minutes on 2 cores.
+"""Train the embedded model from nothing: `python -m mechsvd.demo.train [DIRECTORY]`, seeded, about 15 minutes on 2 cores.
 
 Text → byte-level BPE tokenizer → Llama-architecture model → a plain Hugging Face directory in half precision, with a model
 card whose numbers are measured on held-out text after the rounding to half precision.

@@ -1,0 +1,109 @@
+"""Bad input at every public door, met by our own sentence: run in an interpreter without the tests' shape checking, as users do.
+
+A row is what the user typed and the start of what they read. Run as a script, this file prints what each row gives.
+"""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import torch
+
+import mechsvd as ms
+from mechsvd.edits import Gate
+
+ROWS = {
+    # what is no model
+    "ms.Task.from_text('embedded', 'hi')": "TypeError: `model` must be a TransformerLens model, but is 'embedded'; get one by",
+    "ms.collect_writes('gpt2', task)": "TypeError: `model` must be a TransformerLens model",
+    "ms.self_check(torch.nn.Linear(2, 2))": "TypeError: `model` must be a TransformerLens model",
+    "ms.measure(task, model, [ms.chain()])": "TypeError: `model` must be a TransformerLens model",
+    # what is no task
+    "ms.sweep_rank(model, 'text', svd)": "TypeError: One task is needed, but this is str",
+    "ms.measure(model, [task, task], [ms.chain()])": "TypeError: One task is needed, but this is list",
+    "ms.collect_writes(model, 'I believe')": "TypeError: A task is needed, but this is str 'I believe'",
+    "ms.collect_writes(model, None)": "TypeError: A task is needed, but this is NoneType",
+    "ms.collect_writes(model, [task, 'I believe'])": "TypeError: Task 1 is str 'I believe'",
+    "ms.Task(tokens=[1, 2, 3], prompt_length=1)": "TypeError: `tokens` must be a tensor of token ids, but is list",
+    "ms.Task(tokens=torch.tensor([0.5, 1.0]), prompt_length=1)": "TypeError: `tokens` must be token ids (whole numbers)",
+    "ms.Task(tokens=torch.tensor([[0, 5]]), prompt_length=1)": "ValueError: `tokens` must have one axis, [pos], but their shape is [1, 2]",
+    "ms.Task(tokens=torch.tensor([0, 5]), prompt_length=0.5)": "ValueError: `prompt_length` is 0.5",
+    "ms.Task(tokens=torch.tensor([0, 5]), prompt_length=1, pieces=('a',))": "ValueError: `pieces` has 1 texts for 2 tokens",
+    "ms.Task.from_text(model, None)": "TypeError: `prompt` must be a string, but is NoneType",
+    "ms.Task.from_text(model, 'hi', 5)": "TypeError: `continuation` must be a string, but is int",
+    "ms.Task.from_text(model, 'hi', truncate='right')": "ValueError: `truncate` is 'right', but must be 'left'",
+    # layers, components, positions
+    "ms.collect_writes(model, task, layers=[99])": "KeyError: No layers [99]: the model has layers 0–5",
+    "ms.collect_writes(model, task, layers='0')": "KeyError: No layers ['0']",
+    "ms.collect_writes(model, task, layers=True)": "KeyError: No layers [True]",
+    "ms.collect_writes(model, task, missing='ignore')": "ValueError: `missing` is 'ignore'",
+    "ms.collect_writes(model, task, positions=3)": "TypeError: `positions` must be a list or range of whole numbers, but is 3",
+    "ms.collect_writes(model, task, positions=[1.5])": "TypeError: `positions` must be whole numbers, but holds 1.5",
+    "ms.fwd_hooks(model, ms.chain(), positions=torch.arange(9) > 3)": "TypeError: `positions` must be whole numbers, but holds False; of a mask",
+    "ms.measure(model, task, [ms.chain()], positions=[False, True])": "TypeError: `positions` must be whole numbers, but holds False",
+    "ms.measure(model, task, [ms.chain()], positions=[-1])": "ValueError: No positions [-1]: they are absolute",
+    # edits
+    "ms.keep(8)": "TypeError: A basis must be a Subspace, a Decomposition or a tensor",
+    "ms.keep(svd.directions[:, :4] * 2)": "ValueError: A basis must have orthonormal columns",
+    "ms.keep(svd.directions[:, :4].T)": "ValueError: A basis holds directions as columns",
+    "ms.gate(svd, [1.0, 2.0])": "ValueError: `gains` has shape [2], but the basis has 128 directions",
+    "ms.shift(torch.ones(2, 2))": "ValueError: `vector` must be finite and of shape [d_model], but has shape [2, 2]",
+    "ms.measure(model, task, [ms.shift(torch.ones(64))])": "RuntimeError: The edit failed at layer 0 attn: `vector` has 64 entries",
+    "ms.fwd_hooks(model, None)": "TypeError: An edit must be a function of the writes, but this is NoneType",
+    "ms.measure(model, task, [svd.subspace(2)])": "TypeError: An edit must be a function of the writes, but this is Subspace",
+    "ms.measure(model, task, [])": "TypeError: `edits` must be a stack of gates or a list of edits, at least one",
+    "ms.measure(model, task, ms.chain())": "TypeError: `edits` must be a stack of gates or a list of edits",
+    "ms.measure(model, task, [ms.keep(torch.eye(64))])": "ValueError: The edit's basis has d_model 64, but the model's is 128",
+    "ms.measure(model, task, [ms.gate(svd, torch.ones(3, 128))])": "ValueError: A stack of gates cannot be one of a list",
+    "ms.measure(model, task, [ms.chain()], batch_size=0)": "ValueError: `batch_size` is 0",
+    # decompositions and sweeps
+    "ms.decompose(np.ones((2, 3, 4)))": "TypeError: `writes` must be what `collect_writes` gives",
+    "ms.decompose([task])": "TypeError: `writes` must be what `collect_writes` gives",
+    "ms.decompose(torch.ones(2, 3, 4, dtype=torch.complex64))": "ValueError: `writes` must be a non-empty float tensor",
+    "svd.subspace(1.0)": "ValueError: `rank` is 1.0, but the decomposition has 128 directions",
+    "svd.subspace(np.int64(3)).rank": 3,
+    "ms.sweep_rank(model, task, ms.decompose(writes, per_layer=True))": "TypeError: `svd` must be a Decomposition, but is tuple",
+    "ms.sweep_rank(model, task, ms.decompose(torch.zeros(2, 3, 128)))": "ValueError: This decomposition has no directions",
+    "ms.sweep_rank(model, task, svd, ranks='all')": "ValueError: `ranks` must be a list of whole numbers, but is 'all'",
+    "ms.sweep_rank(model, task, svd, ranks=[True, 2])": "ValueError: `ranks` must be a list of whole numbers",
+    "ms.sweep_rank(model, task, svd, ranks=[1.5])": "ValueError: `ranks` must be a non-empty list of whole numbers",
+    "ms.sweep_rank(model, task, svd, order=[0, 0])": "ValueError: `order` must name each of the 128 directions once",
+    "len(ms.sweep_rank(model, task, svd, ranks=[1], order=np.arange(128)[::-1]).order)": 128,
+    "ms.figures.writer_map(svd, ms.collect_writes(model, task, layers=[0]))": "ValueError: The decomposition is of [12, ",
+    "ms.load_model(dtype='float32')": "TypeError: `dtype` must be a floating torch.dtype",
+}  # fmt: skip
+
+
+def test_every_row_is_met_by_its_own_sentence():
+    run = subprocess.run([sys.executable, "-m", "tests.test_doors"], capture_output=True, text=True, check=True)
+    met = json.loads(run.stdout.splitlines()[-1])
+    assert set(met) == set(ROWS)
+    wrong = {row: met[row] for row, said in ROWS.items() if not str(met[row]).startswith(str(said))}
+    assert not wrong, json.dumps(wrong, indent=1, ensure_ascii=False)
+
+
+def _meet(row: str, names: dict) -> object:
+    try:
+        return eval(row, names)
+    except Exception as error:
+        return f"{type(error).__name__}: {error.args[0]}"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    model = ms.load_model(device="cpu")
+    task = ms.Task.from_text(model, "I believe", max_new_tokens=20)
+    writes = ms.collect_writes(model, task)
+    names = {
+        "ms": ms,
+        "np": np,
+        "torch": torch,
+        "Gate": Gate,
+        "model": model,
+        "task": task,
+        "writes": writes,
+        "svd": ms.decompose(writes),
+    }
+    print(json.dumps({row: result if isinstance(result := _meet(row, names), int) else str(result) for row in ROWS}))
