@@ -71,12 +71,12 @@ class Decomposition:
         """One row a direction: its singular value, and the share of the summed squares up to and including it."""
         import pandas as pd
 
-        squares = self.singular_values.double().square()
+        squares = self.singular_values.cpu().double().square()
         return pd.DataFrame(
             {
                 "direction": range(self.rank),
                 "singular_value": self.singular_values.cpu().numpy(),
-                "cumulative_share": (squares.cumsum(0) / squares.sum()).cpu().numpy(),
+                "cumulative_share": (squares.cumsum(0) / squares.sum()).numpy(),
             }
         )
 

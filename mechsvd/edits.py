@@ -81,7 +81,9 @@ class Gate:
 
     @cached_property
     def _plan(self) -> "_Plan":
-        return min((_plan(self.basis, self.gains, constant) for constant in self._constants), key=lambda p: p.columns.shape[-1])
+        return min(
+            (_plan_with(self.basis, self.gains, constant) for constant in self._constants), key=lambda p: p.columns.shape[-1]
+        )
 
     @property
     def _constants(self) -> tuple[float, ...]:
@@ -98,7 +100,7 @@ class _Plan:
     delta: Float[Tensor, "*edit m"]
 
 
-def _plan(basis: Tensor, gains: Tensor, constant: float) -> _Plan:
+def _plan_with(basis: Tensor, gains: Tensor, constant: float) -> _Plan:
     differs = gains != constant
     if gains.ndim == 1:
         return _Plan(constant, basis[:, differs], gains[differs] - constant)

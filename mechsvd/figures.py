@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 from math import log10
+from os import PathLike
 from typing import Any
 
 import plotly.graph_objects as go
@@ -90,6 +91,23 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     hover = "%{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
     relative, ranks = (edited / clean.orig_deltas).T, sweep.ranks.tolist()
     return _heat_map(f"{word} writes by site", "kept directions", relative, ranks, measured.sites, "of clean", hover)
+
+
+def save_image(figure: go.Figure, path: str | PathLike[str]) -> None:
+    """Save a figure as a static image (.png, .svg, .pdf), which needs kaleido and a Chrome beside it.
+
+    Raises:
+        RuntimeError: either is missing; with the line that installs it.
+    """
+    try:
+        figure.write_image(path)
+    except Exception as error:
+        if not any(word in str(error).lower() for word in ("kaleido", "chrome")):
+            raise
+        raise RuntimeError(
+            "Static images need kaleido and a Chrome: run `pip install 'mechsvd[images]'`, and `plotly_get_chrome` where no Chrome "
+            "is installed; `figure.write_html(…)` needs neither."
+        ) from error
 
 
 def _figure(title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Figure:

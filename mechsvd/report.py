@@ -47,7 +47,7 @@ def main_numbers(found: Study) -> dict[str, str]:
     svd, sweep, writes = found.pooled, found.sweep, found.writes
     clean = sweep.measurement.clean
     assert clean is not None  # `sweep_rank` always runs it
-    squares = svd.singular_values.double().square()
+    squares = svd.singular_values.cpu().double().square()
     shares = squares.cumsum(0) / squares.sum()
     first = svd.left[:, writes.positions == 0, :1].square().sum()
     numbers = {

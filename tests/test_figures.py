@@ -101,6 +101,19 @@ def test_a_sweep_without_a_clean_run_cannot_be_compared(sweep):
         figures.probability(bare)
 
 
+def test_static_images_without_kaleido_or_chrome_say_what_to_install(meaning_svd, tmp_path, monkeypatch):
+    import plotly.graph_objects as go
+
+    for missing in ("requires the Kaleido package", "Chrome was not found"):
+
+        def fail(self, path, missing=missing):
+            raise ValueError(missing)
+
+        monkeypatch.setattr(go.Figure, "write_image", fail)
+        with pytest.raises(RuntimeError, match=r"pip install 'mechsvd\[images\]'"):
+            figures.save_image(figures.singular_values(meaning_svd), tmp_path / "a.png")
+
+
 def test_an_improbable_text_stays_drawable(embedded, meaning, meaning_svd):
     figure = figures.surprise(ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0]))
     assert json.loads(figure.to_json())["data"]
