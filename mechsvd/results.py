@@ -10,10 +10,11 @@ import os
 import tempfile
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 FORMAT = 1
 T = TypeVar("T")
