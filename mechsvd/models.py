@@ -1,6 +1,7 @@
 """Getting a model, and saying which one it is. TransformerLens is imported here, when a model is loaded: it takes seconds."""
 
 import hashlib
+import math
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,9 +65,13 @@ def load_model(
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
+        if is_local and not allow_pickle and not options:
+            _require_all_weights(Path(name))
         return TransformerBridge.boot_transformers(name, device=device, dtype=dtype, **options)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         if not is_local and not isinstance(error, OSError):
+            raise
+        if str(error).startswith(name):  # our own sentence already
             raise
         raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
 
@@ -172,6 +177,25 @@ def _require_checkpoint(directory: Path, allow_pickle: bool) -> None:
         raise ValueError(
             f"{directory} holds its weights as pickles ({pickles[0]}), which can run code when opened; convert them to "
             "safetensors, or pass `allow_pickle=True` if you trust them."
+        )
+
+
+def _require_all_weights(directory: Path) -> None:
+    """Refuse a checkpoint with fewer weights than its model: transformers would fill the rest with random numbers."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    needed = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    held: dict[str, int] = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            held |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if sum(held.values()) < sum(needed.values()):
+        raise ValueError(
+            f"{directory} holds {sum(held.values()):,} weights in model*.safetensors, but its model has {sum(needed.values()):,}; "
+            f"missing: {sorted(needed.keys() - held.keys())[:3] or 'some'}."
         )
 
 

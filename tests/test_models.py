@@ -69,6 +69,18 @@ def test_truncated_weights_name_the_file(checkpoint):
         ms.load_model(checkpoint, device="cpu")
 
 
+def test_missing_weights_are_refused_and_not_filled_with_random_numbers(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"holds 1,193,600 weights .* but its model has 1,238,656; missing: \['model.layers.2.mlp.up_proj"
+    ):
+        ms.load_model(checkpoint, device="cpu")
+
+
 def test_weights_of_the_wrong_shape_name_the_file(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 300}))
