@@ -24,6 +24,14 @@ from mechsvd.edits import ablate, chain, gate, keep, shift, shrink
 from mechsvd.hooks import fwd_hooks
 from mechsvd.measurement import Measurement, measure
 from mechsvd.models import load_model
+from mechsvd.ranking import (
+    Ranking,
+    order_at_random,
+    order_by_compromise,
+    order_by_effect,
+    order_by_singular_value,
+    rank_directions,
+)
 from mechsvd.results import Provenance
 from mechsvd.selfcheck import SelfCheck, self_check
 from mechsvd.sites import Site, find_sites
@@ -45,7 +53,8 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
     # measurements
-    "measure", "Measurement", "sweep_rank", "RankSweep",
+    "measure", "Measurement", "sweep_rank", "RankSweep", "rank_directions", "Ranking",
+    "order_by_singular_value", "order_by_effect", "order_by_compromise", "order_at_random",
     # results and pictures
     "Provenance", "figures",
 ]  # fmt: skip

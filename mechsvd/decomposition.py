@@ -124,6 +124,20 @@ def decompose(writes: Any, *, per_layer: bool = False, center: bool = False) -> 
     return _decompose_groups(torch.stack(groups), tuple(layers.unique().tolist()), center, source)
 
 
+def require_decomposition(svd: Any) -> None:
+    """Refuse anything but a decomposition with at least one direction.
+
+    Raises:
+        TypeError, ValueError: saying what it is.
+    """
+    if not isinstance(svd, Decomposition):
+        raise TypeError(
+            f"`svd` must be a Decomposition, but is {type(svd).__name__}; of a `per_layer` tuple, take one and its layer."
+        )
+    if svd.rank == 0:
+        raise ValueError("This decomposition has no directions (its writes were all zero), so there is nothing to measure.")
+
+
 def thin_svd(
     vectors: Float[Tensor, "batch sample d_model"],
 ) -> tuple[Float[Tensor, "batch sample r"], Float[Tensor, "batch r"], Float[Tensor, "batch d_model r"]]:

@@ -1,6 +1,6 @@
 """Results → plotly figures, one function each; nothing is shown, nothing global is set, no model is touched."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from math import log10
 from os import PathLike
@@ -11,6 +11,7 @@ from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from mechsvd.decomposition import Decomposition
+from mechsvd.ranking import Ranking
 from mechsvd.results import require_same_model
 from mechsvd.sweeps import RankSweep
 from mechsvd.writes import Writes
@@ -91,6 +92,53 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     hover = "%{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
     relative, ranks = (edited / clean.orig_deltas).T, sweep.ranks.tolist()
     return _heat_map(f"{word} writes by site", "kept directions", relative, ranks, measured.sites, "of clean", hover)
+
+
+def direction_effects(ranking: Ranking) -> go.Figure:
+    """Effect of removing each direction against its singular value, on logarithmic axes; negative effects by their size.
+
+    Effects within the noise floor, which is drawn as a line, are grey. The title has Spearman's rank correlation.
+    """
+    from scipy.stats import spearmanr
+
+    effect, sizes = ranking.effect.double().numpy(), ranking.singular_values.double().numpy()
+    correlation = f", rank correlation {spearmanr(sizes, effect).statistic:.2f}" if len(sizes) > 2 else ""
+    axes = (f"singular value ({UNITS})", "|effect| on the log-probability (nats)")
+    figure = _figure(f"What each direction is worth{correlation}", *axes, log_x=True, log_y=True)
+    noise = ranking.is_noise.numpy()
+    groups = [("damage", EDITED, (effect > 0) & ~noise), ("gain", ATTEMPTED, (effect <= 0) & ~noise), ("noise", "#bbb", noise)]
+    for name, colour, chosen in groups:
+        figure.add_trace(
+            (go.Scattergl if len(sizes) > MANY_POINTS else go.Scatter)(
+                x=sizes[chosen],
+                y=abs(effect[chosen]),
+                customdata=chosen.nonzero()[0],
+                name=name,
+                mode="markers",
+                marker={"color": colour, "size": 6},
+                hovertemplate=f"direction %{{customdata}}: {name}<br>σ = %{{x:.4g}}<br>%{{y:.4g}} nats<extra></extra>",
+            )
+        )
+    if ranking.noise_floor > 0:
+        figure.add_hline(y=ranking.noise_floor, line={"color": CLEAN, "dash": "dot", "width": 1.2})
+    return figure.update_layout(showlegend=True)
+
+
+def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
+    """Surprise against the number of kept directions, for several orders of the same directions on one axis.
+
+    Raises:
+        ValueError: no sweeps, or sweeps of different models.
+    """
+    if not sweeps:
+        raise ValueError("There are no sweeps to race; give at least one, by the name of its order.")
+    first = next(iter(sweeps.values()))
+    figure = _figure("Race of the orders", "kept directions", "−log-probability of the continuation (nats)", log_y=True)
+    for colour, (name, sweep) in zip(_shades(len(sweeps)), sweeps.items(), strict=True):
+        require_same_model(first.source, sweep.source, "The sweeps")
+        hover = f"{name}<br>k = %{{x}}<br>%{{y:.4g}} nats"
+        figure.add_trace(_line(sweep.ranks, -sweep.measurement.log_prob, name, colour, hover=hover))
+    return _with_clean(figure, -_clean(first).log_prob).update_layout(showlegend=True)
 
 
 def save_image(figure: go.Figure, path: str | PathLike[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.decomposition import Decomposition
+from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
 from mechsvd.measurement import Measurement, measure
 from mechsvd.results import Provenance, load_result, result, save_result
@@ -86,12 +86,7 @@ def sweep_rank(
     Raises:
         ValueError: a rank below 0 or above what exists, an order that is no permutation.
     """
-    if isinstance(svd, Decomposition) and svd.rank == 0:
-        raise ValueError("This decomposition has no directions (its writes were all zero), so there is nothing to sweep.")
-    if not isinstance(svd, Decomposition):
-        raise TypeError(
-            f"`svd` must be a Decomposition, but is {type(svd).__name__}; of a `per_layer` tuple, take one and its layer."
-        )
+    require_decomposition(svd)
     chosen = _valid_ranks(svd, ranks)
     permutation = _valid_order(svd, order)
     place = permutation.argsort()  # of each direction in the order

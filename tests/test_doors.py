@@ -66,6 +66,7 @@ ROWS = {
     "svd.subspace(np.int64(3)).rank": 3,
     "ms.sweep_rank(model, task, ms.decompose(writes, per_layer=True))": "TypeError: `svd` must be a Decomposition, but is tuple",
     "ms.sweep_rank(model, task, ms.decompose(torch.zeros(2, 3, 128)))": "ValueError: This decomposition has no directions",
+    "ms.rank_directions(model, task, writes)": "TypeError: `svd` must be a Decomposition, but is Writes",
     "ms.sweep_rank(model, task, svd, ranks='all')": "ValueError: `ranks` must be a list of whole numbers, but is 'all'",
     "ms.sweep_rank(model, task, svd, ranks=[True, 2])": "ValueError: `ranks` must be a list of whole numbers",
     "ms.sweep_rank(model, task, svd, ranks=[1.5])": "ValueError: `ranks` must be a non-empty list of whole numbers",

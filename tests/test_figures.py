@@ -101,6 +101,31 @@ def test_a_sweep_without_a_clean_run_cannot_be_compared(sweep):
         figures.probability(bare)
 
 
+def test_effects_are_drawn_by_sign_and_noise_with_every_direction_once(embedded, meaning, meaning_svd):
+    ranking = ms.rank_directions(embedded, meaning, meaning_svd)
+    figure = figures.direction_effects(ranking)
+    figure.to_json()
+    assert [trace.name for trace in figure.data] == ["damage", "gain", "noise"]
+    assert sorted(i for trace in figure.data for i in trace.customdata) == list(range(128))
+    damage = figure.data[0]
+    np.testing.assert_allclose(damage.y, ranking.effect.numpy()[damage.customdata], rtol=1e-6)
+    assert (damage.y > ranking.noise_floor).all()
+    ranks = [np.argsort(np.argsort(values)) for values in (ranking.singular_values.numpy(), ranking.effect.numpy())]
+    assert f"rank correlation {np.corrcoef(*ranks)[0, 1]:.2f}" in figure.layout.title.text
+
+
+def test_orders_race_on_one_axis(embedded, meaning, meaning_svd):
+    orders = {"σ": ms.order_by_singular_value(meaning_svd), "random": ms.order_at_random(meaning_svd)}
+    sweeps = {
+        name: ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0, 30, 128], order=order) for name, order in orders.items()
+    }
+    figure = figures.race_of_orders(sweeps)
+    assert [trace.name for trace in figure.data] == ["σ", "random"]
+    np.testing.assert_allclose(drawn(figure, 1).y, -sweeps["random"].measurement.log_prob.numpy(), rtol=1e-6)
+    with pytest.raises(ValueError, match="no sweeps to race"):
+        figures.race_of_orders({})
+
+
 def test_static_images_without_kaleido_or_chrome_say_what_to_install(meaning_svd, tmp_path, monkeypatch):
     import plotly.graph_objects as go
 

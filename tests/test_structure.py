@@ -23,6 +23,7 @@ ORDER = [
     "writes",
     "measurement",
     "sweeps",
+    "ranking",
     "figures",
     "report",
     "cli",

@@ -1,0 +1,145 @@
+"""One direction at a time: what the text loses without it, and the orders of the directions that follow from that."""
+
+from os import PathLike
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechsvd.batches import rows_a_pass
+from mechsvd.decomposition import Decomposition, require_decomposition
+from mechsvd.edits import Gate, chain
+from mechsvd.measurement import Measurement, measure
+from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.sites import Model
+from mechsvd.tasks import Task
+
+
+@result
+class Ranking:
+    """What each direction is worth to a task: the measurement without it, beside the singular value.
+
+    Attributes:
+        singular_values: in the units of the residual stream.
+        measurement: row j has direction j removed from every write.
+        noise_floor: how far the clean log-probability moves with the batch size and one rounding a write, in nats; smaller
+            effects say nothing.
+    """
+
+    singular_values: Float[Tensor, " rank"]
+    measurement: Measurement
+    noise_floor: float
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Ranking":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    @property
+    def effect(self) -> Float[Tensor, " rank"]:
+        """Clean minus edited log-probability in nats, so that damage is positive."""
+        assert self.measurement.clean is not None  # `rank_directions` always runs it
+        return self.measurement.clean.log_prob - self.measurement.log_prob
+
+    @property
+    def is_noise(self) -> Bool[Tensor, " rank"]:
+        """Which effects are no larger than the numerical noise."""
+        return self.effect.abs() <= self.noise_floor
+
+    @property
+    def source(self) -> Provenance | None:
+        """The model and task of the measurement."""
+        return self.measurement.source
+
+    def to_pandas(self) -> Any:
+        """One row a direction: direction, singular_value, log_prob, effect, is_noise."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "direction": range(len(self.singular_values)),
+                "singular_value": self.singular_values.numpy(),
+                "log_prob": self.measurement.log_prob.numpy(),
+                "effect": self.effect.numpy(),
+                "is_noise": self.is_noise.numpy(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        worst, silent = int(self.effect.argmax()), int(self.is_noise.sum())
+        return (
+            f"Ranking of {len(self.singular_values)} directions, each removed alone: direction {worst} does most damage\n"
+            f"  {float(self.effect[worst]):.4g} nats; {silent} effects within the noise floor of {self.noise_floor:.1e} nats\n"
+            f"  on {self.source.model if self.source else 'an unnamed model'}"
+        )
+
+
+def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Any) -> Ranking:
+    """Remove each singular direction alone from every write, and measure what the continuation loses; exact, all directions.
+
+    Many directions share a forward pass as rows of its batch, each at the cost of a dot product a write.
+
+    Args:
+        options: passed on to `measure` (layers, components, positions, batch_size, progress, …).
+
+    Returns:
+        One row a direction, in the order of the decomposition.
+
+    Raises:
+        TypeError, ValueError: as `measure`; a decomposition without directions.
+    """
+    require_decomposition(svd)
+    gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
+    measured = measure(model, task, Gate(svd.directions, gains, 1.0, svd.source), **options)
+    return Ranking(svd.singular_values.cpu(), measured, noise_floor(model, task, **options))
+
+
+def noise_floor(model: Model, task: Task, **options: Any) -> float:
+    """How far the clean log-probability of a task moves for no reason: with the batch size, and with one rounding a write.
+
+    Returns:
+        The spread in nats over two batch sizes and writes that are larger by the precision of the model's dtype.
+    """
+
+    def rounded(x: Tensor, hook: Any = None) -> Tensor:
+        return x * (1 + torch.finfo(x.dtype).eps)
+
+    quiet = {**options, "progress": False}
+    few, many = [chain(), rounded], [chain()] * max(3, rows_a_pass(model, task) - 1)
+    values = torch.cat([measure(model, task, edits, **quiet).log_prob for edits in (few, many)])
+    return float(values.max() - values.min())
+
+
+def order_by_singular_value(svd: Decomposition) -> Int[Tensor, " rank"]:
+    """The order of the decomposition itself: by falling singular value."""
+    return torch.arange(svd.rank)
+
+
+def order_by_effect(ranking: Ranking) -> Int[Tensor, " rank"]:
+    """By falling damage; directions of equal effect stay in the order of their singular values."""
+    return ranking.effect.argsort(descending=True, stable=True)
+
+
+def order_by_compromise(svd: Decomposition, ranking: Ranking, weight: float = 0.5) -> Int[Tensor, " rank"]:
+    """By the weighted mean of a direction's places in the two orders.
+
+    Args:
+        weight: of the place by effect, 0 to 1; the place by singular value has the rest. Ties go to the larger singular value.
+
+    Raises:
+        ValueError: a weight outside 0 to 1, or a ranking of another number of directions.
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"`weight` is {weight}, but must be from 0 (singular value alone) to 1 (effect alone).")
+    if len(ranking.singular_values) != svd.rank:
+        raise ValueError(f"The ranking is of {len(ranking.singular_values)} directions, but the decomposition has {svd.rank}.")
+    by_effect = order_by_effect(ranking).argsort()
+    return (weight * by_effect.double() + (1 - weight) * torch.arange(svd.rank).double()).argsort(stable=True)
+
+
+def order_at_random(svd: Decomposition, seed: int = 0) -> Int[Tensor, " rank"]:
+    """A seeded random order, to compare the others with."""
+    return torch.randperm(svd.rank, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd.ranking import Ranking
+from tests.conftest import loop_log_prob, tiny_hf, tiny_task
+from tests.conftest import tiny as bridge
+from tests.test_against_hugging_face import reference  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(scope="module")
+def ranking(embedded, meaning, meaning_svd):
+    return ms.rank_directions(embedded, meaning, meaning_svd)
+
+
+def test_every_effect_equals_that_of_a_loop(embedded, meaning, meaning_svd, ranking):
+    clean = loop_log_prob(embedded, meaning, lambda x, hook: x, range(6)).sum()
+    for direction in range(0, 128, 17):
+        v = meaning_svd.directions[:, direction]
+        expected = clean - loop_log_prob(embedded, meaning, lambda x, hook, v=v: x - (x @ v)[..., None] * v, range(6)).sum()
+        assert float(ranking.effect[direction]) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_all_effects_on_a_real_model_agree_with_raw_modules_in_float64(stories, story_task, reference):  # noqa: F811
+    svd = ms.decompose(ms.collect_writes(stories, story_task))
+    clean, _, _ = reference.run(lambda x: x)
+    found = ms.rank_directions(stories, story_task, svd)
+    for direction in range(64):
+        v = svd.directions[:, direction].double()
+        log_prob, _, _ = reference.run(lambda x, v=v: x - (x @ v)[..., None] * v)
+        assert float(found.effect[direction]) == pytest.approx(clean - log_prob, abs=1e-3), direction
+
+
+def test_a_direction_that_alone_carries_the_answer_is_ranked_first(silent):
+    """Every output projection but one is nearly silenced, and that one writes along a single direction."""
+    hf_model = tiny_hf("Llama")
+    with torch.no_grad():
+        for layer in hf_model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+        planted = torch.nn.functional.normalize(torch.randn(32), dim=0)
+        hf_model.model.layers[1].mlp.down_proj.weight.copy_(torch.outer(planted, torch.randn(64)))
+    model = bridge("Llama", hf_model)
+    prompt = tiny_task(length=10).tokens[None]
+    options = {"max_new_tokens": 20, "do_sample": False, "return_type": "tokens", "verbose": False, "stop_at_eos": False}
+    task = ms.Task(tokens=model.generate(prompt, **options)[0], prompt_length=10)  # what the planted direction makes it say
+    svd = ms.decompose(ms.collect_writes(model, task))
+    first = int(ms.order_by_effect(ms.rank_directions(model, task, svd))[0])
+    assert abs(float(svd.directions[:, first] @ planted)) > 0.999
+
+
+def test_the_noise_floor_is_small_and_marks_ties(ranking):
+    assert 0 < ranking.noise_floor < 1e-3
+    assert ranking.is_noise.sum() < 64
+    assert ranking.is_noise.tolist() == (ranking.effect.abs() <= ranking.noise_floor).tolist()
+
+
+def test_the_orders_are_permutations_with_the_ends_of_the_compromise(meaning_svd, ranking):
+    everything = torch.arange(128)
+    orders = [
+        ms.order_by_singular_value(meaning_svd),
+        ms.order_by_effect(ranking),
+        ms.order_by_compromise(meaning_svd, ranking),
+        ms.order_at_random(meaning_svd, seed=1),
+    ]
+    assert all(torch.equal(order.sort().values, everything) for order in orders)
+    assert (ranking.effect[orders[1]].diff() <= 0).all()
+    assert torch.equal(ms.order_by_compromise(meaning_svd, ranking, weight=0.0), orders[0])
+    assert torch.equal(ms.order_by_compromise(meaning_svd, ranking, weight=1.0), orders[1])
+    assert torch.equal(ms.order_at_random(meaning_svd, seed=1), orders[3])
+    assert not torch.equal(ms.order_at_random(meaning_svd, seed=2), orders[3])
+
+
+def test_the_compromise_is_the_mean_of_both_places():
+    svd = ms.decompose(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))[None])
+    measured = ms.Measurement(torch.tensor([[-3.0], [-1.0], [-9.0], [-2.0]]), torch.ones(4, 1), torch.ones(4, 1), ())
+    from dataclasses import replace
+
+    clean = ms.Measurement(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), ())
+    ranking = Ranking(svd.singular_values, replace(measured, clean=clean), 0.0)  # effects 3, 1, 9, 2: places 1, 3, 0, 2
+    assert ms.order_by_effect(ranking).tolist() == [2, 0, 3, 1]
+    assert ms.order_by_compromise(svd, ranking).tolist() == [0, 2, 1, 3]  # means ½, 2, 1, 2½
+
+
+def test_a_bad_weight_and_a_ranking_of_something_else_are_refused(meaning_svd, ranking):
+    with pytest.raises(ValueError, match=r"`weight` is 1\.5"):
+        ms.order_by_compromise(meaning_svd, ranking, weight=1.5)
+    with pytest.raises(ValueError, match="of 128 directions, but the decomposition has 2"):
+        ms.order_by_compromise(ms.decompose(torch.eye(2)[None]), ranking)
+
+
+def test_the_table_the_printed_form_and_saving(ranking, tmp_path):
+    assert list(ranking.to_pandas().columns) == ["direction", "singular_value", "log_prob", "effect", "is_noise"]
+    assert len(repr(ranking).splitlines()) == 3
+    ranking.save(tmp_path / "r.safetensors")
+    assert torch.equal(Ranking.load(tmp_path / "r.safetensors").effect, ranking.effect)
