@@ -19,6 +19,7 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mechsvd.comparison import Overlap, Pool, overlap, pool, principal_angles, random_subspace
 from mechsvd.decomposition import Decomposition, decompose
 from mechsvd.edits import ablate, chain, gate, keep, shift, shrink
 from mechsvd.hooks import fwd_hooks
@@ -55,6 +56,8 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     # measurements
     "measure", "Measurement", "sweep_rank", "RankSweep", "rank_directions", "Ranking",
     "order_by_singular_value", "order_by_effect", "order_by_compromise", "order_at_random",
+    # subspaces compared
+    "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     # results and pictures
     "Provenance", "figures",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ PACKAGE = Path(ms.__file__).parent
 ORDER = [
     "results",
     "subspace",
+    "comparison",
     "decomposition",
     "edits",
     "sites",
