@@ -33,8 +33,6 @@ class Model(Protocol):
 
     def parameters(self) -> Iterator[Tensor]: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
-
 
 @result
 class Site:
