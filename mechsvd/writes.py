@@ -83,12 +83,13 @@ def collect_writes(
     missing: Literal["error", "skip"] = "error",
     check: bool = True,
 ) -> Writes:
-    """Collect what attention and MLP layers write to the residual stream, in one forward pass a text length.
+    """Collect what attention and MLP layers write to the residual stream, in one forward pass a text length, or more
+    where memory asks for it.
 
     Every position counts by default, prompt and continuation and BOS, as in the shortform; BOS can own the top direction.
 
     Args:
-        tasks: one or several; those of the same length run as one batch, and none is padded.
+        tasks: one or several; those of the same length run together, and none is padded.
         layers, components: which sites; `components=("attn",)` gives the shortform's first, attention-only diagrams.
         positions: absolute positions to keep in each text.
         skip_bos: leave out the BOS token.
