@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mechsvd.comparison import Overlap, Pool, overlap, pool, principal_angles, random_subspace
 from mechsvd.decomposition import Decomposition, decompose
 from mechsvd.edits import ablate, chain, gate, keep, shift, shrink
+from mechsvd.generation import generate, generate_tasks
 from mechsvd.hooks import fwd_hooks
 from mechsvd.measurement import Measurement, measure
 from mechsvd.models import load_model
@@ -34,6 +35,7 @@ from mechsvd.ranking import (
     rank_directions,
 )
 from mechsvd.results import Provenance
+from mechsvd.search import CriticalRank, critical_rank, critical_rank_of, drop_at_most, same_greedy_text
 from mechsvd.selfcheck import SelfCheck, self_check
 from mechsvd.sites import Site, find_sites
 from mechsvd.subspace import Subspace, span
@@ -56,6 +58,8 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     # measurements
     "measure", "Measurement", "sweep_rank", "RankSweep", "rank_directions", "Ranking",
     "order_by_singular_value", "order_by_effect", "order_by_compromise", "order_at_random",
+    # the smallest rank, and text from inside a subspace
+    "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "same_greedy_text", "generate", "generate_tasks",
     # subspaces compared
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     # results and pictures

@@ -107,7 +107,7 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
     Raises:
         ValueError: a rank below 1 or above `d_model`.
     """
-    if not 1 <= rank <= d_model:
+    if isinstance(rank, bool) or not 1 <= rank <= d_model:
         raise ValueError(f"`rank` is {rank}, but must be from 1 to `d_model` = {d_model}.")
     generator = torch.Generator().manual_seed(seed)
     return Subspace(torch.linalg.qr(torch.randn(d_model, rank, generator=generator, dtype=torch.float64))[0])
@@ -161,8 +161,10 @@ def pool(subspaces: Sequence[Subspace], *, draws: int = 8, seed: int = 0) -> Poo
         seed: of the first draw.
 
     Raises:
-        ValueError: fewer than two subspaces, of different `d_model`, or of different models.
+        ValueError: fewer than two subspaces, of different `d_model`, or of different models; no draws.
     """
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"`draws` is {draws!r}, but the random band needs at least one.")
     d_model = _common_dimension(subspaces)
     ranks = [subspace.rank for subspace in subspaces]
     spectra = []
@@ -179,6 +181,8 @@ def _spectrum(bases: Sequence[Tensor]) -> Float[Tensor, " rank"]:
 
 
 def _common_dimension(subspaces: Sequence[Subspace]) -> int:
+    if not isinstance(subspaces, Sequence):
+        raise TypeError(f"`subspaces` must be a list of subspaces, but is {type(subspaces).__name__}.")
     if len(subspaces) < 2:
         raise ValueError(f"{len(subspaces)} subspace(s) given, but it takes two to compare.")
     for number, subspace in enumerate(subspaces):

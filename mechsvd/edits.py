@@ -211,6 +211,18 @@ class Chain:
         return x
 
 
+@dataclass(frozen=True, eq=False)
+class Each:
+    """Edits of any kind side by side: edit i acts on row i, or on its own copy of the only row."""
+
+    edits: tuple[Edit, ...]
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        """Edit each row of the writes `x` by its own."""
+        rows = x.expand(len(self.edits), -1, -1)
+        return torch.cat([edit(rows[i : i + 1], hook=hook) for i, edit in enumerate(self.edits)])
+
+
 def gates_of(edit: Edit) -> list[Gate]:
     """The gates in an edit, so that their bases can be held against a model."""
     if isinstance(edit, Chain):

@@ -66,6 +66,26 @@ def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) ->
         require_same_model(gate.source, source, "The basis and the model")
 
 
+def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | tuple[Edit, ...]:
+    """Take one gate, a stack of gates or a list of edits as a stack that fits the model and lies on its device.
+
+    Raises:
+        TypeError, ValueError: as `require_fitting_edit`; no edits; a stack in a list.
+    """
+    if isinstance(edits, Gate):
+        require_fitting_edit(model, edits, source)
+        device = next(model.parameters()).device
+        stacked = edits.gains if edits.is_stack else edits.gains[None]
+        return Gate(edits.basis.to(device), stacked.to(device), edits.rest, edits.source)
+    if not isinstance(edits, Sequence) or not edits:
+        raise TypeError(f"`edits` must be a stack of gates or a list of edits, at least one, but is {type(edits).__name__}.")
+    for edit in edits:
+        require_fitting_edit(model, edit, source)
+        if isinstance(edit, Gate) and edit.is_stack:
+            raise ValueError("A stack of gates cannot be one of a list of edits: pass the stack alone, or its members `stack[i]`.")
+    return tuple(edits)
+
+
 def bind(
     edit: Edit,
     site: Site,

@@ -8,18 +8,21 @@ from os import PathLike
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsvd.batches import rows_a_pass, run_batches
-from mechsvd.edits import Edit, Gate, chain
-from mechsvd.hooks import bind, require_fitting_edit
+from mechsvd.edits import Each, Edit, Gate, chain
+from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.runs import evaluation, run_model
 from mechsvd.selfcheck import SelfCheck, require_sound
-from mechsvd.sites import COMPONENTS, Model, Site, evaluation, find_sites, run_model
+from mechsvd.sites import COMPONENTS, Model, Site, find_sites
 from mechsvd.subspace import at_least_single
 from mechsvd.tasks import Positions, Task, require_fitting, valid_positions
+
+_BY_EDIT = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
 
 
 @result
@@ -28,12 +31,14 @@ class Measurement:
 
     Attributes:
         log_probs: natural-log probability of each continuation token, in nats.
+        is_greedy: whether each continuation token is the most probable one; if all are, greedy text would be the same.
         orig_deltas, kept_deltas: root-mean-square L2 norm over positions of the attempted write / of what the edit let
             through, at each site, in the units of the residual stream.
         clean: the same for the model without an edit; None in that measurement itself.
     """
 
     log_probs: Float[Tensor, "edit scored"]
+    is_greedy: Bool[Tensor, "edit scored"]
     orig_deltas: Float[Tensor, "edit site"]
     kept_deltas: Float[Tensor, "edit site"]
     sites: tuple[Site, ...]
@@ -46,6 +51,15 @@ class Measurement:
     def load(cls, path: str | PathLike[str]) -> "Measurement":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __getitem__(self, edits: slice | Tensor) -> "Measurement":
+        """Some of the edits, in the order asked for, beside the same clean run."""
+        columns: dict[str, Any] = {name: getattr(self, name)[edits] for name in _BY_EDIT}
+        return replace(self, **columns)
+
+    def __len__(self) -> int:
+        """Number of edits."""
+        return len(self.log_probs)
 
     @property
     def log_prob(self) -> Float[Tensor, " edit"]:
@@ -79,7 +93,7 @@ class Measurement:
         """One row an edit and site: layer, component, orig_delta, kept_delta."""
         import pandas as pd
 
-        edits = len(self.log_probs)
+        edits = len(self)
         return pd.DataFrame(
             {
                 "edit": [i for i in range(edits) for _ in self.sites],
@@ -94,7 +108,7 @@ class Measurement:
         low, high = float(self.log_prob.min()), float(self.log_prob.max())
         clean = f"{float(self.clean.log_prob):.4f} nats clean, " if self.clean else ""
         return (
-            f"Measurement of {len(self.log_probs)} edits at {len(self.sites)} sites\n"
+            f"Measurement of {len(self)} edits at {len(self.sites)} sites\n"
             f"  log-probability of {self.log_probs.shape[1]} tokens: {clean}{low:.4f} to {high:.4f} edited\n"
             f"  on {self.source.model if self.source else 'an unnamed model'}"
         )
@@ -138,11 +152,17 @@ def measure(
     setup = _Setup(model, task, sites, valid_positions(positions, len(task.tokens)), checked)
     with evaluation(model) as users:
         source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, (*notes, *users))
-        stack = _as_stack(model, edits, source if check else None)
+        stack = as_stack(model, edits, source if check else None)
         rows = _run_all(setup, stack, rows_a_pass(model, task) if batch_size is None else batch_size, progress)
-    edited, clean = _rows(rows, slice(1, None)), _rows(rows, slice(0, 1))
+    edited, clean = rows[1:], rows[:1]
     _warn_not_finite(edited)
     return replace(edited, clean=replace(clean, source=source), source=source)
+
+
+def joined(parts: Sequence[Measurement]) -> Measurement:
+    """Measurements of one task at the same sites as one, in their order; the clean run is the first one's."""
+    columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _BY_EDIT}
+    return replace(parts[0], **columns)
 
 
 def estimate_seconds(model: Model, task: Task, edits: int) -> float:
@@ -172,7 +192,7 @@ class _Setup:
 
     def forward(self, edits: Gate | Sequence[Edit], with_clean: bool = False) -> Measurement:
         """One forward pass, each edit a row of the batch, behind the clean run on request."""
-        rows: Edit = edits if isinstance(edits, Gate) else _Each(tuple(edits))
+        rows: Edit = edits if isinstance(edits, Gate) else Each(tuple(edits))
         if with_clean:
             rows = _BehindClean(rows)
         count = len(edits) + with_clean
@@ -190,18 +210,9 @@ class _Setup:
         log_probs = logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
         target = tokens[self.task.prompt_length :].expand(count, -1)
         scored = log_probs.gather(-1, target[..., None])[..., 0]
-        return Measurement(scored.cpu(), torch.stack(orig, dim=1).cpu(), torch.stack(kept, dim=1).cpu(), self.sites)
-
-
-@dataclass(frozen=True)
-class _Each:
-    """A stack of edits of any kind: edit i acts on row i."""
-
-    edits: tuple[Edit, ...]
-
-    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        rows = x.expand(len(self.edits), -1, -1)
-        return torch.cat([edit(rows[i : i + 1], hook=hook) for i, edit in enumerate(self.edits)])
+        is_greedy = log_probs.argmax(dim=-1) == target
+        orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
+        return Measurement(scored.cpu(), is_greedy.cpu(), orig_deltas, kept_deltas, self.sites)
 
 
 @dataclass(frozen=True)
@@ -223,33 +234,7 @@ def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: b
         return setup.forward(chosen, with_clean=bool(rows[0] == order[0]))
 
     parts = run_batches(forward, order, size, setup.model, setup.task, progress)
-    return _rows(_joined(parts), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order.argsort()]))
-
-
-def _joined(parts: Sequence[Measurement]) -> Measurement:
-    log_probs, orig, kept = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("log_probs", "orig_deltas", "kept_deltas")
-    )
-    return Measurement(log_probs, orig, kept, parts[0].sites)
-
-
-def _rows(measured: Measurement, rows: slice | Tensor) -> Measurement:
-    return Measurement(measured.log_probs[rows], measured.orig_deltas[rows], measured.kept_deltas[rows], measured.sites)
-
-
-def _as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | tuple[Edit, ...]:
-    if isinstance(edits, Gate):
-        require_fitting_edit(model, edits, source)
-        device = next(model.parameters()).device
-        stacked = edits.gains if edits.is_stack else edits.gains[None]
-        return Gate(edits.basis.to(device), stacked.to(device), edits.rest, edits.source)
-    if not isinstance(edits, Sequence) or not edits:
-        raise TypeError(f"`edits` must be a stack of gates or a list of edits, at least one, but is {type(edits).__name__}.")
-    for edit in edits:
-        require_fitting_edit(model, edit, source)
-        if isinstance(edit, Gate) and edit.is_stack:
-            raise ValueError("A stack of gates cannot be one of a list of edits: pass the stack alone, or its members `stack[i]`.")
-    return tuple(edits)
+    return joined(parts)[torch.cat([torch.zeros(1, dtype=torch.long), 1 + order.argsort()])]
 
 
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:

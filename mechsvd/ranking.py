@@ -13,6 +13,7 @@ from mechsvd.edits import Gate, chain
 from mechsvd.measurement import Measurement, measure
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.sites import Model
+from mechsvd.sweeps import warn_other_sites
 from mechsvd.tasks import Task
 
 
@@ -94,11 +95,15 @@ def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Any
     require_decomposition(svd)
     gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
     measured = measure(model, task, Gate(svd.directions, gains, 1.0, svd.source), **options)
+    warn_other_sites(svd, measured)
     return Ranking(svd.singular_values.cpu(), measured, noise_floor(model, task, **options))
 
 
-def noise_floor(model: Model, task: Task, **options: Any) -> float:
+def noise_floor(model: Model, task: Task, rows: int | None = None, **options: Any) -> float:
     """How far the clean log-probability of a task moves for no reason: with the batch size, and with one rounding a write.
+
+    Args:
+        rows: of the larger of the two batches; as many as a sweep has by default.
 
     Returns:
         The spread in nats over two batch sizes and writes that are larger by the precision of the model's dtype.
@@ -108,8 +113,9 @@ def noise_floor(model: Model, task: Task, **options: Any) -> float:
         return x * (1 + torch.finfo(x.dtype).eps)
 
     quiet = {**options, "progress": False}
-    few, many = [chain(), rounded], [chain()] * max(3, rows_a_pass(model, task) - 1)
-    values = torch.cat([measure(model, task, edits, **quiet).log_prob for edits in (few, many)])
+    many = max(3, rows_a_pass(model, task)) if rows is None else rows
+    found = [measure(model, task, edits, **quiet) for edits in ([rounded], [chain()] * (many - 1))]
+    values = torch.cat([run.log_prob for part in found for run in (part, part.clean) if run])
     return float(values.max() - values.min())
 
 

@@ -9,17 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.results import load_result, result, save_result
-from mechsvd.sites import (
-    COMPONENTS,
-    Model,
-    Site,
-    evaluation,
-    find_sites,
-    require_model,
-    run_model,
-    stream_names,
-    without_users_hooks,
-)
+from mechsvd.runs import evaluation, run_model, without_users_hooks
+from mechsvd.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
 
 _CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
 

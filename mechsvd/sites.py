@@ -1,14 +1,9 @@
-"""Where a model writes: its sites, one way to run it with hooks on them, and nothing else that knows TransformerLens's names."""
+"""Where a model writes: its sites. The only file that knows TransformerLens's names."""
 
 import difflib
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.results import result
@@ -30,6 +25,8 @@ class Model(Protocol):
     def run_with_hooks(self, input: Any, fwd_hooks: Any, return_type: str | None) -> Any: ...
 
     def generate(self, input: Any, **options: Any) -> Any: ...
+
+    def hooks(self, fwd_hooks: Any) -> Any: ...
 
     def parameters(self) -> Iterator[Tensor]: ...
 
@@ -105,106 +102,10 @@ def stream_names(model: Model) -> list[tuple[str, str]]:
     return [(f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_resid_post") for i in range(model.cfg.n_layers)]
 
 
-def run_model(
-    model: Model,
-    tokens: Int[Tensor, "batch pos"],
-    hooks: Sequence[Hook] = (),
-    scored: slice | None = None,
-    cut_early: bool = True,
-) -> Float[Tensor, "edit scored d_vocab"]:
-    """Run the model once with hooks, each of which must fire exactly once.
-
-    A hook may return more rows than it got ("1 pos d_model" to "edit pos d_model"): what comes before it is then computed once.
-
-    Args:
-        scored: positions whose logits are wanted.
-        cut_early: drop the other positions before the unembedding, where most of the memory is, unless a user's hook may see it.
-
-    Returns:
-        Logits at the scored positions (all by default).
-
-    Raises:
-        KeyError: a hook name that the model does not have.
-        RuntimeError: a hook fired another number of times than once.
-    """
-    points = model.hook_dict
-    for name, _ in hooks:
-        if name not in points:
-            close = difflib.get_close_matches(name, points, n=3)
-            raise KeyError(f"No hook point `{name}`: the model has layers 0–{model.cfg.n_layers - 1}; close matches: {close}.")
-    fired = [0] * len(hooks)
-
-    def counted(index: int, hook_function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-        def run(x: Tensor, hook: Any = None) -> Tensor | None:
-            fired[index] += 1
-            if x.ndim == 3:
-                return hook_function(x, hook=hook)
-            rows = hook_function(x.reshape(-1, tokens.shape[1], x.shape[-1]), hook=hook)  # OPT's MLP sees [batch·pos, d_model]
-            return None if rows is None else rows.flatten(0, 1)
-
-        return run
-
-    ours = [(name, counted(i, f)) for i, (name, f) in enumerate(hooks)]
-    cut_early = cut_early and scored is not None and not users_hooks(model)
-    if cut_early:
-        # GPT-2 reshapes to the input's shape behind the last norm; a HookedTransformer has no hook before its unembedding
-        last = "unembed.hook_in" if "unembed.hook_in" in points else stream_names(model)[-1][1]
-        ours.append((last, lambda x, hook=None: x[:, scored]))
-    logits = model.run_with_hooks(tokens, fwd_hooks=ours, return_type="logits")
-    for (name, _), times in zip(hooks, fired, strict=True):
-        if times != 1:
-            raise RuntimeError(f"The hook at `{name}` fired {times} of 1 times: this model does not pass there once a run.")
-    return logits if cut_early or scored is None else logits[:, scored]
-
-
-@contextmanager
-def evaluation(model: Model) -> Iterator[tuple[str, ...]]:
-    """Evaluate without gradients and dropout, and leave the model as it was, also after an exception.
-
-    Yields:
-        Notes for the provenance: whose hooks took part.
-    """
-    notes: tuple[str, ...] = ()
-    if names := users_hooks(model):
-        notes = (f"hooks of the user at {', '.join(names)}",)
-        warnings.warn(f"The model already has hooks at {', '.join(names)}; they are kept, and results include them.", stacklevel=4)
-    training = [module for module in _modules(model) if module.training]
-    if training:
-        warnings.warn("The model is in train mode: it is evaluated in eval mode here and put back afterwards.", stacklevel=4)
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            yield notes
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def without_users_hooks(model: Model) -> Iterator[None]:
-    """Set the user's hooks aside for a while; they come back as they were, in their order."""
-    points = {id(point): point for point in model.hook_dict.values() if point.fwd_hooks}
-    theirs = [(point, point.fwd_hooks, point._forward_hooks) for point in points.values()]
-    try:
-        for point in points.values():
-            point.fwd_hooks, point._forward_hooks = [], OrderedDict()
-        yield
-    finally:
-        for point, handles, functions in theirs:
-            point.fwd_hooks, point._forward_hooks = handles, functions
-
-
-def users_hooks(model: Model) -> list[str]:
-    """Names of the hook points that carry somebody's forward hooks."""
-    points = {id(point): point for point in model.hook_dict.values()}
-    return [str(point.name) for point in points.values() if point.fwd_hooks]
-
-
-def _modules(model: Any) -> list[Any]:
-    """All modules, those of the wrapped Hugging Face model too, whose mode can be set apart from the bridge's."""
-    roots = [model, getattr(model, "original_model", None)]
-    return list({id(module): module for root in roots if root is not None for module in root.modules()}.values())
+def before_unembedding(model: Model) -> str:
+    """Name of the last place before the unembedding: a bridge hooks it there, a HookedTransformer behind its last block."""
+    # not before the last norm: GPT-2 reshapes to the input's shape behind it
+    return "unembed.hook_in" if "unembed.hook_in" in model.hook_dict else stream_names(model)[-1][1]
 
 
 def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[int]:

@@ -92,8 +92,19 @@ def sweep_rank(
     place = permutation.argsort()  # of each direction in the order
     gains = (place[None, :] < chosen[:, None]).to(svd.directions)
     measured = measure(model, task, _cheapest_gate(svd, gains), **options)
-    _warn_other_sites(svd, measured)
+    warn_other_sites(svd, measured)
     return RankSweep(chosen, permutation, measured, svd.source)
+
+
+def warn_other_sites(svd: Decomposition, measured: Measurement) -> None:
+    """Warn, where the caller's caller stands, when the edited sites are not those whose writes were decomposed."""
+    edited = {site.hook_name for site in measured.sites}
+    if svd.source and edited != set(svd.source.hooks):
+        warnings.warn(
+            f"{len(edited)} sites were edited, but the directions are of the writes of {len(svd.source.hooks)} others or fewer; "
+            "pass the same `layers` and `components` here as to `collect_writes`.",
+            stacklevel=4,
+        )
 
 
 def _cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gate:
@@ -105,16 +116,6 @@ def _cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gat
         return Gate(svd.directions, gains, 0.0, svd.source)
     unseen = gains.new_zeros(len(gains), svd.d_model - svd.rank)
     return Gate(complete(svd.directions), torch.cat([gains, unseen], dim=1), 0.0, svd.source)
-
-
-def _warn_other_sites(svd: Decomposition, measured: Measurement) -> None:
-    swept = {site.hook_name for site in measured.sites}
-    if svd.source and swept != set(svd.source.hooks):
-        warnings.warn(
-            f"The sweep clips {len(swept)} sites, but the directions are of the writes of {len(svd.source.hooks)} others or fewer; "
-            "pass the same `layers` and `components` to `sweep_rank` as to `collect_writes`.",
-            stacklevel=3,
-        )
 
 
 def _valid_ranks(svd: Decomposition, ranks: Any) -> Int[Tensor, " edit"]:

@@ -1,6 +1,5 @@
 """What is asked of a model: a prompt and its continuation, as tokens, and the positions that are scored."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from os import PathLike
@@ -11,7 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechsvd.results import load_result, result, save_result
-from mechsvd.sites import Model, evaluation, require_model
+from mechsvd.runs import continue_tokens, evaluation
+from mechsvd.sites import Model, require_model
+from mechsvd.tokenization import continuation_tokens, fit_context, pieces_of, prompt_tokens, require_text, warn_unusual_start
 
 Positions = Iterable[int] | Int[Tensor, " position"] | None  # absolute, in the whole text; None for all
 
@@ -95,17 +96,15 @@ class Task:
             TypeError: text that is not a string.
             ValueError: an empty prompt or continuation, or more tokens than the context holds.
         """
-        if truncate not in (None, "left"):
-            raise ValueError(f"`truncate` is {truncate!r}, but must be 'left' or None.")
-        prompt_ids = _prompt_ids(model, prompt, prepend_bos)
+        prompt_ids = prompt_tokens(model, prompt, prepend_bos)
         if continuation is None:
             scored = None
         else:
-            _require_text("continuation", continuation)
-            scored = _continuation_ids(model, prompt, continuation)
-        prompt_ids = _fit(model, prompt_ids, max_new_tokens if scored is None else len(scored), truncate)
+            require_text("continuation", continuation)
+            scored = continuation_tokens(model, prompt, continuation)
+        prompt_ids = fit_context(model, prompt_ids, max_new_tokens if scored is None else len(scored), truncate)
         ids = prompt_ids + (_greedy(model, prompt_ids, max_new_tokens) if scored is None else scored)
-        return cls(torch.tensor(ids), len(prompt_ids), _pieces(model, ids))
+        return cls(torch.tensor(ids), len(prompt_ids), pieces_of(model, ids))
 
     @property
     def continuation(self) -> Int[Tensor, " scored"]:
@@ -194,100 +193,11 @@ def require_fitting(model: Model, task: Task) -> None:
     low, high = int(task.tokens.min()), int(task.tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
         raise ValueError(f"Token ids run from {low} to {high}, but the model has 0 to {model.cfg.d_vocab - 1}.")
-    _warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0], stacklevel=3)
-
-
-def _require_text(name: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"`{name}` must be a string, but is {type(text).__name__} {text!r}.")
-    if not text:
-        raise ValueError(f"`{name}` is empty; give some text.")
-
-
-def _prompt_ids(model: Model, prompt: str, prepend_bos: bool | None) -> list[int]:
-    require_model(model)
-    _require_text("prompt", prompt)
-    if model.tokenizer is None:
-        raise ValueError("The model has no tokenizer: make the task from token ids, `Task(tokens=…, prompt_length=…)`.")
-    expected = _expected_bos(model)
-    start = [model.tokenizer.bos_token_id] if (expected is not None if prepend_bos is None else prepend_bos) else []
-    if start == [None]:
-        raise ValueError("The model's tokenizer has no BOS token; leave `prepend_bos` out.")
-    ids = start + _encode(model, prompt)
-    _warn_unusual_start(model, ids, prompt, stacklevel=4)
-    return ids
-
-
-def _expected_bos(model: Model) -> int | None:
-    """The token that the model's texts start with, as TransformerLens has it; None where they start with none."""
-    wanted = getattr(model.cfg, "default_prepend_bos", True)
-    return getattr(model.tokenizer, "bos_token_id", None) if wanted else None
-
-
-def _warn_unusual_start(model: Model, ids: Sequence[int], text: str, stacklevel: int) -> None:
-    bos = _expected_bos(model)
-    if bos is None or (ids[0] == bos and bos not in ids[1:2]):
-        return
-    many = "BOS twice" if ids[0] == bos else "no BOS token, though the model has one"
-    warnings.warn(f"The text starts with {many}: {text[:40]!r}; models are trained with one.", stacklevel=stacklevel + 1)
-
-
-def _continuation_ids(model: Model, prompt: str, continuation: str) -> list[int]:
-    joint = _encode(model, prompt + continuation)
-    own = _encode(model, prompt)
-    if joint[: len(own)] == own:
-        return joint[len(own) :]
-    warnings.warn(
-        f"Tokens merge across the boundary {prompt[-8:]!r} + {continuation[:8]!r}: the prompt keeps its own tokens, and the "
-        "continuation is tokenised to follow them, which is not how the whole text would be tokenised.",
-        stacklevel=4,
-    )
-    # SentencePiece puts a space before the first word of a text; behind some other text it does not
-    for anchor in ("", "\n", "a", "0", "."):
-        start = _encode(model, anchor)
-        ids = _encode(model, anchor + continuation)
-        if ids[: len(start)] == start and model.tokenizer.decode(own + ids[len(start) :]).endswith(prompt[-8:] + continuation):
-            return ids[len(start) :]
-    raise ValueError(f"The continuation {continuation!r} has no tokens that follow the prompt's own; move the boundary.")
-
-
-def _encode(model: Model, text: str) -> list[int]:
-    return model.tokenizer.encode(text, add_special_tokens=False)
-
-
-def _fit(model: Model, prompt_ids: list[int], new_tokens: int, truncate: str | None) -> list[int]:
-    excess = len(prompt_ids) + new_tokens - model.cfg.n_ctx
-    if excess <= 0:
-        return prompt_ids
-    kept_start = int(prompt_ids[0] == model.tokenizer.bos_token_id)
-    if truncate != "left" or excess >= len(prompt_ids) - kept_start:
-        raise ValueError(
-            f"The prompt has {len(prompt_ids)} tokens and the continuation {new_tokens}, but the context holds {model.cfg.n_ctx}; "
-            "shorten one, or pass `truncate='left'` to drop the oldest prompt tokens."
-        )
-    warnings.warn(f"The {excess} oldest tokens of the prompt were dropped to fit the context of {model.cfg.n_ctx}.", stacklevel=4)
-    return prompt_ids[:kept_start] + prompt_ids[kept_start + excess :]
-
-
-def _pieces(model: Model, ids: list[int]) -> tuple[str, ...]:
-    """The text that each token adds: SentencePiece shows spaces only behind other text, and a character of several tokens
-    belongs to the last of them."""
-    pieces: list[str] = []
-    context, done = 0, 0  # tokens from `context` on are decoded again, those up to `done` have given their text
-    for end in range(1, len(ids) + 1):
-        before, through = model.tokenizer.decode(ids[context:done]), model.tokenizer.decode(ids[context:end])
-        if through.endswith("\ufffd") and end < len(ids):
-            pieces.append("")
-            continue
-        pieces.append(through[len(before) :])
-        context, done = done, end
-    return tuple(pieces)
+    warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0], stacklevel=3)
 
 
 def _greedy(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
     if max_new_tokens < 1:
         raise ValueError(f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1.")
-    tokens = torch.tensor([prompt_ids], device=next(model.parameters()).device)
     with evaluation(model):
-        longer = model.generate(tokens, max_new_tokens=max_new_tokens, do_sample=False, return_type="tokens", verbose=False)
-    return longer[0, len(prompt_ids) :].tolist()
+        return continue_tokens(model, torch.tensor([prompt_ids]), max_new_tokens)[0][len(prompt_ids) :].tolist()

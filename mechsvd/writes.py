@@ -11,8 +11,9 @@ from torch import Tensor
 from mechsvd.batches import rows_a_pass, run_batches
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.runs import evaluation, run_model
 from mechsvd.selfcheck import require_sound
-from mechsvd.sites import COMPONENTS, Model, Site, evaluation, find_sites, run_model
+from mechsvd.sites import COMPONENTS, Model, Site, find_sites
 from mechsvd.tasks import Positions, Task, as_tasks, require_fitting, valid_positions
 
 

@@ -3,7 +3,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.edits import Gate
-from mechsvd.sites import users_hooks
+from mechsvd.runs import users_hooks
 from tests.conftest import tiny, tiny_task
 from tests.test_subspace import orthonormal
 

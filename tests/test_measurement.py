@@ -5,7 +5,7 @@ import mechsvd as ms
 from mechsvd.batches import rows_a_pass
 from mechsvd.edits import Gate
 from mechsvd.measurement import _Setup, measure
-from mechsvd.sites import users_hooks
+from mechsvd.runs import users_hooks
 from tests.conftest import loop_log_prob, tiny, tiny_task
 from tests.test_subspace import orthonormal
 

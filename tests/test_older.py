@@ -5,8 +5,8 @@ import torch
 
 import mechsvd as ms
 from mechsvd.models import processing_state
+from mechsvd.runs import users_hooks
 from mechsvd.selfcheck import require_sound
-from mechsvd.sites import users_hooks
 from tests.conftest import STORIES, loop_log_prob, tiny_hf, tiny_task
 
 pytestmark = pytest.mark.older

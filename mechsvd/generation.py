@@ -1,0 +1,113 @@
+"""Text from inside a subspace: a model goes on from a prompt, or from nothing, while every write is edited."""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Literal, overload
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechsvd.batches import rows_a_pass, run_batches
+from mechsvd.edits import Each, Edit, Gate, chain
+from mechsvd.hooks import as_stack, bind
+from mechsvd.models import provenance_of
+from mechsvd.runs import continue_tokens, end_tokens, evaluation
+from mechsvd.selfcheck import require_sound
+from mechsvd.sites import COMPONENTS, Model, find_sites
+from mechsvd.tasks import Positions, Task, valid_positions
+from mechsvd.tokenization import fit_context, pieces_of, prompt_tokens
+
+
+@overload
+def generate(model: Model, prompt: str, edit: Edit | None = None, **options: Any) -> str: ...
+@overload
+def generate(model: Model, prompt: str, edit: Sequence[Edit | None], **options: Any) -> list[str]: ...
+def generate(model: Model, prompt: str, edit: Any = None, **options: Any) -> str | list[str]:
+    """Let a model write on from a prompt while an edit acts on every write; greedily by default.
+
+    Args:
+        prompt: the text to go on from; "" is the bare start, BOS alone.
+        edit: one edit, None for the model as it is, or several (a list or a stack of gates), whose texts are written side by
+            side as rows of one batch.
+        options: as `generate_tasks` takes them (max_new_tokens, temperature, seed, layers, positions, …).
+
+    Returns:
+        The prompt and what follows, up to the end of the text; a list of texts for several edits.
+
+    Raises:
+        TypeError, ValueError: as `generate_tasks`.
+    """
+    several = isinstance(edit, list | tuple) or (isinstance(edit, Gate) and edit.is_stack)
+    ends = end_tokens(model) if hasattr(model, "tokenizer") else []
+    texts = []
+    for task in generate_tasks(model, prompt, edit if several else [edit], **options):
+        said = task.pieces[task.prompt_length : -1 if int(task.tokens[-1]) in ends else None]
+        texts.append(prompt + "".join(said))
+    return texts if several else texts[0]
+
+
+def generate_tasks(
+    model: Model,
+    prompt: str,
+    edits: Gate | Sequence[Edit | None],
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.0,
+    seed: int = 0,
+    layers: int | Iterable[int] | None = None,
+    components: Sequence[str] = COMPONENTS,
+    positions: Positions = None,
+    missing: Literal["error", "skip"] = "error",
+    prepend_bos: bool | None = None,
+    truncate: Literal["left"] | None = None,
+    use_kv_cache: bool = True,
+    check: bool = True,
+    progress: bool | None = None,
+) -> list[Task]:
+    """As `generate`, but as tasks: what each edit wrote, ready to be measured, collected or decomposed.
+
+    Args:
+        temperature: 0 takes the most probable token; above 0, tokens are drawn, and each edit gets the same random numbers,
+            whatever stands beside it.
+        seed: of the draws; the global generators stay as they were.
+        positions: absolute positions to edit, in the prompt and in what follows; all by default.
+        truncate: "left" drops the oldest prompt tokens when prompt and new tokens do not fit into the context.
+        use_kv_cache: reuse keys and values of earlier positions; the text is the same without, but slower.
+
+    Raises:
+        TypeError: a prompt that is not a string, edits that are none.
+        ValueError: a prompt that does not fit, no BOS to start from, a basis of another model, a temperature below 0.
+    """
+    start = prompt_tokens(model, prompt, prepend_bos, may_be_empty=True)
+    _require_options(max_new_tokens, temperature, seed)
+    start = fit_context(model, start, max_new_tokens, truncate)
+    sites, chosen = find_sites(model, layers, components, missing), valid_positions(positions)
+    require_sound(model, check, missing)
+    with evaluation(model):
+        wanted = edits if isinstance(edits, Gate) else [chain() if edit is None else edit for edit in edits]
+        stack = as_stack(model, wanted, provenance_of(model) if check else None)
+        extend = partial(continue_tokens, temperature=temperature, seed=seed, use_kv_cache=use_kv_cache)
+
+        def forward(rows: Int[Tensor, " row"]) -> list[Tensor]:
+            some: Edit = stack[rows] if isinstance(stack, Gate) else Each(tuple(stack[i] for i in rows))
+            hooks = [(site.hook_name, bind(some, site, chosen)) for site in sites]  # fresh: they count the positions
+            return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
+
+        size = rows_a_pass(model, _longest(start, max_new_tokens)) if temperature == 0 else 1
+        parts = run_batches(forward, torch.arange(len(stack)), size, model, _longest(start, max_new_tokens), progress)
+    return [Task(tokens, len(start), pieces_of(model, tokens.tolist())) for part in parts for tokens in part]
+
+
+def _longest(start: list[int], max_new_tokens: int) -> Task:
+    """A task of the size that the text can have."""
+    return Task(torch.tensor(start + [0] * max_new_tokens), len(start))
+
+
+def _require_options(max_new_tokens: Any, temperature: Any, seed: Any) -> None:
+    for name, number, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"`{name}` is {number!r}, but must be a whole number of at least {least}.")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise ValueError(f"`temperature` is {temperature!r}, but must be 0 (the most probable token) or more, and finite.")

@@ -1,0 +1,243 @@
+"""The smallest rank from which a model still gives the text, from few probes of a curve that need not be monotone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechsvd.decomposition import Decomposition, require_decomposition
+from mechsvd.measurement import Measurement, joined
+from mechsvd.ranking import noise_floor
+from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.sites import Model
+from mechsvd.sweeps import RankSweep, sweep_rank
+from mechsvd.tasks import Task
+
+Criterion = Callable[[Measurement], Float[Tensor, " edit"]]  # how far each edit is above (≥ 0) or below the bar
+PROBES = 8  # a round
+SHARE = 10  # a search may cost one in so many of a full sweep's evaluations,
+LEAST = 48  # or so many, where that is more
+NOISE_ROWS = 3  # of the clean model in one batch, beside two in another, to see how far rounding moves it
+
+
+@result
+class CriticalRank:
+    """The smallest rank, of those tried, whose directions give the text, and all that was tried.
+
+    Attributes:
+        sweep: the ranks that were tried, rising.
+        margins: how far each is above (≥ 0) or below the bar: in nats, unless the criterion says otherwise.
+        noise_floor: margins no further below 0 than this count as reaching the bar, in the same unit.
+        evaluations: how many rows went through the model, the clean ones and those for the noise floor too.
+        criterion: the bar's name.
+    """
+
+    sweep: RankSweep
+    margins: Float[Tensor, " edit"]
+    noise_floor: float
+    evaluations: int
+    criterion: str
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "CriticalRank":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    @property
+    def reached(self) -> Bool[Tensor, " edit"]:
+        """Which of the ranks that were tried reach the bar."""
+        return self.margins >= -self.noise_floor
+
+    @property
+    def rank(self) -> int | None:
+        """The smallest rank that reaches the bar; None where none of those tried does."""
+        return int(self.sweep.ranks[self.reached][0]) if self.reached.any() else None
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether every smaller rank was tried."""
+        smaller = torch.arange((len(self.sweep.order) if self.rank is None else self.rank) + 1)
+        return torch.equal(self.sweep.ranks[: len(smaller)], smaller)
+
+    @property
+    def crossings(self) -> tuple[tuple[int, int], ...]:
+        """Neighbours among the ranks tried of which one reaches the bar and the other does not, smaller rank first."""
+        changes = (self.reached[1:] != self.reached[:-1]).nonzero().flatten().tolist()
+        ranks = self.sweep.ranks.tolist()
+        return tuple((ranks[i], ranks[i + 1]) for i in changes)
+
+    @property
+    def source(self) -> Provenance | None:
+        """The model and task of the measurement."""
+        return self.sweep.source
+
+    def to_pandas(self) -> Any:
+        """One row a rank tried: rank, log_prob, margin, reached, is_tie (within the noise floor)."""
+        table = self.sweep.to_pandas()[["rank", "log_prob"]]
+        tie = self.margins.abs() <= self.noise_floor
+        return table.assign(margin=self.margins.numpy(), reached=self.reached.numpy(), is_tie=tie.numpy())
+
+    def __repr__(self) -> str:
+        which = "not reached" if self.rank is None else self.rank
+        certain = "every smaller rank was tried" if self.is_certain else "`exhaustive=True` tries every rank"
+        return (
+            f"Critical rank {which} of {len(self.sweep.order)} directions, for {self.criterion}\n"
+            f"  {len(self.crossings)} crossing(s) at {self.evaluations} evaluations; {certain}\n"
+            f"  on {self.source.model if self.source else 'an unnamed model'}"
+        )
+
+
+def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
+    """The bar that the continuation loses no more log-probability than this against the clean run.
+
+    Args:
+        nats: for the whole continuation, or, with `each_token`, for each of its tokens.
+
+    Raises:
+        ValueError: a drop below 0, or not finite.
+    """
+    if not 0 <= nats < float("inf"):
+        raise ValueError(f"A drop of {nats} nats cannot be allowed: it must be 0 or more, and finite.")
+
+    def margin(measured: Measurement) -> Float[Tensor, " edit"]:
+        assert measured.clean is not None  # `measure` always runs it
+        if each_token:
+            return (measured.log_probs - measured.clean.log_probs).amin(dim=-1) + nats
+        return measured.log_prob - measured.clean.log_prob + nats
+
+    margin.__name__ = f"a drop of at most {nats:g} nats" + (" at each token" if each_token else "")
+    return margin
+
+
+def same_greedy_text(measured: Measurement) -> Float[Tensor, " edit"]:
+    """The bar that the model would say the continuation greedily; the margin is minus the number of tokens it would not."""
+    return -(~measured.is_greedy).sum(dim=-1).to(measured.log_probs)
+
+
+def critical_rank(
+    model: Model,
+    task: Task,
+    svd: Decomposition,
+    tolerance: float = 0.0,
+    *,
+    criterion: Criterion | None = None,
+    order: Any = None,
+    exhaustive: bool = False,
+    **options: Any,
+) -> CriticalRank:
+    """Find the smallest number of directions from which the clipped model still gives the continuation.
+
+    The curve need not be monotone. The search tries a grid, closes in on the first crossing with several ranks in each forward
+    pass, then looks at its neighbours, and begins again where one of them is smaller; it costs at most a tenth of a full sweep,
+    or 48 evaluations where that is more. What it finds is a crossing, and the smallest one that it saw.
+
+    Args:
+        tolerance: how much log-probability the whole continuation may lose, in nats.
+        criterion: another bar, in place of `tolerance`: `drop_at_most`, `same_greedy_text`, or any function of a measurement.
+        order: in which the directions are kept; see `sweep_rank`.
+        exhaustive: try every rank, for the certain answer.
+        options: passed on to `measure` (layers, components, positions, batch_size, progress, …).
+
+    Raises:
+        TypeError, ValueError: as `sweep_rank`; two bars; a bar that the clean model does not reach.
+    """
+    require_decomposition(svd)
+    bar, found = _bar(tolerance, criterion), None
+    floor, spent = noise_floor(model, task, NOISE_ROWS, **options), 2 + NOISE_ROWS
+    ranks = [*range(svd.rank + 1)] if exhaustive else _evenly(0, svd.rank, PROBES + 1)
+    while ranks:
+        sweep = sweep_rank(model, task, svd, ranks, order, **options)
+        if found:
+            floor = max(floor, _clean_spread(found.sweep, sweep))
+            sweep = _together(found.sweep, sweep)
+        spent += len(ranks) + 1  # each round runs the clean model too
+        found = replace(critical_rank_of(sweep, criterion=bar, noise_floor=floor), evaluations=spent)
+        ranks = _next_ranks(found)
+    assert found is not None  # the first round is never empty
+    return found
+
+
+def critical_rank_of(
+    sweep: RankSweep, tolerance: float = 0.0, *, criterion: Criterion | None = None, noise_floor: float = 0.0
+) -> CriticalRank:
+    """Read the critical rank off a sweep that is there already, among the ranks that it has.
+
+    Args:
+        tolerance, criterion: as in `critical_rank`.
+        noise_floor: how far below the bar still counts as reaching it, in nats; see `Ranking.noise_floor`.
+
+    Raises:
+        ValueError: two bars; a bar that the clean model itself does not reach.
+    """
+    if not isinstance(sweep, RankSweep):
+        raise TypeError(f"`sweep` must be a RankSweep, but is {type(sweep).__name__}; make one by `mechsvd.sweep_rank`.")
+    bar = _bar(tolerance, criterion)
+    name = getattr(bar, "__name__", "a bar of your own")
+    rising = sweep.ranks.argsort(stable=True)
+    measured = sweep.measurement[rising]
+    clean = measured.clean
+    assert clean is not None  # `sweep_rank` always runs it
+    if not (best := float(_margins(bar, replace(clean, clean=clean))[0])) >= -noise_floor:
+        raise ValueError(
+            f"The clean model itself misses the bar, {name}, by {-best:.4g}, so no rank can be held against it; for the "
+            "same greedy text, make the task without a continuation."
+        )
+    rising_sweep = replace(sweep, ranks=sweep.ranks[rising], measurement=measured)
+    return CriticalRank(rising_sweep, _margins(bar, measured), noise_floor, len(rising) + 1, name)
+
+
+def _bar(tolerance: float, criterion: Criterion | None) -> Criterion:
+    if criterion is None:
+        return drop_at_most(tolerance)
+    if tolerance:
+        raise ValueError("`tolerance` and `criterion` are two bars; give one of them.")
+    if not callable(criterion):
+        raise TypeError(f"`criterion` must be a function of a measurement, but is {criterion!r:.60}; see `mechsvd.drop_at_most`.")
+    return criterion
+
+
+def _margins(bar: Criterion, measured: Measurement) -> Float[Tensor, " edit"]:
+    margins = bar(measured)
+    if not isinstance(margins, Tensor) or margins.shape != (len(measured),) or not margins.is_floating_point():
+        returned = f"{margins.dtype} {list(margins.shape)}" if isinstance(margins, Tensor) else type(margins).__name__
+        raise ValueError(
+            f"`criterion` must return a float for each edit, 0 or more where it is met, but gave {returned} for {len(measured)}."
+        )
+    return margins
+
+
+def _next_ranks(found: CriticalRank) -> list[int]:
+    """The ranks to try next: between the last that fails and the first that reaches the bar, then around it."""
+    if found.rank is None:
+        return []
+    ranks, first, full = found.sweep.ranks.tolist(), found.rank, len(found.sweep.order)
+    below = max((rank for rank in ranks if rank < first), default=first)
+    if first - below > 1:
+        wanted = _evenly(below, first, PROBES + 2)
+    else:
+        near = max(PROBES, full // 48)
+        wanted = [*range(max(0, first - near), min(full, first + near // 2) + 1)]
+    untried = sorted({*wanted} - {*ranks}, key=lambda rank: abs(rank - first))
+    affordable = max(LEAST, (full + 1) // SHARE) - found.evaluations - 1
+    return sorted(untried[: max(0, affordable)])
+
+
+def _evenly(low: int, high: int, count: int) -> list[int]:
+    return sorted({round(low + (high - low) * i / max(1, count - 1)) for i in range(count)})
+
+
+def _together(first: RankSweep, second: RankSweep) -> RankSweep:
+    measured = joined([first.measurement, second.measurement])
+    return replace(first, ranks=torch.cat([first.ranks, second.ranks]), measurement=measured)
+
+
+def _clean_spread(first: RankSweep, second: RankSweep) -> float:
+    """How far the clean log-probability moved from one round to another, of other batch sizes."""
+    cleans = [sweep.measurement.clean.log_prob for sweep in (first, second) if sweep.measurement.clean]
+    return float((cleans[0] - cleans[-1]).abs())

@@ -1,0 +1,170 @@
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd.search import LEAST, PROBES, _evenly, _next_ranks
+from tests.conftest import tiny as bridge
+from tests.conftest import tiny_hf
+from tests.test_against_hugging_face import reference  # noqa: F401 (a fixture)
+
+
+@pytest.fixture(scope="module")
+def found(embedded, meaning, meaning_svd):
+    return ms.critical_rank(embedded, meaning, meaning_svd)
+
+
+def sweep_of(curve, ranks, clean=0.0):
+    """A sweep of made-up log-probabilities."""
+    log_probs, ones = torch.tensor([[curve(rank)] for rank in ranks]).double(), torch.ones(len(ranks), 1)
+    said = log_probs >= clean
+    first = ms.Measurement(torch.full((1, 1), clean).double(), torch.ones(1, 1) > 0, ones[:1], ones[:1], ())
+    measured = ms.Measurement(log_probs, said, ones, ones, (), clean=first)
+    return ms.RankSweep(torch.tensor(ranks), torch.arange(512), measured)
+
+
+def test_the_critical_rank_of_a_real_model_agrees_with_raw_modules_in_float64(stories, story_task, reference):  # noqa: F811
+    svd = ms.decompose(ms.collect_writes(stories, story_task))
+    clean, _, _ = reference.run(lambda x: x)
+    log_probs = []
+    for rank in range(65):
+        kept = svd.directions[:, :rank].double()
+        log_probs.append(reference.run(lambda x, p=kept @ kept.T: x @ p)[0])
+    for tolerance in (0.0, 0.1, 1.0, 10.0):
+        expected = next(rank for rank in range(65) if log_probs[rank] >= clean - tolerance - 1e-5)
+        searched = ms.critical_rank(stories, story_task, svd, tolerance)
+        assert searched.rank == expected
+        assert searched.rank == ms.critical_rank(stories, story_task, svd, tolerance, exhaustive=True).rank
+        tried = searched.to_pandas()
+        assert tried["log_prob"].tolist() == pytest.approx([log_probs[rank] for rank in tried["rank"]], abs=1e-3)
+
+
+def test_a_model_that_uses_exactly_k_directions_has_critical_rank_k(silent):
+    """Token i writes along one direction of its own, which alone tells token i + 1; three other tokens write for nothing."""
+    useful, useless = 9, 3
+    hf_model = tiny_hf("Llama")
+    with torch.no_grad():
+        for parameter in hf_model.parameters():
+            parameter.zero_()
+        for module in hf_model.modules():
+            if "Norm" in type(module).__name__:
+                module.weight.fill_(1.0)
+        mlp = hf_model.model.layers[0].mlp
+        hf_model.model.embed_tokens.weight[:, 30] = 1.0  # all other tokens write along a direction of no use here
+        hf_model.model.embed_tokens.weight[[0, *range(10, 11 + useful + useless)], 30] = 0.0
+        mlp.gate_proj.weight[30, 30] = mlp.up_proj.weight[30, 30] = mlp.down_proj.weight[30, 30] = hf_model.lm_head.weight[
+            1, 30
+        ] = 1.0
+        hf_model.model.embed_tokens.weight[0, 31] = 1.0  # BOS writes nothing
+        for i in range(useful + useless):
+            hf_model.model.embed_tokens.weight[10 + i, i] = 1.0
+            mlp.gate_proj.weight[i, i] = mlp.up_proj.weight[i, i] = 1.0
+            mlp.down_proj.weight[12 + i, i] = 0.5 - 0.02 * i if i < useful else 0.01 / i
+            hf_model.lm_head.weight[11 + i, 12 + i] = 1.0 if i < useful else 0.0
+    model = bridge("Llama", hf_model)
+    tokens = torch.tensor([0, *range(10 + useful, 10 + useful + useless), *range(10, 10 + useful + 1)])
+    task = ms.Task(tokens=tokens, prompt_length=2 + useless)
+    svd = ms.decompose(ms.collect_writes(model, task))
+    assert svd.rank == useful + useless
+    assert ms.critical_rank(model, task, svd).rank == useful
+    assert ms.critical_rank(model, task, svd, exhaustive=True).crossings == ((useful - 1, useful),)
+    assert ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text).rank == useful
+    assert ms.critical_rank(model, task, svd, order=range(svd.rank - 1, -1, -1)).rank == svd.rank
+
+
+def test_the_search_agrees_with_trying_every_rank(embedded, meaning, meaning_svd, found):
+    certain = ms.critical_rank(embedded, meaning, meaning_svd, exhaustive=True)
+    assert found.rank == certain.rank
+    assert certain.is_certain
+    assert not found.is_certain
+    assert certain.evaluations == 129 + 1 + 5  # the clean run, and the noise floor
+    assert found.evaluations <= LEAST < certain.evaluations
+    sweep = ms.sweep_rank(embedded, meaning, meaning_svd)
+    assert ms.critical_rank_of(sweep, noise_floor=certain.noise_floor).rank == certain.rank
+
+
+@pytest.mark.parametrize("last_failure", range(-1, 512, 7))
+def test_a_monotone_curve_is_solved_with_a_tenth_of_the_evaluations(last_failure):
+    ranks, spent = _evenly(0, 512, PROBES + 1), 5
+    tried = []
+    while ranks:
+        tried, spent = tried + ranks, spent + len(ranks) + 1
+        found = ms.critical_rank_of(sweep_of(lambda rank: float(rank > last_failure) - 1, tried))
+        ranks = _next_ranks(ms.CriticalRank(found.sweep, found.margins, 0.0, spent, found.criterion))
+    assert found.rank == last_failure + 1
+    assert spent <= 51
+    assert len(set(tried)) == len(tried)
+
+
+def test_a_smaller_crossing_nearby_is_found(embedded, meaning, meaning_svd, monkeypatch):
+    """Bisection alone would end at 100: below it only 93 and 94 give the text."""
+    import mechsvd.search
+
+    def bumpy(model, task, svd, ranks, order, **options):
+        return sweep_of(lambda rank: 0.0 if rank in (93, 94) or rank >= 100 else -1.0, ranks)
+
+    monkeypatch.setattr(mechsvd.search, "sweep_rank", bumpy)
+    found = ms.critical_rank(embedded, meaning, meaning_svd)
+    assert found.rank == 93
+    assert {(92, 93), (94, 95), (99, 100)} <= set(found.crossings)
+
+
+def test_a_search_at_d_model_512_costs_a_tenth_of_a_sweep(silent):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    hf_model = LlamaForCausalLM(config).eval()
+    hf_model.config.architectures = ["LlamaForCausalLM"]
+    model = bridge("Llama", hf_model)
+    tokens = torch.randint(3, 64, (160,), generator=torch.Generator().manual_seed(0))
+    task = ms.Task(tokens=torch.cat([torch.tensor([0]), tokens]), prompt_length=150)
+    svd = ms.decompose(ms.collect_writes(model, task))
+    assert svd.rank == 512
+    found = ms.critical_rank(model, task, svd)
+    assert found.evaluations <= 51
+    assert found.rank is not None
+
+
+def test_margins_within_the_noise_count_and_are_marked_as_ties():
+    found = ms.critical_rank_of(sweep_of(lambda rank: (-1.0, -1e-6, 0.5)[rank], [0, 1, 2]), noise_floor=1e-5)
+    assert found.rank == 1
+    assert found.to_pandas()["is_tie"].tolist() == [False, True, False]
+    assert found.to_pandas()["reached"].tolist() == [False, True, True]
+
+
+def test_a_bar_that_no_rank_reaches_gives_no_rank(embedded, meaning, silent):
+    svd = ms.decompose(ms.collect_writes(embedded, meaning, positions=[0, 1]))  # far too few writes
+    found = ms.critical_rank(embedded, meaning, svd)
+    assert found.rank is None
+    assert "Critical rank not reached of" in repr(found)
+
+
+def test_the_bars_differ(embedded, meaning, meaning_svd, found):
+    assert ms.critical_rank(embedded, meaning, meaning_svd, 5.0).rank < found.rank
+    each = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.drop_at_most(0.5, each_token=True), exhaustive=True)
+    drops = each.sweep.measurement.clean.log_probs - each.sweep.measurement.log_probs
+    assert each.rank == next(rank for rank in range(129) if float(drops[rank].max()) <= 0.5 + each.noise_floor)
+    greedy = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text, exhaustive=True)
+    kept = [None, ms.keep(meaning_svd.subspace(greedy.rank)), ms.keep(meaning_svd.subspace(greedy.rank - 1))]
+    clean, same, other = ms.generate(embedded, ms.SHORTFORM_PROMPTS["meaning"], kept, max_new_tokens=12)
+    assert clean == same != other
+
+
+def test_bars_that_cannot_be_are_refused(embedded, meaning, meaning_svd):
+    with pytest.raises(ValueError, match="`tolerance` and `criterion` are two bars"):
+        ms.critical_rank(embedded, meaning, meaning_svd, 1.0, criterion=ms.same_greedy_text)
+    with pytest.raises(ValueError, match=r"A drop of -1\.0 nats cannot be allowed"):
+        ms.critical_rank(embedded, meaning, meaning_svd, -1.0)
+    with pytest.raises(ValueError, match=r"`criterion` must return a float for each edit, .* but gave torch.bool \[1\] for 1"):
+        ms.critical_rank(embedded, meaning, meaning_svd, criterion=lambda measured: measured.log_prob > -9)
+    task = ms.Task.from_text(embedded, "I believe the meaning of life is", " soleil")
+    with pytest.raises(ValueError, match="The clean model itself misses the bar, same_greedy_text, by 4"):
+        ms.critical_rank(embedded, task, meaning_svd, criterion=ms.same_greedy_text)
+
+
+def test_the_table_the_printed_form_and_saving(found, tmp_path):
+    assert list(found.to_pandas().columns) == ["rank", "log_prob", "margin", "reached", "is_tie"]
+    assert len(repr(found).splitlines()) == 3
+    found.save(tmp_path / "found.safetensors")
+    loaded = ms.CriticalRank.load(tmp_path / "found.safetensors")
+    assert (loaded.rank, loaded.crossings, loaded.criterion) == (found.rank, found.crossings, "a drop of at most 0 nats")
