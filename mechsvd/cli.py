@@ -1,7 +1,9 @@
 """The command line: `mechsvd reproduce` runs the shortform's experiment, `mechsvd doctor` says whether a model can be used."""
 
 import argparse
+import json
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -44,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_reproduce)
     run.add_argument("--model", default=EMBEDDED, help="a directory or a hub name (default: the embedded model)")
     run.add_argument("--prompt", action="append", metavar="TEXT", help="instead of the shortform's four; may be repeated")
+    run.add_argument("--prompts", type=Path, metavar="FILE", help="prompts in a file: one a line, or JSON, see the README")
     run.add_argument("--continuation", action="append", metavar="TEXT", help="one for each --prompt (default: the greedy one)")
     run.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="length of a greedy continuation (default: 40)")
     run.add_argument("--components", nargs="+", choices=COMPONENTS, default=list(COMPONENTS), help="attn alone: the first diagrams")
@@ -79,6 +82,10 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 
 def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
+    if options.prompts:
+        if options.prompt or options.continuation:
+            raise ValueError("`--prompts` stands alone: put the prompts and continuations of --prompt into the file.")
+        return _texts_in(options.prompts)
     if not options.prompt:
         if options.continuation:
             raise ValueError("`--continuation` needs a `--prompt` that it continues.")
@@ -89,6 +96,30 @@ def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
     if len(said) != len(options.prompt):
         raise ValueError(f"{len(options.prompt)} --prompt but {len(said)} --continuation; give one for each, or none.")
     return {f"prompt-{i}": pair for i, pair in enumerate(zip(options.prompt, said, strict=True), start=1)}
+
+
+def _texts_in(path: Path) -> dict[str, tuple[str, str | None]]:
+    """Prompts from a file: {"name": "prompt"} or {"name": ["prompt", "continuation"]} in JSON, or one prompt a line."""
+    content = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        found: Any = {f"prompt-{i}": line for i, line in enumerate(filter(str.strip, content.splitlines()), start=1)}
+    else:
+        try:
+            found = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f'{path} must hold prompts: one a line, or in JSON {{"name": "prompt", …}}, but holds none.')
+    return {name: _pair(path, name, entry) for name, entry in found.items()}
+
+
+def _pair(path: Path, name: str, entry: Any) -> tuple[str, str | None]:
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):  # it becomes the name of a folder
+        raise ValueError(f"{path}: the name {name!r} must be letters, digits, - and _, beginning with a letter or digit.")
+    texts = [entry] if isinstance(entry, str) else entry
+    if not isinstance(texts, list) or len(texts) not in (1, 2) or not all(isinstance(t, str) and t for t in texts):
+        raise ValueError(f'{path}: {name!r} must be a prompt or ["prompt", "continuation"], neither empty, but is {entry!r:.60}.')
+    return texts[0], texts[1] if len(texts) == 2 else None
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -15,20 +15,22 @@ from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
 from mechsvd.runs import continue_tokens, end_tokens, evaluation
 from mechsvd.selfcheck import require_sound
-from mechsvd.sites import COMPONENTS, Model, find_sites
-from mechsvd.tasks import Positions, Task, valid_positions
+from mechsvd.sites import COMPONENTS, Model, find_sites, require_model
+from mechsvd.tasks import Positions, Task, require_known, valid_positions
 from mechsvd.tokenization import fit_context, pieces_of, prompt_tokens
 
+Prompt = str | Int[Tensor, " pos"]
+
 
 @overload
-def generate(model: Model, prompt: str, edit: Edit | None = None, **options: Any) -> str: ...
+def generate(model: Model, prompt: Prompt, edit: Edit | None = None, **options: Any) -> str: ...
 @overload
-def generate(model: Model, prompt: str, edit: Sequence[Edit | None], **options: Any) -> list[str]: ...
-def generate(model: Model, prompt: str, edit: Any = None, **options: Any) -> str | list[str]:
+def generate(model: Model, prompt: Prompt, edit: Sequence[Edit | None], **options: Any) -> list[str]: ...
+def generate(model: Model, prompt: Prompt, edit: Any = None, **options: Any) -> str | list[str]:
     """Let a model write on from a prompt while an edit acts on every write; greedily by default.
 
     Args:
-        prompt: the text to go on from; "" is the bare start, BOS alone.
+        prompt: the text to go on from, or its token ids; "" is the bare start, BOS alone.
         edit: one edit, None for the model as it is, or several (a list or a stack of gates), whose texts are written side by
             side as rows of one batch.
         options: as `generate_tasks` takes them (max_new_tokens, temperature, seed, layers, positions, …).
@@ -40,17 +42,14 @@ def generate(model: Model, prompt: str, edit: Any = None, **options: Any) -> str
         TypeError, ValueError: as `generate_tasks`.
     """
     several = isinstance(edit, list | tuple) or (isinstance(edit, Gate) and edit.is_stack)
-    ends = end_tokens(model) if hasattr(model, "tokenizer") else []
-    texts = []
-    for task in generate_tasks(model, prompt, edit if several else [edit], **options):
-        said = task.pieces[task.prompt_length : -1 if int(task.tokens[-1]) in ends else None]
-        texts.append(prompt + "".join(said))
+    tasks = generate_tasks(model, prompt, edit if several else [edit], **options)
+    texts = [(prompt if isinstance(prompt, str) else task.text()[0]) + _said(model, task) for task in tasks]
     return texts if several else texts[0]
 
 
 def generate_tasks(
     model: Model,
-    prompt: str,
+    prompt: Prompt,
     edits: Gate | Sequence[Edit | None],
     *,
     max_new_tokens: int = 60,
@@ -80,9 +79,8 @@ def generate_tasks(
         TypeError: a prompt that is not a string, edits that are none.
         ValueError: a prompt that does not fit, no BOS to start from, a basis of another model, a temperature below 0.
     """
-    start = prompt_tokens(model, prompt, prepend_bos, may_be_empty=True)
     _require_options(max_new_tokens, temperature, seed)
-    start = fit_context(model, start, max_new_tokens, truncate)
+    start = fit_context(model, _start(model, prompt, prepend_bos), max_new_tokens, truncate)
     sites, chosen = find_sites(model, layers, components, missing), valid_positions(positions)
     require_sound(model, check, missing)
     with evaluation(model):
@@ -97,7 +95,25 @@ def generate_tasks(
 
         size = rows_a_pass(model, _longest(start, max_new_tokens)) if temperature == 0 else 1
         parts = run_batches(forward, torch.arange(len(stack)), size, model, _longest(start, max_new_tokens), progress)
-    return [Task(tokens, len(start), pieces_of(model, tokens.tolist())) for part in parts for tokens in part]
+    has_text = model.tokenizer is not None
+    return [Task(t, len(start), pieces_of(model, t.tolist()) if has_text else ()) for part in parts for t in part]
+
+
+def _said(model: Model, task: Task) -> str:
+    has_ended = int(task.tokens[-1]) in end_tokens(model)
+    return "".join(task.pieces[task.prompt_length : -1]) if has_ended else task.text()[1]
+
+
+def _start(model: Model, prompt: Any, prepend_bos: bool | None) -> list[int]:
+    require_model(model)
+    if not isinstance(prompt, Tensor):
+        return prompt_tokens(model, prompt, prepend_bos, may_be_empty=True)
+    if prompt.ndim != 1 or len(prompt) == 0 or prompt.is_floating_point() or prompt.dtype == torch.bool:
+        raise ValueError(
+            f"`prompt` must be text, or token ids of shape [pos], but is {prompt.dtype} of shape {list(prompt.shape)}."
+        )
+    require_known(model, prompt)
+    return prompt.tolist()
 
 
 def _longest(start: list[int], max_new_tokens: int) -> Task:

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsvd.batches import rows_a_pass
 from mechsvd.decomposition import Decomposition, require_decomposition
-from mechsvd.edits import Gate, chain
+from mechsvd.edits import Gate
 from mechsvd.measurement import Measurement, measure
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.sites import Model
@@ -96,26 +95,25 @@ def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Any
     gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
     measured = measure(model, task, Gate(svd.directions, gains, 1.0, svd.source), **options)
     warn_other_sites(svd, measured)
-    return Ranking(svd.singular_values.cpu(), measured, noise_floor(model, task, **options))
+    return Ranking(svd.singular_values.cpu(), measured, noise_floor(model, task, measured, **options))
 
 
-def noise_floor(model: Model, task: Task, rows: int | None = None, **options: Any) -> float:
+def noise_floor(model: Model, task: Task, measured: Measurement, **options: Any) -> float:
     """How far the clean log-probability of a task moves for no reason: with the batch size, and with one rounding a write.
 
     Args:
-        rows: of the larger of the two batches; as many as a sweep has by default.
+        measured: a measurement of the task, whose clean run stood in a batch of another size.
+        options: those of that measurement.
 
     Returns:
-        The spread in nats over two batch sizes and writes that are larger by the precision of the model's dtype.
+        The spread in nats over the two batch sizes, and writes that are larger by the precision of the model's dtype.
     """
 
     def rounded(x: Tensor, hook: Any = None) -> Tensor:
         return x * (1 + torch.finfo(x.dtype).eps)
 
-    quiet = {**options, "progress": False}
-    many = max(3, rows_a_pass(model, task)) if rows is None else rows
-    found = [measure(model, task, edits, **quiet) for edits in ([rounded], [chain()] * (many - 1))]
-    values = torch.cat([run.log_prob for part in found for run in (part, part.clean) if run])
+    small = measure(model, task, [rounded], **{**options, "progress": False})
+    values = torch.cat([run.log_prob for run in (measured.clean, small.clean, small) if run])
     return float(values.max() - values.min())
 
 

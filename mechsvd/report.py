@@ -1,92 +1,39 @@
-"""The shortform's experiment in one run: results for each prompt, then one page with its figures and tables beside it."""
+"""The whole experiment in one run: one page in the shortform's order, and its tables and results beside it."""
 
-import html
 import platform
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mechsvd import figures
-from mechsvd.decomposition import Decomposition, decompose
+from mechsvd import findings
 from mechsvd.measurement import estimate_seconds
+from mechsvd.page import escape, page, table
 from mechsvd.results import Provenance, write_atomically
+from mechsvd.sections import SECTIONS, prompt_text, section, several, texts
 from mechsvd.selfcheck import SelfCheck, self_check
 from mechsvd.sites import COMPONENTS, Model
-from mechsvd.sweeps import RankSweep, sweep_rank
-from mechsvd.tasks import Task
-from mechsvd.writes import Writes, collect_writes
+from mechsvd.study import SWEEPS, Comparison, Study, compare, study_task
+from mechsvd.tables import remove_stale, write_tables
+from mechsvd.tasks import SHORTFORM_PROMPTS, Task
+from mechsvd.tokenization import prompt_tokens
 
 
-@dataclass(frozen=True)
-class Study:
-    """All that was found for one prompt."""
-
-    name: str
-    task: Task
-    writes: Writes
-    pooled: Decomposition
-    layers: tuple[Decomposition, ...]
-    sweep: RankSweep
-
-
-def study(model: Model, name: str, task: Task, components: Sequence[str] = COMPONENTS, progress: bool | None = None) -> Study:
-    """Collect the writes of one task, decompose them, and sweep the rank."""
-    writes = collect_writes(model, task, components=components)
-    pooled = decompose(writes)
-    sweep = sweep_rank(model, task, pooled, components=components, progress=progress)
-    return Study(name, task, writes, pooled, decompose(writes, per_layer=True), sweep)
-
-
-def main_numbers(found: Study) -> dict[str, str]:
-    """The numbers a reader looks for first, each as text."""
-    svd, sweep, writes = found.pooled, found.sweep, found.writes
-    clean = sweep.measurement.clean
-    assert clean is not None  # `sweep_rank` always runs it
-    squares = svd.singular_values.cpu().double().square()
-    shares = squares.cumsum(0) / squares.sum()
-    first = svd.left[:, writes.positions == 0, :1].square().sum()
-    numbers = {
-        "tokens": f"{found.task.prompt_length} of the prompt, {len(found.task.continuation)} scored",
-        "writes": f"{len(writes)} ({len(writes.sites)} sites × {len(writes.tokens)} positions), {svd.d_model} dimensions",
-        "directions (numerical rank)": f"{svd.rank}",
-        "largest singular value": f"{float(svd.singular_values[0]):.4g}",
-        "directions for 90 % and 99 % of the squared size": " and ".join(f"{int((shares < s).sum()) + 1}" for s in (0.9, 0.99)),
-        "share of the first position in direction 1": f"{float(first):.1%}",
-        "clean probability": f"{float(clean.log_prob.exp()):.4g} ({float(clean.log_prob):.4f} nats)",
-        "clean size of a write (root mean square)": f"{float(clean.orig_delta):.4g}",
-    }
-    for nats in (1.0, 0.1):
-        within = (clean.log_prob - sweep.measurement.log_prob).abs() <= nats
-        numbers[f"fewest directions from which all ranks stay within {nats:g} nat of clean"] = _first_lasting(sweep, within)
-    return numbers
-
-
-def all_figures(found: Study) -> dict[str, Any]:
-    """Every figure of a study, by the name of its table."""
-    svd, sweep = found.pooled, found.sweep
-    return {
-        "singular_values": figures.singular_values(svd),
-        "singular_values_log": figures.singular_values(svd, log=True),
-        "cumulative_singular_values": figures.cumulative_singular_values(svd),
-        "layer_spectra": figures.layer_spectra(found.layers),
-        "probability": figures.probability(sweep),
-        "surprise": figures.surprise(sweep),
-        "deltas": figures.deltas(sweep),
-        "kept_deltas_by_site": figures.delta_map(sweep),
-        "orig_deltas_by_site": figures.delta_map(sweep, kept=False),
-        "writers_of_direction_1": figures.writer_map(svd, found.writes),
-    }
-
-
-def write_report(studies: Sequence[Study], check: SelfCheck, out: Path, *, cdn: bool = False, seconds: float | None = None) -> Path:
+def write_report(
+    studies: Sequence[Study],
+    check: SelfCheck,
+    out: Path,
+    *,
+    comparison: Comparison | None = None,
+    cdn: bool = False,
+    seconds: float | None = None,
+) -> Path:
     """Write `report.html`, and beside it in `report-data/` the tables as CSV and the results.
 
     Args:
+        comparison: of the prompts, where there are several.
         cdn: load plotly from the network instead of carrying it in the page (5 MB).
         seconds: how long the run took, for the page.
 
@@ -96,17 +43,16 @@ def write_report(studies: Sequence[Study], check: SelfCheck, out: Path, *, cdn: 
     Raises:
         OSError: the folder cannot be written.
     """
-    for found in studies:
-        _write_data(found, out / "report-data" / found.name)
-    _remove_stale(out / "report-data", {found.name for found in studies})
+    write_tables(studies, comparison, out / "report-data")
     path = out / "report.html"
-    write_atomically(path, _page(studies, check, cdn, seconds).encode())
+    write_atomically(path, _page(studies, comparison, check, cdn, seconds).encode())
+    remove_stale(out / "report-data", studies, comparison)
     return path
 
 
 def reproduce(
     model: Model,
-    tasks: dict[str, Callable[[], Task]],
+    tasks: Mapping[str, Callable[[], Task]],
     out: Path,
     *,
     components: Sequence[str] = COMPONENTS,
@@ -116,19 +62,21 @@ def reproduce(
     """Run the whole experiment on several prompts and write the report; each step is announced by `say`.
 
     Args:
-        tasks: how to make each task, by name: a greedy continuation is found only when its turn comes.
+        tasks: how to make each task, by name.
 
     Raises:
         OSError: the folder cannot be written, which is tried before anything is computed.
     """
     started = time.perf_counter()
     require_writable(out)
+    made = {name: make() for name, make in tasks.items()}
     studies = []
-    for name, make in tasks.items():
-        task = make()
+    for name, task in made.items():
         say(f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}")
-        studies.append(study(model, name, task, components))
-    path = write_report(studies, self_check(model), out, cdn=cdn, seconds=time.perf_counter() - started)
+        studies.append(study_task(model, name, task, _starts(model, name, made), components))
+    comparison = compare(studies) if len(studies) > 1 else None
+    took = time.perf_counter() - started
+    path = write_report(studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=took)
     say(f"{path} after {time.perf_counter() - started:.0f} s")
     return path
 
@@ -148,101 +96,42 @@ def require_writable(out: Path) -> None:
 
 
 def _cost(model: Model, task: Task) -> str:
-    edits = min(model.cfg.d_model, len(task.tokens) * 2 * model.cfg.n_layers) + 1
-    return f"at most {edits} ranks, about {max(1, round(estimate_seconds(model, task, edits)))} s"
+    edits = SWEEPS * (min(model.cfg.d_model, len(task.tokens) * 2 * model.cfg.n_layers) + 1)
+    return f"at most {edits} edits in six sweeps, about {max(1, round(estimate_seconds(model, task, edits)))} s"
 
 
-def _first_lasting(sweep: RankSweep, good: torch.Tensor) -> str:
-    lasting = good.flip(0).long().cumprod(0).flip(0).bool()
-    return str(int(sweep.ranks[lasting][0])) if lasting.any() else "none"
+def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
+    """What each prompt's subspace writes on from: the same prompt, the next one, and nothing where the model has a BOS."""
+    names, task = list(tasks), tasks[name]
+    own, bos = task.tokens[: task.prompt_length], getattr(model.tokenizer, "bos_token_id", None)
+    if len(names) > 1:
+        other = names[(names.index(name) + 1) % len(names)]
+        ids = tasks[other].tokens[: tasks[other].prompt_length]
+    else:
+        candidates = [(n, torch.tensor(prompt_tokens(model, text))) for n, text in list(SHORTFORM_PROMPTS.items())[:2]]
+        other, ids = next((n, ids) for n, ids in candidates if not torch.equal(ids, own))
+    starts = {"its own prompt": own, f"another prompt ({other})": ids}
+    return starts if bos is None else starts | {"no prompt": torch.tensor([bos])}
 
 
-def _write_data(found: Study, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    import pandas as pd
-
-    layers = pd.concat([svd.to_pandas().assign(layer=svd.layer) for svd in found.layers])
-    tables = {
-        "tokens": found.task.to_pandas(),
-        "write_norms": found.writes.to_pandas(),
-        "singular_values": found.pooled.to_pandas(),
-        "layer_singular_values": layers,
-        "sweep": found.sweep.to_pandas(),
-        "sweep_by_site": found.sweep.sites_to_pandas(),
-        "writers_of_direction_1": _writers(found),
-    }
-    for name, table in tables.items():
-        write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
-    found.task.save(folder / "task.safetensors")
-    found.pooled.save(folder / "decomposition.safetensors")
-    found.sweep.save(folder / "sweep.safetensors")
-
-
-def _writers(found: Study) -> Any:
-    norms = found.writes.to_pandas().drop(columns="norm")
-    return norms.assign(share=found.pooled.writer_map(0).flatten().cpu().numpy())
-
-
-def _remove_stale(folder: Path, fresh: set[str]) -> None:
-    """Remove what an earlier run left for other prompts: only files that a run writes, only folders that hold nothing else."""
-    written = {path.name for name in fresh for path in (folder / name).iterdir()}
-    for old in folder.iterdir():
-        if old.is_dir() and old.name not in fresh and {path.name for path in old.iterdir()} <= written:
-            shutil.rmtree(old)
-
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222}
-h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:3rem;border-bottom:1px solid #ccc;padding-bottom:.3rem}
-.text{white-space:pre-wrap;background:#f6f6f4;border-left:4px solid #1f5fa8;padding:.8rem 1rem;border-radius:3px}
-.text b{font-weight:400;background:#dcebfa}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:1rem}
-.plot{height:400px;min-width:0;overflow:hidden}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top}
-tr+tr{border-top:1px solid #e5e5e5}td:last-child{font-variant-numeric:tabular-nums}nav a{margin-right:1rem}
-footer{margin-top:3rem;color:#666;font-size:.9rem}
-"""
-
-
-def _page(studies: Sequence[Study], check: SelfCheck, cdn: bool, seconds: float | None) -> str:
-    from plotly.offline import get_plotlyjs, get_plotlyjs_version
-
-    address = f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"
-    plotly = f'<script src="{address}" charset="utf-8"></script>' if cdn else f"<script>{get_plotlyjs()}</script>"
-    source = studies[0].sweep.measurement.source
+def _page(studies: Sequence[Study], comparison: Comparison | None, check: SelfCheck, cdn: bool, seconds: float | None) -> str:
+    source = studies[0].sweep.source
     assert source is not None  # `measure` always says it
-    links = "".join(f'<a href="#{_escape(s.name)}">{_escape(s.name)}</a>' for s in studies)
-    sections = "\n".join(_section(s) for s in studies)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Writes of {_escape(source.model)}</title>
-<style>{_STYLE}</style>{plotly}</head><body>
-<h1>What {_escape(source.model)} writes to its residual stream</h1>
-<p>Every vector that attention and MLP layers add to the residual stream during a text is collected; their singular value
-decomposition gives directions; then every write is clipped to the first <i>k</i> directions while the model runs, for every
-<i>k</i>, and the probability of the continuation is measured.</p>
+    titles = {s.name: s.title for s in SECTIONS} | {"texts": "Text from inside", "prompts": "Several prompts"}
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles.items() if comparison or name != "prompts")
+    body = "\n".join([*(section(part, studies) for part in SECTIONS), texts(studies), several(comparison) if comparison else ""])
+    content = f"""<h1>What {escape(source.model)} writes to its residual stream</h1>
+<p>The shortform's experiments on Llama-3-8B, on this model. Each section says what the shortform saw and, in bold, what was
+measured here.</p>
 <nav>{links}</nav>
-{sections}
+{"".join(prompt_text(s) for s in studies)}
+{table({"": [s.name for s in studies]} | _columns([findings.main_numbers(s) for s in studies]))}
+{body}
 <h2>Where this comes from</h2>
-{_table(_provenance_rows(source, check, seconds))}
+{table({key: [value] for key, value in _provenance_rows(source, check, seconds).items()})}
 <footer>Tables (CSV) and results (safetensors) are in <code>report-data/</code>. Probabilities are of the whole continuation;
-logarithms are natural; sizes are root-mean-square L2 norms over sites and positions.</footer>
-</body></html>
-"""
-
-
-def _section(found: Study) -> str:
-    prompt, continuation = found.task.text()
-    plots = "\n".join(_plot(f"{found.name}-{name}", figure) for name, figure in all_figures(found).items())
-    return f"""<section><h2 id="{_escape(found.name)}">{_escape(found.name)}</h2>
-<p class="text">{_escape(prompt)}<b>{_escape(continuation)}</b></p>
-{_table(main_numbers(found))}
-<div class="grid">{plots}</div></section>"""
-
-
-def _plot(name: str, figure: Any) -> str:
-    from plotly.io import to_html
-
-    body = to_html(figure, include_plotlyjs=False, full_html=False, div_id=name, config={"displaylogo": False, "responsive": True})
-    return f'<div class="plot">{body}</div>'
+logarithms are natural; sizes are root-mean-square L2 norms over sites and positions.</footer>"""
+    return page(f"Writes of {source.model}", content, cdn=cdn)
 
 
 def _provenance_rows(source: Provenance, check: SelfCheck, seconds: float | None) -> dict[str, str]:
@@ -253,10 +142,5 @@ def _provenance_rows(source: Provenance, check: SelfCheck, seconds: float | None
     return rows | ({"time": f"{seconds:.1f} s"} if seconds is not None else {})
 
 
-def _table(rows: dict[str, str]) -> str:
-    body = "".join(f"<tr><th>{_escape(key)}</th><td>{_escape(value)}</td></tr>" for key, value in rows.items())
-    return f"<table>{body}</table>"
-
-
-def _escape(text: str) -> str:
-    return html.escape(text)
+def _columns(numbers: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    return {key: [column[key] for column in numbers] for key in numbers[0]}

@@ -21,7 +21,7 @@ Criterion = Callable[[Measurement], Float[Tensor, " edit"]]  # how far each edit
 PROBES = 8  # a round
 SHARE = 10  # a search may cost one in so many of a full sweep's evaluations,
 LEAST = 48  # or so many, where that is more
-NOISE_ROWS = 3  # of the clean model in one batch, beside two in another, to see how far rounding moves it
+NOISE_ROWS = 2  # that it takes to see how far rounding moves the clean run
 
 
 @result
@@ -149,11 +149,12 @@ def critical_rank(
     """
     require_decomposition(svd)
     bar, found = _bar(tolerance, criterion), None
-    floor, spent = noise_floor(model, task, NOISE_ROWS, **options), 2 + NOISE_ROWS
     ranks = [*range(svd.rank + 1)] if exhaustive else _evenly(0, svd.rank, PROBES + 1)
     while ranks:
         sweep = sweep_rank(model, task, svd, ranks, order, **options)
-        if found:
+        if found is None:
+            floor, spent = noise_floor(model, task, sweep.measurement, **options), NOISE_ROWS
+        else:
             floor = max(floor, _clean_spread(found.sweep, sweep))
             sweep = _together(found.sweep, sweep)
         spent += len(ranks) + 1  # each round runs the clean model too

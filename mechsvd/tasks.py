@@ -190,10 +190,19 @@ def require_fitting(model: Model, task: Task) -> None:
         raise TypeError(f"One task is needed, but this is {type(task).__name__}; make one by `Task.from_text(model, …)`.")
     if len(task.tokens) > model.cfg.n_ctx:
         raise ValueError(f"The task has {len(task.tokens)} tokens, but the model's context holds {model.cfg.n_ctx}; shorten it.")
-    low, high = int(task.tokens.min()), int(task.tokens.max())
+    require_known(model, task.tokens)
+    warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0], stacklevel=3)
+
+
+def require_known(model: Model, tokens: Int[Tensor, " pos"]) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        ValueError: saying which it has.
+    """
+    low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
         raise ValueError(f"Token ids run from {low} to {high}, but the model has 0 to {model.cfg.d_vocab - 1}.")
-    warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0], stacklevel=3)
 
 
 def _greedy(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:

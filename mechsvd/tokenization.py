@@ -76,7 +76,7 @@ def fit_context(model: Model, prompt_ids: list[int], new_tokens: int, truncate: 
     excess = len(prompt_ids) + new_tokens - model.cfg.n_ctx
     if excess <= 0:
         return prompt_ids
-    kept_start = int(prompt_ids[0] == model.tokenizer.bos_token_id)
+    kept_start = int(prompt_ids[0] == getattr(model.tokenizer, "bos_token_id", None))
     if truncate != "left" or excess >= len(prompt_ids) - kept_start:
         raise ValueError(
             f"The prompt has {len(prompt_ids)} tokens and the continuation {new_tokens}, but the context holds {model.cfg.n_ctx}; "

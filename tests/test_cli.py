@@ -1,3 +1,4 @@
+import math
 import re
 import warnings
 
@@ -20,7 +21,7 @@ def report(tmp_path_factory):
 def test_reproduce_writes_a_page_that_needs_no_network(report):
     page = (report / "report.html").read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    assert page.count('class="plotly-graph-div"') == 4 * 10
+    assert page.count('class="plotly-graph-div"') == 4 * 13 + 2
     for name, prompt in ms.SHORTFORM_PROMPTS.items():
         assert f'id="{name}"' in page
         assert prompt.split("\n")[0].split(" => ")[0] in page
@@ -62,8 +63,74 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
     table = pd.read_csv(tmp_path / "report-data" / "prompt-1" / "sweep_by_site.csv")
     assert set(table["component"]) == {"attn"}
     said = capsys.readouterr().out
-    assert re.search(r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 129 ranks, about \d+ s", said)
+    assert re.search(r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 774 edits in six sweeps, about \d+ s", said)
     assert re.search(r"report.html after \d+ s", said)
+
+
+def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(report):
+    page = (report / "report.html").read_text()
+    for anchor in ("spectrum", "clipping", "directions", "orders", "critical", "texts", "prompts"):
+        assert page.count(f'href="#{anchor}"') == page.count(f'<h2 id="{anchor}">') == 1
+    assert page.count('<p class="then">') == page.count('<p class="now">') == 7
+    assert "1886, 3329, 2696 and 2518 of 4096" in page
+    critical = {
+        name: ms.CriticalRank.load(report / "report-data" / name / "critical_rank.safetensors").rank
+        for name in ms.SHORTFORM_PROMPTS
+    }
+    assert f"Here it is {critical['meaning']} (meaning), {critical['relativity']} (relativity)" in page
+
+
+def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
+    data = report / "report-data"
+    for name in ms.SHORTFORM_PROMPTS:
+        effects = pd.read_csv(data / name / "directions.csv")
+        assert effects["effect"].tolist() == pytest.approx(
+            ms.Ranking.load(data / name / "ranking.safetensors").effect.tolist(), rel=1e-6
+        )
+        orders = pd.read_csv(data / name / "orders.csv")
+        assert set(orders["order"]) == {"singular value", "effect", "compromise", "random", "reversed"}
+        full = orders[orders["rank"] == orders["rank"].max()]["log_prob"]
+        assert full.max() - full.min() < 1e-3  # with everything kept, the order is no matter
+        texts = pd.read_csv(data / name / "texts.csv")
+        assert len(texts) == 3 * 5
+        assert texts["rank"].isna().sum() == 3
+    overlaps = pd.read_csv(data / "_all" / "overlap.csv")
+    assert overlaps[["first", "second"]].iloc[0].tolist() == ["meaning", "relativity"]
+    angles = pd.read_csv(data / "_all" / "principal_angles.csv")
+    shared = angles.assign(shared=angles["radians"].map(math.cos) ** 2).groupby(["first", "second"], sort=False)["shared"].sum()
+    assert shared.tolist() == pytest.approx(overlaps["overlap"].tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "folders"),
+    [
+        ("prompts.txt", "I believe\n\nI think that\n", ["_all", "prompt-1", "prompt-2"]),
+        ("prompts.json", '{"a": "I believe", "b-2": ["I think", " that"]}', ["_all", "a", "b-2"]),
+    ],
+)
+def test_prompts_from_a_file(tmp_path, silent, name, content, folders):
+    (tmp_path / name).write_text(content)
+    options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
+    assert main(["reproduce", "--prompts", str(tmp_path / name), *options]) == 0
+    assert sorted(path.name for path in (tmp_path / "report-data").iterdir()) == folders
+    assert ms.Task.load(tmp_path / "report-data" / folders[2] / "task.safetensors").text()[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", " \n", "must hold prompts"),
+        ("p.json", "[]", "must hold prompts"),
+        ("p.json", "{", "is not JSON: "),
+        ("p.json", '{"../x": "hi"}', "the name '../x' must be letters"),
+        ("p.json", '{"a": ["hi", ""]}', "'a' must be a prompt or"),
+        ("p.json", '{"a": 5}', "'a' must be a prompt or"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_text(content)
+    assert main(["reproduce", "--prompts", str(tmp_path / name), "--out", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_doctor_says_versions_device_and_the_self_check(capsys):
@@ -79,6 +146,8 @@ def test_doctor_says_versions_device_and_the_self_check(capsys):
         (["reproduce", "--continuation", "x"], "`--continuation` needs a `--prompt`"),
         (["reproduce", "--prompt", "a", "--prompt", "b", "--continuation", "c"], "2 --prompt but 1 --continuation"),
         (["reproduce", "--prompt", "good", "--prompt", ""], "--continuation is empty"),
+        (["reproduce", "--prompts", "no such file"], "No such file"),
+        (["reproduce", "--prompts", "x", "--prompt", "y"], "`--prompts` stands alone"),
         (["doctor", "nobody/nothing"], "mechsvd: Cannot load 'nobody/nothing' from the hub"),
     ],
 )

@@ -84,6 +84,8 @@ ROWS = {
     # text
     "ms.generate('gpt2', 'hi')": "TypeError: `model` must be a TransformerLens model",
     "ms.generate(model, None)": "TypeError: `prompt` must be a string, but is NoneType",
+    "ms.generate(model, task.tokens[None])": "ValueError: `prompt` must be text, or token ids of shape [pos], but is torch.int64 of shape [1, ",
+    "ms.generate(model, torch.ones(3))": "ValueError: `prompt` must be text, or token ids of shape [pos], but is torch.float32 of shape [3]",
     "ms.generate(model, ['a', 'b'])": "TypeError: `prompt` must be a string, but is list",
     "ms.generate(model, 'hi', svd.subspace(2))": "TypeError: An edit must be a function of the writes, but this is Subspace",
     "ms.generate(model, 'hi', [])": "TypeError: `edits` must be a stack of gates or a list of edits, at least one",

@@ -126,6 +126,38 @@ def test_orders_race_on_one_axis(embedded, meaning, meaning_svd):
         figures.race_of_orders({})
 
 
+def test_the_critical_rank_is_marked_where_the_curve_crosses(embedded, meaning, meaning_svd):
+    found = ms.critical_rank(embedded, meaning, meaning_svd)
+    figure = figures.margins(found)
+    np.testing.assert_allclose(drawn(figure).y, found.margins.numpy())
+    assert list(figure.data[0].x) == found.sweep.ranks.tolist()
+    assert found.rank in [shape.x0 for shape in figure.layout.shapes]
+    assert f"k = {found.rank} for a drop of at most 0 nats; {len(found.crossings)} crossing(s)" in figure.layout.annotations[0].text
+    greedy = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text)
+    assert figures.margins(greedy).layout.yaxis.title.text == "above the bar"  # in tokens, not in nats
+
+
+def test_an_overlap_map_shows_ratio_and_z_score_of_every_pair(meaning_svd):
+    subspaces = [meaning_svd.subspace(20), ms.random_subspace(128, 30), meaning_svd.subspace(40)]
+    found = ms.overlap(subspaces)
+    heat = drawn(figures.overlap_map(found, ["a", "b", "c"]))
+    assert list(heat.x) == ["a<br>(rank 20)", "b<br>(rank 30)", "c<br>(rank 40)"]
+    assert np.isnan(heat.z.diagonal()).all()
+    assert heat.z[0, 2] == pytest.approx(20 / (20 * 40 / 128), rel=1e-5)  # the first lies in the third
+    assert heat.text[0][2].startswith("3.200<br>z = ")
+    assert heat.zmin + heat.zmax == pytest.approx(2)
+    with pytest.raises(ValueError, match="`names` has 1 entries for 3 subspaces"):
+        figures.overlap_map(found, ["a"])
+
+
+def test_a_pooled_spectrum_lies_over_its_random_band(meaning_svd):
+    found = ms.pool([meaning_svd.subspace(20), meaning_svd.subspace(30)])
+    figure = figures.pooled_spectrum(found)
+    assert [trace.name for trace in figure.data] == ["random band", "random mean", "these bases"]
+    np.testing.assert_allclose(drawn(figure, 2).y[:20], np.sqrt(2), rtol=1e-6)  # what both share
+    assert len(figure.data[0].x) == len(figure.data[0].y) == 2 * len(found.singular_values)
+
+
 def test_static_images_without_kaleido_or_chrome_say_what_to_install(meaning_svd, tmp_path, monkeypatch):
     import plotly.graph_objects as go
 

@@ -115,6 +115,15 @@ def test_every_architecture_generates_what_a_loop_does(architecture, silent):
     assert users_hooks(model) == theirs
 
 
+def test_token_ids_are_gone_on_from_as_they_are(embedded, meaning):
+    start = meaning.tokens[: meaning.prompt_length]
+    (task,) = ms.generate_tasks(embedded, start, [None], max_new_tokens=12)
+    assert task.tokens.tolist() == meaning.tokens.tolist()
+    assert ms.generate(embedded, start, max_new_tokens=12) == "<s>" + ms.generate(embedded, PROMPT, max_new_tokens=12)
+    with pytest.raises(ValueError, match=r"Token ids run from 0 to 5000, but the model has 0 to 1023"):
+        ms.generate(embedded, torch.tensor([0, 5000]))
+
+
 def test_bad_prompts_and_lengths_are_refused(embedded, meaning_svd, monkeypatch):
     with pytest.raises(ValueError, match=r"The prompt has 9 tokens and the continuation 500, but the context holds \d+"):
         ms.generate(embedded, PROMPT, max_new_tokens=500)

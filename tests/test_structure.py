@@ -29,7 +29,13 @@ ORDER = [
     "ranking",
     "search",
     "generation",
+    "drawing",
     "figures",
+    "study",
+    "findings",
+    "tables",
+    "page",
+    "sections",
     "report",
     "cli",
 ]

@@ -1,0 +1,173 @@
+"""What the experiment shows, in sentences and numbers: each sentence of the report is computed here."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from mechsvd.search import critical_rank_of, same_greedy_text
+from mechsvd.study import Comparison, Study, Text
+from mechsvd.sweeps import RankSweep
+
+NEAR = 1.0  # nats: what counts as close to the clean log-probability
+
+
+def main_numbers(found: Study) -> dict[str, str]:
+    """The numbers that a reader looks for first, each as text."""
+    svd, writes, clean = found.pooled, found.writes, found.sweep.measurement.clean
+    assert clean is not None  # `sweep_rank` always runs it
+    first = svd.left[:, writes.positions == 0, :1].square().sum()
+    return {
+        "tokens": f"{found.task.prompt_length} of the prompt, {len(found.task.continuation)} scored",
+        "writes": f"{len(writes)} ({len(writes.sites)} sites × {len(writes.tokens)} positions), {svd.d_model} dimensions",
+        "directions (numerical rank)": f"{svd.rank}",
+        "largest singular value": f"{float(svd.singular_values[0]):.4g}",
+        "directions for 90 % and 99 % of the squared size": f"{directions_for(found, 0.9)} and {directions_for(found, 0.99)}",
+        "share of the first position in direction 1": f"{float(first):.1%}",
+        "clean probability": f"{float(clean.log_prob.exp()):.4g} ({float(clean.log_prob):.4f} nats)",
+        "clean size of a write (root mean square)": f"{float(clean.orig_delta):.4g}",
+        "fewest directions from which all ranks stay within 1 nat of clean": _or_none(lasting_rank(found.sweep, NEAR)),
+        "the same for 0.1 nat": _or_none(lasting_rank(found.sweep, 0.1)),
+        "critical rank": _or_none(found.critical.rank),
+        "critical rank for the same greedy text": _same_text_rank(found),
+        "noise floor": f"{found.ranking.noise_floor:.1e} nats",
+    }
+
+
+def _same_text_rank(found: Study) -> str:
+    clean = found.sweep.measurement.clean
+    if clean is None or not clean.is_greedy.all():
+        return "the continuation is not greedy text"
+    return _or_none(critical_rank_of(found.sweep, criterion=same_greedy_text).rank)
+
+
+def directions_for(found: Study, share: float) -> int:
+    """How many directions carry this share of the squared size of all writes."""
+    squares = found.pooled.singular_values.cpu().double().square()
+    return int((squares.cumsum(0) / squares.sum() < share).sum()) + 1
+
+
+def lasting_rank(sweep: RankSweep, nats: float) -> int | None:
+    """The smallest rank from which all larger ones stay this near to the clean log-probability; None where none does."""
+    clean = sweep.measurement.clean
+    assert clean is not None
+    near = (clean.log_prob - sweep.measurement.log_prob).abs() <= nats
+    lasting = near.flip(0).long().cumprod(0).flip(0).bool()
+    return int(sweep.ranks[lasting][0]) if lasting.any() else None
+
+
+def rank_correlation(found: Study) -> float:
+    """Spearman's correlation of effect and singular value over all directions."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(found.ranking.singular_values.numpy(), found.ranking.effect.numpy()).statistic)
+
+
+def spectrum(studies: Sequence[Study]) -> str:
+    """How few directions hold most of the writes."""
+    squares = [s.pooled.singular_values.cpu().double().square() for s in studies]
+    few = _span(directions_for(s, 0.9) for s in studies)
+    return (
+        f"Here {few} of {_sizes(studies)} directions carry 90 % of the squared size of the writes; direction 1 alone carries "
+        f"{_span(round(100 * float(each[0] / each.sum())) for each in squares)} %."
+    )
+
+
+def clipping(studies: Sequence[Study]) -> str:
+    """From where on the text is back."""
+    ranks = [lasting_rank(s.sweep, NEAR) for s in studies]
+    return f"Here every rank from {_listed(studies, ranks)} on stays within {NEAR:g} nat of the clean log-probability."
+
+
+def directions(studies: Sequence[Study]) -> str:
+    """How damage and singular value go together."""
+    rankings = [s.ranking for s in studies]
+    correlation = _span((rank_correlation(s) for s in studies), ".2f")
+    gains = _span(int(((r.effect < 0) & ~r.is_noise).sum()) for r in rankings)
+    silent = _span(int(r.is_noise.sum()) for r in rankings)
+    worst = max(studies, key=lambda s: float(s.ranking.effect.max()))
+    most = int(worst.ranking.effect.argmax())
+    return (
+        f"Here the rank correlation of the two is {correlation}; removing any one of {gains} directions makes the text more "
+        f"probable, {silent} have no effect beyond the noise, and the most needed one is direction {most + 1} ({worst.name}: "
+        f"{float(worst.ranking.effect[most]):.3g} nats)."
+    )
+
+
+def orders(studies: Sequence[Study]) -> str:
+    """Which order needs the fewest directions."""
+    needed = {}
+    for order in studies[0].sweeps:
+        ranks = [lasting_rank(s.sweeps[order], NEAR) for s in studies]
+        needed[order] = sum(s.pooled.rank if r is None else r for r, s in zip(ranks, studies, strict=True)) / len(studies)
+    listed = ", ".join(f"{needed[order]:.0f} ({order})" for order in sorted(needed, key=lambda order: needed[order]))
+    return f"Here, to come within {NEAR:g} nat of clean and stay there, it takes {listed} directions in the mean over prompts."
+
+
+def critical_ranks(studies: Sequence[Study]) -> str:
+    """The critical ranks, and how often the curves cross the clean value."""
+    ranks, crossings = [s.critical.rank for s in studies], [len(s.critical.crossings) for s in studies]
+    shape = "monotone" if max(crossings) <= 1 else "not monotone"
+    return (
+        f"Here it is {_listed(studies, ranks)} of {_sizes(studies)} directions; every rank was tried, and the curves cross the "
+        f"clean probability {_span(crossings)} times: they are {shape} there."
+    )
+
+
+def texts(studies: Sequence[Study]) -> str:
+    """How much of the clean text comes from inside the subspaces."""
+    own = [s.texts[0] for s in studies]
+    same = sum(is_clean(text, 1) for text in own)
+    fewest = sum(is_clean(text, len(text.ranks) - 1) for text in own)
+    return (
+        f"Here the critical rank's greedy text from its own prompt is the clean one for {same} of {len(own)} prompts, and that of "
+        f"the smallest rank shown for {fewest}."
+    )
+
+
+def is_clean(text: Text, index: int) -> bool:
+    """Whether a text from inside a subspace is, token for token, the clean one."""
+    return torch.equal(text.tasks[index].tokens, text.tasks[0].tokens)
+
+
+def several(comparison: Comparison) -> str:
+    """Whether the shortform's claim holds for this model: subspaces of different prompts overlap as random ones do."""
+    pairs = comparison.overlap.to_pandas()
+    holds = claim_holds(comparison)
+    return (
+        f"Here the claim {'holds' if holds else 'does not hold'}: the overlaps are {_span(pairs['ratio'], '.3f')} times those of "
+        f"random subspaces of the same ranks, which is {_span(pairs['z_score'], '.1f')} of their standard deviations away."
+    )
+
+
+def claim_holds(comparison: Comparison, tolerance: float = 0.01) -> bool:
+    """Whether all overlaps are those of random subspaces within the shortform's one per cent."""
+    return bool(((comparison.overlap.to_pandas()["ratio"] - 1).abs() <= tolerance).all())
+
+
+def smallest_angles(comparison: Comparison) -> dict[str, str]:
+    """Of each pair of subspaces, the smallest, median and largest principal angle, in degrees."""
+    return {" and ".join(pair): _degrees(angles) for pair, angles in comparison.angles.items()}
+
+
+def _degrees(angles: Tensor) -> str:
+    low, middle, high = (float(angles.rad2deg().quantile(q)) for q in (0, 0.5, 1))
+    return f"{low:.1f}°, {middle:.1f}°, {high:.1f}°"
+
+
+def _sizes(studies: Sequence[Study]) -> str:
+    return _span(s.pooled.rank for s in studies)
+
+
+def _listed(studies: Sequence[Study], ranks: Sequence[int | None]) -> str:
+    each = [f"{_or_none(rank)} ({s.name})" for s, rank in zip(studies, ranks, strict=True)]
+    return each[0] if len(each) == 1 else f"{', '.join(each[:-1])} and {each[-1]}"
+
+
+def _span(values: Iterable[int | float], form: str = "g") -> str:
+    low, *_, high = sorted([*values] * 2)
+    return f"{low:{form}}" if f"{low:{form}}" == f"{high:{form}}" else f"{low:{form}} to {high:{form}}"
+
+
+def _or_none(rank: int | None) -> str:
+    return "none" if rank is None else str(rank)

@@ -1,0 +1,138 @@
+"""The shortform's experiment on one prompt, in its order, and what several prompts have in common."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from torch import Tensor
+
+from mechsvd.comparison import Overlap, Pool, overlap, pool, principal_angles
+from mechsvd.decomposition import Decomposition, decompose
+from mechsvd.edits import keep
+from mechsvd.generation import generate_tasks
+from mechsvd.ranking import (
+    Ranking,
+    order_at_random,
+    order_by_compromise,
+    order_by_effect,
+    order_by_singular_value,
+    rank_directions,
+)
+from mechsvd.search import CriticalRank, critical_rank_of
+from mechsvd.sites import COMPONENTS, Model
+from mechsvd.subspace import Subspace
+from mechsvd.sweeps import RankSweep, sweep_rank
+from mechsvd.tasks import Task
+from mechsvd.writes import Writes, collect_writes
+
+BY_SIZE = "singular value"  # the name of the first order
+SWEEPS = 6  # of all directions for each task: five orders, and the ranking
+FEWER = (0.75, 0.5, 0.25)  # of the critical rank: what else is written from
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was written from one start, by the clean model and from inside several subspaces.
+
+    Attributes:
+        start: whose prompt it goes on from.
+        ranks: how many directions were kept; None for the clean model.
+    """
+
+    start: str
+    ranks: tuple[int | None, ...]
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that was found for one prompt."""
+
+    name: str
+    task: Task
+    writes: Writes
+    pooled: Decomposition
+    layers: tuple[Decomposition, ...]
+    ranking: Ranking
+    sweeps: dict[str, RankSweep]  # by the name of the order
+    critical: CriticalRank
+    texts: tuple[Text, ...]
+
+    @property
+    def sweep(self) -> RankSweep:
+        """The sweep by falling singular value."""
+        return self.sweeps[BY_SIZE]
+
+    @property
+    def subspace(self) -> Subspace:
+        """The critical rank's subspace; all directions where no rank gives the text, none being impossible."""
+        return self.pooled.subspace(max(1, self.pooled.rank if self.critical.rank is None else self.critical.rank))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The subspaces of several prompts, each at its critical rank, held against each other and against chance."""
+
+    names: tuple[str, ...]
+    overlap: Overlap
+    pool: Pool
+    angles: dict[tuple[str, str], Tensor]  # principal angles of each pair, in radians
+
+
+def study_task(
+    model: Model,
+    name: str,
+    task: Task,
+    starts: Mapping[str, Tensor],
+    components: Sequence[str] = COMPONENTS,
+    progress: bool | None = None,
+) -> Study:
+    """Do everything for one task.
+
+    Args:
+        starts: token ids to write on from, by the name of the start.
+        components: whose writes are collected and clipped.
+    """
+    options: dict[str, Any] = {"components": components, "progress": progress}
+    writes = collect_writes(model, task, components=components)
+    svd = decompose(writes)
+    ranking = rank_directions(model, task, svd, **options)
+    sweeps = {order: sweep_rank(model, task, svd, order=o, **options) for order, o in _orders(svd, ranking).items()}
+    critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
+    layers = decompose(writes, per_layer=True)
+    texts = _texts(model, svd, critical.rank or svd.rank, starts, len(task.continuation), options)
+    return Study(name, task, writes, svd, layers, ranking, sweeps, critical, texts)
+
+
+def compare(studies: Sequence[Study]) -> Comparison:
+    """Compare the subspaces of at least two prompts, each at its critical rank."""
+    subspaces = [found.subspace for found in studies]
+    names = tuple(found.name for found in studies)
+    pairs = combinations(zip(names, subspaces, strict=True), 2)
+    angles = {(a, b): principal_angles(first, second) for (a, first), (b, second) in pairs}
+    return Comparison(names, overlap(subspaces), pool(subspaces), angles)
+
+
+def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:
+    by_size = order_by_singular_value(svd)
+    return {
+        BY_SIZE: by_size,
+        "effect": order_by_effect(ranking),
+        "compromise": order_by_compromise(svd, ranking),
+        "random": order_at_random(svd),
+        "reversed": by_size.flip(0),
+    }
+
+
+def _texts(
+    model: Model, svd: Decomposition, critical: int, starts: Mapping[str, Tensor], length: int, options: dict[str, Any]
+) -> tuple[Text, ...]:
+    fewer = sorted({max(1, round(share * critical)) for share in FEWER} - {critical}, reverse=True)
+    ranks = (None, critical, *fewer)
+    edits = [None if rank is None else keep(svd.subspace(rank)) for rank in ranks]
+    found = []
+    for start, tokens in starts.items():
+        room = min(length, model.cfg.n_ctx - len(tokens))
+        found.append(Text(start, ranks, tuple(generate_tasks(model, tokens, edits, max_new_tokens=room, **options))))
+    return tuple(found)

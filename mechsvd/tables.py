@@ -1,0 +1,94 @@
+"""The report's numbers as files: tables as CSV, results as safetensors, a folder for each prompt."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mechsvd.results import write_atomically
+from mechsvd.study import Comparison, Study
+
+TOGETHER = "_all"  # the folder of what concerns all prompts; no prompt's name begins so
+
+
+def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder: Path) -> None:
+    """Write the tables and results of every prompt, and of all of them together.
+
+    Raises:
+        OSError: a folder cannot be written.
+    """
+    for found in studies:
+        _write(folder / found.name, _tables(found), _results(found))
+    if comparison:
+        _write(folder / TOGETHER, _tables_together(comparison), {"overlap": comparison.overlap, "pool": comparison.pool})
+
+
+def remove_stale(folder: Path, studies: Sequence[Study], comparison: Comparison | None) -> None:
+    """Remove what an earlier run left for other prompts: only files that a run writes, only folders that hold nothing else."""
+    fresh = {found.name for found in studies} | ({TOGETHER} if comparison else set())
+    written = {path.name for name in fresh for path in (folder / name).iterdir()}
+    written |= {"overlap.csv", "overlap.safetensors", "pool.csv", "pool.safetensors", "principal_angles.csv"}
+    for old in folder.iterdir():
+        if old.is_dir() and old.name not in fresh and {path.name for path in old.iterdir()} <= written:
+            shutil.rmtree(old)
+
+
+def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
+    for name, result in results.items():
+        result.save(folder / f"{name}.safetensors")
+
+
+def _results(found: Study) -> dict[str, Any]:
+    return {
+        "task": found.task,
+        "decomposition": found.pooled,
+        "sweep": found.sweep,
+        "ranking": found.ranking,
+        "critical_rank": found.critical,
+    }
+
+
+def _tables(found: Study) -> dict[str, Any]:
+    import pandas as pd
+
+    norms = found.writes.to_pandas()
+    return {
+        "tokens": found.task.to_pandas(),
+        "write_norms": norms,
+        "singular_values": found.pooled.to_pandas(),
+        "layer_singular_values": pd.concat([svd.to_pandas().assign(layer=svd.layer) for svd in found.layers]),
+        "sweep": found.sweep.to_pandas(),
+        "sweep_by_site": found.sweep.sites_to_pandas(),
+        "writers_of_direction_1": norms.drop(columns="norm").assign(share=found.pooled.writer_map(0).flatten().cpu().numpy()),
+        "directions": found.ranking.to_pandas(),
+        "orders": pd.concat([sweep.to_pandas().assign(order=order) for order, sweep in found.sweeps.items()]),
+        "critical_rank": found.critical.to_pandas(),
+        "texts": _texts(found),
+    }
+
+
+def _texts(found: Study) -> Any:
+    import pandas as pd
+
+    rows = [
+        {"start": text.start, "rank": rank, "prompt": task.text()[0], "text": task.text()[1]}
+        for text in found.texts
+        for rank, task in zip(text.ranks, text.tasks, strict=True)
+    ]
+    return pd.DataFrame(rows).astype({"rank": "Int64"})  # empty for the clean model
+
+
+def _tables_together(comparison: Comparison) -> dict[str, Any]:
+    import pandas as pd
+
+    names = dict(enumerate(comparison.names))
+    pairs = comparison.overlap.to_pandas().replace({"first": names, "second": names})
+    angles = [
+        {"first": first, "second": second, "place": place, "radians": angle}
+        for (first, second), found in comparison.angles.items()
+        for place, angle in enumerate(found.tolist())
+    ]
+    return {"overlap": pairs, "pool": comparison.pool.to_pandas(), "principal_angles": pd.DataFrame(angles)}

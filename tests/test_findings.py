@@ -1,0 +1,89 @@
+"""The sentences of the report say what the numbers say: checked against numbers computed here in another way."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd import findings
+from mechsvd.study import Comparison, compare, study_task
+
+
+@pytest.fixture(scope="module")
+def studies(embedded):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = {n: ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS[n], max_new_tokens=10) for n in ("meaning", "launch")}
+        starts = {"own": torch.tensor([0, 5]), "none": torch.tensor([0])}
+        return [study_task(embedded, name, task, starts, progress=False) for name, task in made.items()]
+
+
+def test_how_many_directions_carry_a_share(studies):
+    for found in studies:
+        squares = np.square(found.pooled.singular_values.double().numpy())
+        expected = next(k for k in range(1, 129) if squares[:k].sum() >= 0.9 * squares.sum())
+        assert findings.directions_for(found, 0.9) == expected
+        assert str(expected) in findings.spectrum([found])
+
+
+def test_from_which_rank_on_the_text_stays_near(studies):
+    for found in studies:
+        table = found.sweep.to_pandas()
+        clean = float(found.sweep.measurement.clean.log_prob)
+        far = table["rank"][(table["log_prob"] - clean).abs() > 1.0]
+        assert findings.lasting_rank(found.sweep, 1.0) == int(far.max()) + 1
+        assert f"{int(far.max()) + 1} ({found.name})" in findings.clipping(studies)
+
+
+def test_the_sentence_on_directions_names_the_most_needed_one(studies):
+    effects = {(s.name, int(s.ranking.effect.argmax())): float(s.ranking.effect.max()) for s in studies}
+    (name, direction), size = max(effects.items(), key=lambda item: item[1])
+    assert f"direction {direction + 1} ({name}: {size:.3g} nats)" in findings.directions(studies)
+
+
+def test_the_orders_are_listed_by_how_few_directions_they_need(studies):
+    said = findings.orders(studies)
+    means = {o: np.mean([findings.lasting_rank(s.sweeps[o], 1.0) for s in studies]) for o in studies[0].sweeps}
+    places = [said.index(f"({order})") for order in sorted(means, key=means.get)]
+    assert places == sorted(places)
+    assert f"{means['singular value']:.0f} (singular value)" in said
+
+
+def test_the_critical_ranks_are_those_of_an_exhaustive_search(embedded, studies):
+    for found in studies:
+        certain = ms.critical_rank(embedded, found.task, found.pooled, exhaustive=True)
+        assert found.critical.rank == certain.rank
+        assert f"{certain.rank} ({found.name})" in findings.critical_ranks(studies)
+        assert found.subspace.rank == certain.rank
+
+
+def test_texts_are_those_of_generate(embedded, studies):
+    for found in studies:
+        for text in found.texts:
+            assert text.ranks[:2] == (None, found.critical.rank)
+            assert list(text.ranks[1:]) == sorted(text.ranks[1:], reverse=True)
+            assert findings.is_clean(text, 0)
+        rank, task = found.texts[1].ranks[2], found.texts[1].tasks[2]
+        length = len(found.task.continuation)
+        said = ms.generate(embedded, "", ms.keep(found.pooled.subspace(rank)), max_new_tokens=length)
+        assert task.text()[1].removesuffix("</s>") == said
+
+
+def test_the_claim_about_overlaps_is_tested_and_not_asserted(studies):
+    comparison = compare(studies)
+    assert not findings.claim_holds(comparison)
+    assert "Here the claim does not hold" in findings.several(comparison)
+    ratio = float(comparison.overlap.ratio[0, 1])
+    assert f"the overlaps are {ratio:.3f} times" in findings.several(comparison)
+    values = comparison.overlap.expected * 1.009
+    agreeing = dataclasses.replace(
+        comparison, overlap=ms.Overlap(values, comparison.overlap.expected, comparison.overlap.deviation)
+    )
+    assert isinstance(agreeing, Comparison)
+    assert "Here the claim holds: the overlaps are 1.009 times" in findings.several(agreeing)
+    angles = comparison.angles["meaning", "launch"]
+    assert float(angles.cos().square().sum()) == pytest.approx(float(comparison.overlap.values[0, 1]), rel=1e-6)
