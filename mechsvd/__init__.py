@@ -24,7 +24,7 @@ from mechsvd.decomposition import Decomposition, decompose
 from mechsvd.edits import ablate, chain, gate, keep, shift, shrink
 from mechsvd.generation import generate, generate_tasks
 from mechsvd.hooks import fwd_hooks
-from mechsvd.measurement import Measurement, measure
+from mechsvd.measurement import Measurement, estimate_seconds, measure
 from mechsvd.models import load_model
 from mechsvd.ranking import (
     Ranking,
@@ -56,7 +56,7 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
     # measurements
-    "measure", "Measurement", "sweep_rank", "RankSweep", "rank_directions", "Ranking",
+    "measure", "Measurement", "estimate_seconds", "sweep_rank", "RankSweep", "rank_directions", "Ranking",
     "order_by_singular_value", "order_by_effect", "order_by_compromise", "order_at_random",
     # the smallest rank, and text from inside a subspace
     "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "same_greedy_text", "generate", "generate_tasks",
