@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
-from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -64,14 +63,14 @@ def probability(sweep: RankSweep) -> go.Figure:
     """Probability of the continuation against the number of kept directions, with the clean value as a line."""
     figure = empty_figure("Generation probability", "kept directions", "probability of the continuation")
     figure.add_trace(line(sweep.ranks, sweep.measurement.log_prob.exp(), "clipped", EDITED, hover="k = %{x}<br>p = %{y:.4g}"))
-    return with_clean(figure, _clean(sweep).log_prob.exp())
+    return with_clean(figure, sweep.measurement.against.log_prob.exp())
 
 
 def surprise(sweep: RankSweep) -> go.Figure:
     """Surprise (−log-probability) of the continuation against the number of kept directions, with the clean value."""
     figure = empty_figure("Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True)
     figure.add_trace(line(sweep.ranks, -sweep.measurement.log_prob, "clipped", EDITED, hover="k = %{x}<br>%{y:.4g} nats"))
-    return with_clean(figure, -_clean(sweep).log_prob)
+    return with_clean(figure, -sweep.measurement.against.log_prob)
 
 
 def deltas(sweep: RankSweep) -> go.Figure:
@@ -80,12 +79,12 @@ def deltas(sweep: RankSweep) -> go.Figure:
     measured = sweep.measurement
     figure.add_trace(line(sweep.ranks, measured.orig_delta, "orig_delta", ATTEMPTED, hover="k = %{x}<br>attempted %{y:.4g}"))
     figure.add_trace(line(sweep.ranks, measured.kept_delta, "kept_delta", EDITED, hover="k = %{x}<br>kept %{y:.4g}"))
-    return with_clean(figure, _clean(sweep).orig_delta).update_layout(showlegend=True)
+    return with_clean(figure, sweep.measurement.against.orig_delta).update_layout(showlegend=True)
 
 
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     """Sizes of the writes of every site against the number of kept directions, relative to the clean run."""
-    measured, clean = sweep.measurement, _clean(sweep)
+    measured, clean = sweep.measurement, sweep.measurement.against
     edited = measured.kept_deltas if kept else measured.orig_deltas
     word = "Kept" if kept else "Attempted"
     hover = "%{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
@@ -137,7 +136,7 @@ def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
         require_same_model(first.source, sweep.source, "The sweeps")
         hover = f"{name}<br>k = %{{x}}<br>%{{y:.4g}} nats"
         figure.add_trace(line(sweep.ranks, -sweep.measurement.log_prob, name, colour, hover=hover))
-    return with_clean(figure, -_clean(first).log_prob).update_layout(showlegend=True)
+    return with_clean(figure, -first.measurement.against.log_prob).update_layout(showlegend=True)
 
 
 def margins(found: CriticalRank) -> go.Figure:
@@ -216,12 +215,6 @@ def save_image(figure: go.Figure, path: str | PathLike[str]) -> None:
             "Static images need kaleido and a Chrome: run `pip install 'mechsvd[images]'`, and `plotly_get_chrome` where no Chrome "
             "is installed; `figure.write_html(…)` needs neither."
         ) from error
-
-
-def _clean(sweep: RankSweep) -> Any:
-    if sweep.measurement.clean is None:
-        raise ValueError("This sweep holds no clean run, so there is nothing to compare with; make it by `sweep_rank`.")
-    return sweep.measurement.clean
 
 
 def _count_from_one(svd: Decomposition) -> range:

@@ -14,8 +14,7 @@ NEAR = 1.0  # nats: what counts as close to the clean log-probability
 
 def main_numbers(found: Study) -> dict[str, str]:
     """The numbers that a reader looks for first, each as text."""
-    svd, writes, clean = found.pooled, found.writes, found.sweep.measurement.clean
-    assert clean is not None  # `sweep_rank` always runs it
+    svd, writes, clean = found.pooled, found.writes, found.sweep.measurement.against
     first = svd.left[:, writes.positions == 0, :1].square().sum()
     return {
         "tokens": f"{found.task.prompt_length} of the prompt, {len(found.task.continuation)} scored",
@@ -35,8 +34,7 @@ def main_numbers(found: Study) -> dict[str, str]:
 
 
 def _same_text_rank(found: Study) -> str:
-    clean = found.sweep.measurement.clean
-    if clean is None or not clean.is_greedy.all():
+    if not found.sweep.measurement.against.is_greedy.all():
         return "the continuation is not greedy text"
     return _or_none(critical_rank_of(found.sweep, criterion=same_greedy_text).rank)
 
@@ -49,9 +47,7 @@ def directions_for(found: Study, share: float) -> int:
 
 def lasting_rank(sweep: RankSweep, nats: float) -> int | None:
     """The smallest rank from which all larger ones stay this near to the clean log-probability; None where none does."""
-    clean = sweep.measurement.clean
-    assert clean is not None
-    near = (clean.log_prob - sweep.measurement.log_prob).abs() <= nats
+    near = (sweep.measurement.against.log_prob - sweep.measurement.log_prob).abs() <= nats
     lasting = near.flip(0).long().cumprod(0).flip(0).bool()
     return int(sweep.ranks[lasting][0]) if lasting.any() else None
 

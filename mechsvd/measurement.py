@@ -35,6 +35,7 @@ class Measurement:
         orig_deltas, kept_deltas: root-mean-square L2 norm over positions of the attempted write / of what the edit let
             through, at each site, in the units of the residual stream.
         clean: the same for the model without an edit; None in that measurement itself.
+        noise_floor: how far the clean log-probability moves for no reason, in nats; None where it was not asked for.
     """
 
     log_probs: Float[Tensor, "edit scored"]
@@ -44,6 +45,7 @@ class Measurement:
     sites: tuple[Site, ...]
     clean: "Measurement | None" = None
     source: Provenance | None = None
+    noise_floor: float | None = None
 
     save = save_result
 
@@ -60,6 +62,17 @@ class Measurement:
     def __len__(self) -> int:
         """Number of edits."""
         return len(self.log_probs)
+
+    @property
+    def against(self) -> "Measurement":
+        """The clean run that the edits are held against.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.clean is None:
+            raise ValueError("This measurement holds no clean run, so there is nothing to compare with; make it by `measure`.")
+        return self.clean
 
     @property
     def log_prob(self) -> Float[Tensor, " edit"]:
@@ -125,6 +138,7 @@ def measure(
     missing: Literal["error", "skip"] = "error",
     batch_size: int | None = None,
     check: bool = True,
+    noise_floor: bool = False,
     progress: bool | None = None,
 ) -> Measurement:
     """Run a task under many edits, several in each forward pass as rows of its batch, and under none.
@@ -137,6 +151,8 @@ def measure(
         layers, components, positions, missing: where; see `fwd_hooks`. Deltas are over the edited positions.
         batch_size: edits in one forward pass; by default from the memory that is free and the size of the model.
         check: refuse a model whose hooks are not its writes, and a basis that comes from another model.
+        noise_floor: measure it too, by one more pass of two rows: the spread in nats of the clean log-probability over two batch
+            sizes, and over writes that are larger by the precision of the model's dtype.
         progress: a bar with an estimate; by default only where it is seen.
 
     Raises:
@@ -154,9 +170,10 @@ def measure(
         source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, (*notes, *users))
         stack = as_stack(model, edits, source if check else None)
         rows = _run_all(setup, stack, rows_a_pass(model, task) if batch_size is None else batch_size, progress)
+        floor = _noise_floor(setup, rows[:1]) if noise_floor else None
     edited, clean = rows[1:], rows[:1]
     _warn_not_finite(edited)
-    return replace(edited, clean=replace(clean, source=source), source=source)
+    return replace(edited, clean=replace(clean, source=source), source=source, noise_floor=floor)
 
 
 def joined(parts: Sequence[Measurement]) -> Measurement:
@@ -240,6 +257,14 @@ def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: b
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
     norms = torch.linalg.vector_norm(writes, dim=-1, dtype=at_least_single(writes.dtype))
     return norms.square().mean(dim=-1).sqrt()
+
+
+def _noise_floor(setup: _Setup, clean: Measurement) -> float:
+    def rounded(x: Tensor, hook: Any = None) -> Tensor:
+        return x * (1 + torch.finfo(x.dtype).eps)
+
+    values = joined([clean, setup.forward([chain(), rounded])]).log_prob
+    return float(values.max() - values.min())
 
 
 def _warn_not_finite(edited: Measurement) -> None:

@@ -23,13 +23,10 @@ class Ranking:
     Attributes:
         singular_values: in the units of the residual stream.
         measurement: row j has direction j removed from every write.
-        noise_floor: how far the clean log-probability moves with the batch size and one rounding a write, in nats; smaller
-            effects say nothing.
     """
 
     singular_values: Float[Tensor, " rank"]
     measurement: Measurement
-    noise_floor: float
 
     save = save_result
 
@@ -41,8 +38,12 @@ class Ranking:
     @property
     def effect(self) -> Float[Tensor, " rank"]:
         """Clean minus edited log-probability in nats, so that damage is positive."""
-        assert self.measurement.clean is not None  # `rank_directions` always runs it
-        return self.measurement.clean.log_prob - self.measurement.log_prob
+        return self.measurement.against.log_prob - self.measurement.log_prob
+
+    @property
+    def noise_floor(self) -> float:
+        """How far the clean log-probability moves with the batch size and one rounding a write, in nats; see `measure`."""
+        return self.measurement.noise_floor or 0.0
 
     @property
     def is_noise(self) -> Bool[Tensor, " rank"]:
@@ -93,28 +94,9 @@ def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Any
     """
     require_decomposition(svd)
     gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
-    measured = measure(model, task, Gate(svd.directions, gains, 1.0, svd.source), **options)
+    measured = measure(model, task, Gate(svd.directions, gains, 1.0, svd.source), noise_floor=True, **options)
     warn_other_sites(svd, measured)
-    return Ranking(svd.singular_values.cpu(), measured, noise_floor(model, task, measured, **options))
-
-
-def noise_floor(model: Model, task: Task, measured: Measurement, **options: Any) -> float:
-    """How far the clean log-probability of a task moves for no reason: with the batch size, and with one rounding a write.
-
-    Args:
-        measured: a measurement of the task, whose clean run stood in a batch of another size.
-        options: those of that measurement.
-
-    Returns:
-        The spread in nats over the two batch sizes, and writes that are larger by the precision of the model's dtype.
-    """
-
-    def rounded(x: Tensor, hook: Any = None) -> Tensor:
-        return x * (1 + torch.finfo(x.dtype).eps)
-
-    small = measure(model, task, [rounded], **{**options, "progress": False})
-    values = torch.cat([run.log_prob for run in (measured.clean, small.clean, small) if run])
-    return float(values.max() - values.min())
+    return Ranking(svd.singular_values.cpu(), measured)
 
 
 def order_by_singular_value(svd: Decomposition) -> Int[Tensor, " rank"]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.measurement import Measurement, joined
-from mechsvd.ranking import noise_floor
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.sites import Model
 from mechsvd.sweeps import RankSweep, sweep_rank
@@ -102,14 +101,13 @@ def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
     Raises:
         ValueError: a drop below 0, or not finite.
     """
-    if not 0 <= nats < float("inf"):
-        raise ValueError(f"A drop of {nats} nats cannot be allowed: it must be 0 or more, and finite.")
+    if isinstance(nats, bool) or not isinstance(nats, int | float) or not 0 <= nats < float("inf"):
+        raise ValueError(f"A drop of {nats!r} nats cannot be allowed: it must be 0 or more, and finite.")
 
     def margin(measured: Measurement) -> Float[Tensor, " edit"]:
-        assert measured.clean is not None  # `measure` always runs it
         if each_token:
-            return (measured.log_probs - measured.clean.log_probs).amin(dim=-1) + nats
-        return measured.log_prob - measured.clean.log_prob + nats
+            return (measured.log_probs - measured.against.log_probs).amin(dim=-1) + nats
+        return measured.log_prob - measured.against.log_prob + nats
 
     margin.__name__ = f"a drop of at most {nats:g} nats" + (" at each token" if each_token else "")
     return margin
@@ -151,27 +149,22 @@ def critical_rank(
     bar, found = _bar(tolerance, criterion), None
     ranks = [*range(svd.rank + 1)] if exhaustive else _evenly(0, svd.rank, PROBES + 1)
     while ranks:
-        sweep = sweep_rank(model, task, svd, ranks, order, **options)
-        if found is None:
-            floor, spent = noise_floor(model, task, sweep.measurement, **options), NOISE_ROWS
-        else:
-            floor = max(floor, _clean_spread(found.sweep, sweep))
-            sweep = _together(found.sweep, sweep)
-        spent += len(ranks) + 1  # each round runs the clean model too
-        found = replace(critical_rank_of(sweep, criterion=bar, noise_floor=floor), evaluations=spent)
+        sweep = sweep_rank(model, task, svd, ranks, order, noise_floor=found is None, **options)
+        spent = len(ranks) + 1 + (NOISE_ROWS if found is None else found.evaluations)  # each round runs the clean model too
+        found = replace(critical_rank_of(_together(found.sweep, sweep) if found else sweep, criterion=bar), evaluations=spent)
         ranks = _next_ranks(found)
     assert found is not None  # the first round is never empty
     return found
 
 
 def critical_rank_of(
-    sweep: RankSweep, tolerance: float = 0.0, *, criterion: Criterion | None = None, noise_floor: float = 0.0
+    sweep: RankSweep, tolerance: float = 0.0, *, criterion: Criterion | None = None, noise_floor: float | None = None
 ) -> CriticalRank:
     """Read the critical rank off a sweep that is there already, among the ranks that it has.
 
     Args:
         tolerance, criterion: as in `critical_rank`.
-        noise_floor: how far below the bar still counts as reaching it, in nats; see `Ranking.noise_floor`.
+        noise_floor: how far below the bar still counts as reaching it, in nats; what the sweep measured by default, or 0.
 
     Raises:
         ValueError: two bars; a bar that the clean model itself does not reach.
@@ -182,15 +175,14 @@ def critical_rank_of(
     name = getattr(bar, "__name__", "a bar of your own")
     rising = sweep.ranks.argsort(stable=True)
     measured = sweep.measurement[rising]
-    clean = measured.clean
-    assert clean is not None  # `sweep_rank` always runs it
-    if not (best := float(_margins(bar, replace(clean, clean=clean))[0])) >= -noise_floor:
+    clean, floor = measured.against, (measured.noise_floor or 0.0) if noise_floor is None else noise_floor
+    if not (best := float(_margins(bar, replace(clean, clean=clean))[0])) >= -floor:
         raise ValueError(
             f"The clean model itself misses the bar, {name}, by {-best:.4g}, so no rank can be held against it; for the "
             "same greedy text, make the task without a continuation."
         )
     rising_sweep = replace(sweep, ranks=sweep.ranks[rising], measurement=measured)
-    return CriticalRank(rising_sweep, _margins(bar, measured), noise_floor, len(rising) + 1, name)
+    return CriticalRank(rising_sweep, _margins(bar, measured), floor, len(rising) + 1, name)
 
 
 def _bar(tolerance: float, criterion: Criterion | None) -> Criterion:
@@ -234,11 +226,8 @@ def _evenly(low: int, high: int, count: int) -> list[int]:
 
 
 def _together(first: RankSweep, second: RankSweep) -> RankSweep:
+    """Both rounds; the noise floor is at least how far the clean log-probability moved between them, in other batch sizes."""
     measured = joined([first.measurement, second.measurement])
+    moved = float((first.measurement.against.log_prob - second.measurement.against.log_prob).abs())
+    measured = replace(measured, noise_floor=max(moved, measured.noise_floor or 0.0))
     return replace(first, ranks=torch.cat([first.ranks, second.ranks]), measurement=measured)
-
-
-def _clean_spread(first: RankSweep, second: RankSweep) -> float:
-    """How far the clean log-probability moved from one round to another, of other batch sizes."""
-    cleans = [sweep.measurement.clean.log_prob for sweep in (first, second) if sweep.measurement.clean]
-    return float((cleans[0] - cleans[-1]).abs())

@@ -78,7 +78,7 @@ def test_the_compromise_is_the_mean_of_both_places():
     from dataclasses import replace
 
     clean = ms.Measurement(torch.zeros(1, 1), said[:1], torch.ones(1, 1), torch.ones(1, 1), ())
-    ranking = Ranking(svd.singular_values, replace(measured, clean=clean), 0.0)  # effects 3, 1, 9, 2: places 1, 3, 0, 2
+    ranking = Ranking(svd.singular_values, replace(measured, clean=clean))  # effects 3, 1, 9, 2: places 1, 3, 0, 2
     assert ms.order_by_effect(ranking).tolist() == [2, 0, 3, 1]
     assert ms.order_by_compromise(svd, ranking).tolist() == [0, 2, 1, 3]  # means ½, 2, 1, 2½
 

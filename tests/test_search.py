@@ -103,7 +103,6 @@ def test_a_smaller_crossing_nearby_is_found(embedded, meaning, meaning_svd, monk
         return sweep_of(lambda rank: 0.0 if rank in (93, 94) or rank >= 100 else -1.0, ranks)
 
     monkeypatch.setattr(mechsvd.search, "sweep_rank", bumpy)
-    monkeypatch.setattr(mechsvd.search, "noise_floor", lambda *_, **__: 0.0)
     found = ms.critical_rank(embedded, meaning, meaning_svd)
     assert found.rank == 93
     assert {(92, 93), (94, 95), (99, 100)} <= set(found.crossings)
