@@ -207,12 +207,8 @@ class _Setup:
     positions: tuple[int, ...] | None
     check: SelfCheck
 
-    def forward(self, edits: Gate | Sequence[Edit], with_clean: bool = False) -> Measurement:
-        """One forward pass, each edit a row of the batch, behind the clean run on request."""
-        rows: Edit = edits if isinstance(edits, Gate) else Each(tuple(edits))
-        if with_clean:
-            rows = _BehindClean(rows)
-        count = len(edits) + with_clean
+    def forward(self, rows: Edit, count: int) -> Measurement:
+        """One forward pass with an edit that makes so many rows of the batch, each edited in its own way."""
         orig: list[Tensor] = []
         kept: list[Tensor] = []
 
@@ -247,8 +243,9 @@ def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: b
     order = edits.like_together().cpu() if isinstance(edits, Gate) else torch.arange(len(edits))
 
     def forward(rows: Tensor) -> Measurement:
-        chosen = edits[rows] if isinstance(edits, Gate) else [edits[i] for i in rows]
-        return setup.forward(chosen, with_clean=bool(rows[0] == order[0]))
+        chosen: Edit = edits[rows] if isinstance(edits, Gate) else Each(tuple(edits[i] for i in rows))
+        is_first = bool(rows[0] == order[0])
+        return setup.forward(_BehindClean(chosen) if is_first else chosen, len(rows) + is_first)
 
     parts = run_batches(forward, order, size, setup.model, setup.task, progress)
     return joined(parts)[torch.cat([torch.zeros(1, dtype=torch.long), 1 + order.argsort()])]
@@ -261,9 +258,10 @@ def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]
 
 def _noise_floor(setup: _Setup, clean: Measurement) -> float:
     def rounded(x: Tensor, hook: Any = None) -> Tensor:
-        return x * (1 + torch.finfo(x.dtype).eps)
+        """One row as it is, one larger by the precision of its dtype."""
+        return x * torch.tensor([1, 1 + torch.finfo(x.dtype).eps], dtype=x.dtype, device=x.device)[:, None, None]
 
-    values = joined([clean, setup.forward([chain(), rounded])]).log_prob
+    values = joined([clean, setup.forward(rounded, 2)]).log_prob
     return float(values.max() - values.min())
 
 

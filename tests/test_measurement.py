@@ -111,30 +111,40 @@ def test_out_of_memory_halves_the_batch_remembers_it_and_loses_nothing(llama, mo
     expected = measure(model, task, STACKS["ranks"])
     forward, sizes = _Setup.forward, []
 
-    def limited(self, edits, with_clean):
-        sizes.append(len(edits))
-        if len(edits) > 5:
+    def limited(self, rows, count):
+        sizes.append(count)
+        if count > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, edits, with_clean)
+        return forward(self, rows, count)
 
     monkeypatch.setattr(_Setup, "forward", limited)
     with pytest.warns(UserWarning, match="Out of memory") as said:
         measured = measure(model, task, STACKS["ranks"], batch_size=33)
     assert str(said[0].message) == "Out of memory with 33 edits a forward pass; going on with 16."
     torch.testing.assert_close(measured.log_probs, expected.log_probs, rtol=0, atol=1e-4)
-    assert sizes[:5] == [33, 16, 8, 4, 4]
+    assert sizes[:5] == [34, 17, 9, 5, 4]  # the clean run in the first
     assert rows_a_pass(model, task) == 4
 
 
 def test_out_of_memory_with_one_edit_says_how_much_is_needed(monkeypatch):
     model = tiny("Llama")
 
-    def fail(self, edits, with_clean):
+    def fail(self, rows, count):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(_Setup, "forward", fail)
     with pytest.raises(MemoryError, match=r"One edit alone does not fit into memory: about \d+ MiB"):
         measure(model, tiny_task(), STACKS["ranks"], batch_size=1)
+
+
+def test_the_noise_floor_is_measured_on_request_and_sees_the_dtype(llama):
+    assert measure(llama, tiny_task(), [ms.chain()]).noise_floor is None
+    single = measure(llama, tiny_task(), STACKS["ranks"], noise_floor=True).noise_floor
+    assert 0 <= single < 1e-3
+    from tests.conftest import tiny_hf
+
+    double = tiny("Llama", tiny_hf("Llama").double())
+    assert measure(double, tiny_task(), [ms.chain()] * 3, noise_floor=True).noise_floor < 1e-11
 
 
 def test_the_model_is_left_as_it_was_found_after_a_fault(llama):
