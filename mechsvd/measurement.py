@@ -252,8 +252,7 @@ def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: b
 
 
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
-    norms = torch.linalg.vector_norm(writes, dim=-1, dtype=at_least_single(writes.dtype))
-    return norms.square().mean(dim=-1).sqrt()
+    return torch.linalg.vector_norm(writes, dim=(-2, -1), dtype=at_least_single(writes.dtype)) / writes.shape[1] ** 0.5
 
 
 def _noise_floor(setup: _Setup, clean: Measurement) -> float:

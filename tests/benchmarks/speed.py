@@ -46,7 +46,7 @@ def main():
     print(f"| `import mechsvd` | {import_seconds('mechsvd'):.2f} |")
 
 
-def rows(name, model, task, repeats=5):
+def rows(name, model, task, repeats=9):
     """Measure one model: the sweep and the ranking, each by the loop and by the engine in turn."""
     svd = ms.decompose(ms.collect_writes(model, task))
     d, v = svd.d_model, svd.directions
