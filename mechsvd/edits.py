@@ -81,8 +81,17 @@ class Gate:
         cost, way = self.costs.min(dim=0)
         return (way * (self.basis.shape[1] + 1) + cost).argsort(stable=True)
 
-    @cached_property
+    @property
     def _plan(self) -> "_Plan":
+        needs_graph = self.gains.requires_grad or self.basis.requires_grad
+        return self._new_plan() if needs_graph else self._kept_plan
+
+    @cached_property
+    def _kept_plan(self) -> "_Plan":
+        with torch.inference_mode(False):  # made while a model generates, it must serve gradients later
+            return self._new_plan()
+
+    def _new_plan(self) -> "_Plan":
         return min(
             (_plan_with(self.basis, self.gains, constant) for constant in self._constants), key=lambda p: p.columns.shape[-1]
         )

@@ -127,3 +127,19 @@ def test_bad_gains_are_refused():
         shrink(decompose(torch.eye(2)[None]), -1.0)
     with pytest.raises(ValueError, match="`vector` must be finite"):
         shift(torch.tensor([1.0, float("nan")]))
+
+
+def test_a_gate_first_used_without_gradients_gives_them_later():
+    gains, x = torch.rand(3, requires_grad=True), torch.randn(2, 5, 4)
+    edit = gate(torch.eye(4)[:, :3], gains)
+    plain = keep(torch.eye(4)[:, :2])
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            edit(x), plain(x)
+    for _ in range(2):  # a graph of its own each time
+        (slope,) = torch.autograd.grad(edit(x).sum(), gains)
+        torch.testing.assert_close(slope, x[..., :3].sum(dim=(0, 1)))
+    written = x.clone().requires_grad_()
+    plain(written).sum().backward()
+    assert written.grad[..., :2].eq(1).all()
+    assert written.grad[..., 2:].eq(0).all()

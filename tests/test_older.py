@@ -87,6 +87,34 @@ def test_tasks_writes_singular_values_and_sweeps_are_the_same(pair):
     torch.testing.assert_close(sweep.measurement.kept_deltas, sweep_b.measurement.kept_deltas, rtol=1e-4, atol=1e-5)
 
 
+def test_rankings_critical_ranks_and_texts_are_the_same(pair):
+    found = []
+    for model in pair:
+        task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
+        svd = ms.decompose(ms.collect_writes(model, task))
+        edits = [None, *(ms.keep(svd.subspace(rank)) for rank in (60, 40, 20))]
+        texts = [ms.generate(model, prompt, edits, max_new_tokens=12) for prompt in ("Once upon a time", "")]
+        drawn = ms.generate(model, "Once upon a time", edits, max_new_tokens=12, temperature=0.8, seed=5)
+        critical = ms.critical_rank(model, task, svd, 1.0, exhaustive=True)
+        greedy = ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text)
+        found.append((ms.rank_directions(model, task, svd).effect, critical.rank, greedy.rank, texts, drawn))
+        assert not users_hooks(model)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-3)
+    assert found[0][1:] == found[1][1:]
+
+
+def test_a_model_without_a_tokenizer_goes_on_from_token_ids(silent):
+    model, start = hooked(tiny_hf("GPT-2")), tiny_task().tokens[:5]
+    kept = ms.keep(torch.eye(32)[:, :20])
+    (task,) = ms.generate_tasks(model, start, [kept], max_new_tokens=4)
+    tokens = start
+    for _ in range(4):
+        logits = model.run_with_hooks(tokens[None], fwd_hooks=ms.fwd_hooks(model, kept))
+        tokens = torch.cat([tokens, logits[0, -1].argmax()[None]])
+    assert task.tokens.tolist() == tokens.tolist()
+    assert ms.generate(model, start, kept, max_new_tokens=4).startswith("[0]")
+
+
 def test_their_self_checks_pass_and_rows_share_a_prefix(pair):
     for model in pair:
         assert require_sound(model)[0].shares_prefix
