@@ -99,18 +99,29 @@ def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
 
 
 def _texts_in(path: Path) -> dict[str, tuple[str, str | None]]:
-    """Prompts from a file: {"name": "prompt"} or {"name": ["prompt", "continuation"]} in JSON, or one prompt a line."""
-    content = path.read_text(encoding="utf-8")
+    """Prompts from a file: {"name": "prompt", …} or a list in JSON, where ["prompt", "continuation"] may stand, or one a line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of prompts {path}.")
+    content = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".json":
-        found: Any = {f"prompt-{i}": line for i, line in enumerate(filter(str.strip, content.splitlines()), start=1)}
+        found: Any = [line for line in content.splitlines() if line.strip()]
     else:
         try:
-            found = json.loads(content)
+            found = json.loads(content, object_pairs_hook=_without_repetition)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}.") from error
+    if isinstance(found, list):
+        found = {f"prompt-{i}": entry for i, entry in enumerate(found, start=1)}
     if not isinstance(found, dict) or not found:
         raise ValueError(f'{path} must hold prompts: one a line, or in JSON {{"name": "prompt", …}}, but holds none.')
     return {name: _pair(path, name, entry) for name, entry in found.items()}
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"The file of prompts names {sorted(repeated)} more than once; each name makes a folder.")
+    return dict(pairs)
 
 
 def _pair(path: Path, name: str, entry: Any) -> tuple[str, str | None]:

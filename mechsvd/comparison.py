@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.results import load_result, require_same_model, result, save_result
+from mechsvd.results import Provenance, load_result, require_same_model, result, save_result
 from mechsvd.subspace import Subspace
 
 
@@ -29,6 +29,7 @@ class Overlap:
     values: Float[Tensor, "n n"]
     expected: Float[Tensor, "n n"]
     deviation: Float[Tensor, "n n"]
+    source: Provenance | None = None
 
     save = save_result
 
@@ -60,10 +61,12 @@ class Overlap:
     def __repr__(self) -> str:
         ranks = ", ".join(f"{rank:.0f}" for rank in self.values.diagonal().tolist())
         table = self.to_pandas()
+        scores = table["z_score"].dropna()
+        spread = f"{scores.min():.3g} to {scores.max():.3g}" if len(scores) else "undefined: one of each pair is the whole space"
         return (
             f"Overlap of {len(self.values)} subspaces of ranks {ranks}\n"
             f"  {table['ratio'].min():.3f} to {table['ratio'].max():.3f} times that of random subspaces\n"
-            f"  z-scores {table['z_score'].min():.3g} to {table['z_score'].max():.3g}"
+            f"  z-scores {spread}"
         )
 
 
@@ -84,7 +87,7 @@ def overlap(subspaces: Sequence[Subspace]) -> Overlap:
     ranks = torch.tensor([subspace.rank for subspace in subspaces], dtype=torch.float64)
     p, q = ranks[:, None], ranks[None, :]
     freedom = max(1, d_model**2 * (d_model - 1) * (d_model + 2))
-    return Overlap(values, p * q / d_model, (2 * p * q * (d_model - p) * (d_model - q) / freedom).sqrt())
+    return Overlap(values, p * q / d_model, (2 * p * q * (d_model - p) * (d_model - q) / freedom).sqrt(), subspaces[0].source)
 
 
 def principal_angles(first: Subspace, second: Subspace) -> Float[Tensor, " smaller_rank"]:
@@ -129,6 +132,7 @@ class Pool:
     random_mean: Float[Tensor, " rank"]
     random_high: Float[Tensor, " rank"]
     seed: int
+    source: Provenance | None = None
 
     save = save_result
 
@@ -165,6 +169,8 @@ def pool(subspaces: Sequence[Subspace], *, draws: int = 8, seed: int = 0) -> Poo
     """
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"`draws` is {draws!r}, but the random band needs at least one.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"`seed` is {seed!r}, but must be a whole number.")
     d_model = _common_dimension(subspaces)
     ranks = [subspace.rank for subspace in subspaces]
     spectra = []
@@ -173,7 +179,7 @@ def pool(subspaces: Sequence[Subspace], *, draws: int = 8, seed: int = 0) -> Poo
         spectra.append(_spectrum([random_subspace(d_model, rank, first + i).basis for i, rank in enumerate(ranks)]))
     band = torch.stack(spectra)
     values = _spectrum([subspace.basis.cpu().double() for subspace in subspaces])
-    return Pool(values, band.amin(dim=0), band.mean(dim=0), band.amax(dim=0), seed)
+    return Pool(values, band.amin(dim=0), band.mean(dim=0), band.amax(dim=0), seed, subspaces[0].source)
 
 
 def _spectrum(bases: Sequence[Tensor]) -> Float[Tensor, " rank"]:

@@ -198,9 +198,10 @@ def _warn_unseen(writes: int, found: list[Decomposition]) -> None:
         return
     ranks, d_model = sorted({svd.rank for svd in few}), few[0].d_model
     where = "" if few[0].layer is None else f" in each of {len(few)} layers"
+    whose = "the decomposition" if few[0].layer is None else "each layer's decomposition"
     directions = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     warnings.warn(
-        f"{writes} writes{where} for {d_model} dimensions: the decomposition has {directions} directions, and the rest of the "
+        f"{writes} writes{where} for {d_model} dimensions: {whose} has {directions} directions, and the rest of the "
         f"residual stream is unseen{' (all writes are zero)' if ranks[0] == 0 else ''}.",
         stacklevel=4,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 MANY_POINTS = 5000  # above this, draw with WebGL
 UNITS = "residual-stream units"
 EDITED, ATTEMPTED, CLEAN = "#1f5fa8", "#d1662a", "#5a5a5a"
+DISTINCT = ("#1f5fa8", "#d1662a", "#2a9d6f", "#8e5bb5", "#a0a0a0", "#c2a83e")
 
 
 def empty_figure(title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Figure:

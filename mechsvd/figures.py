@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from os import PathLike
 
 import plotly.graph_objects as go
 import torch
+from torch import Tensor
 
 from mechsvd.comparison import Overlap, Pool
 from mechsvd.decomposition import Decomposition
-from mechsvd.drawing import ATTEMPTED, CLEAN, EDITED, MANY_POINTS, UNITS, empty_figure, heat_map, line, shades, with_clean
+from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, MANY_POINTS, UNITS, empty_figure, heat_map, line, shades, with_clean
 from mechsvd.ranking import Ranking
-from mechsvd.results import require_same_model
+from mechsvd.results import require_kind, require_same_model
 from mechsvd.search import CriticalRank
 from mechsvd.sweeps import RankSweep
 from mechsvd.writes import Writes
@@ -19,18 +21,20 @@ from mechsvd.writes import Writes
 
 def singular_values(svd: Decomposition, *, log: bool = False) -> go.Figure:
     """Singular values, descending; `log` for a logarithmic axis."""
+    require_kind(svd, Decomposition)
     figure = empty_figure("Singular values of all writes", "direction", f"singular value ({UNITS})", log_y=log)
-    figure.add_trace(line(_count_from_one(svd), svd.singular_values, "σ", EDITED, hover="direction %{x}<br>σ = %{y:.4g}"))
+    figure.add_trace(line(range(svd.rank), svd.singular_values, "σ", EDITED, hover="direction %{x}<br>σ = %{y:.4g}"))
     return figure
 
 
 def cumulative_singular_values(svd: Decomposition) -> go.Figure:
     """Cumulative sum of the singular values against a logarithmic axis of directions."""
+    require_kind(svd, Decomposition)
     sums = svd.singular_values.cpu().double().cumsum(0)
     figure = empty_figure(
         "Cumulative sum of singular values", "directions (log axis)", f"sum of singular values ({UNITS})", log_x=True
     )
-    trace = line(_count_from_one(svd), sums, "Σσ", EDITED, hover="first %{x} directions<br>Σσ = %{y:.4g} (%{customdata:.1%})")
+    trace = line(range(1, svd.rank + 1), sums, "Σσ", EDITED, hover="first %{x} directions<br>Σσ = %{y:.4g} (%{customdata:.1%})")
     figure.add_trace(trace.update(customdata=(sums / sums[-1]).numpy() if len(sums) else None))
     return figure
 
@@ -40,12 +44,13 @@ def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
     figure = empty_figure("Singular values, layer by layer", "direction", f"singular value ({UNITS})", log_y=True)
     for colour, svd in zip(shades(len(layers)), layers, strict=True):
         hover = f"layer {svd.layer}<br>direction %{{x}}<br>σ = %{{y:.4g}}"
-        figure.add_trace(line(_count_from_one(svd), svd.singular_values, f"layer {svd.layer}", colour, hover=hover))
+        figure.add_trace(line(range(svd.rank), svd.singular_values, f"layer {svd.layer}", colour, hover=hover))
     return figure.update_layout(showlegend=True)
 
 
 def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Figure:
     """Who writes a direction: each site's and token's share of it (squared left singular vector)."""
+    require_kind(svd, Decomposition)
     if svd.left.shape[:2] != writes.values.shape[:2]:
         raise ValueError(
             f"The decomposition is of {list(svd.left.shape[:2])} sites and positions, but these writes have "
@@ -54,13 +59,14 @@ def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Fig
     require_same_model(svd.source, writes.source, "The decomposition and the writes")
     labels = [f"{at}: {escape(piece)}" for at, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)]
     shares = 100 * svd.writer_map(direction)
-    title = f"Who writes direction {direction + 1} (σ = {float(svd.singular_values[direction]):.3g})"
+    title = f"Who writes direction {direction} (σ = {float(svd.singular_values[direction]):.3g})"
     hover = "%{y}<br>%{customdata}<br>%{z:.2f} %<extra></extra>"
     return heat_map(title, "position", shares, _columns(writes), writes.sites, "share (%)", hover, labels)
 
 
 def probability(sweep: RankSweep) -> go.Figure:
     """Probability of the continuation against the number of kept directions, with the clean value as a line."""
+    require_kind(sweep, RankSweep)
     figure = empty_figure("Generation probability", "kept directions", "probability of the continuation")
     figure.add_trace(line(sweep.ranks, sweep.measurement.log_prob.exp(), "clipped", EDITED, hover="k = %{x}<br>p = %{y:.4g}"))
     return with_clean(figure, sweep.measurement.against.log_prob.exp())
@@ -68,6 +74,7 @@ def probability(sweep: RankSweep) -> go.Figure:
 
 def surprise(sweep: RankSweep) -> go.Figure:
     """Surprise (−log-probability) of the continuation against the number of kept directions, with the clean value."""
+    require_kind(sweep, RankSweep)
     figure = empty_figure("Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True)
     figure.add_trace(line(sweep.ranks, -sweep.measurement.log_prob, "clipped", EDITED, hover="k = %{x}<br>%{y:.4g} nats"))
     return with_clean(figure, -sweep.measurement.against.log_prob)
@@ -75,6 +82,7 @@ def surprise(sweep: RankSweep) -> go.Figure:
 
 def deltas(sweep: RankSweep) -> go.Figure:
     """Sizes of the attempted (orig_delta) and kept (kept_delta) writes against the number of kept directions."""
+    require_kind(sweep, RankSweep)
     figure = empty_figure("Attempted and kept writes", "kept directions", f"root-mean-square write ({UNITS})")
     measured = sweep.measurement
     figure.add_trace(line(sweep.ranks, measured.orig_delta, "orig_delta", ATTEMPTED, hover="k = %{x}<br>attempted %{y:.4g}"))
@@ -84,6 +92,7 @@ def deltas(sweep: RankSweep) -> go.Figure:
 
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     """Sizes of the writes of every site against the number of kept directions, relative to the clean run."""
+    require_kind(sweep, RankSweep)
     measured, clean = sweep.measurement, sweep.measurement.against
     edited = measured.kept_deltas if kept else measured.orig_deltas
     word = "Kept" if kept else "Attempted"
@@ -97,10 +106,11 @@ def direction_effects(ranking: Ranking) -> go.Figure:
 
     Effects within the noise floor, which is drawn as a line, are grey. The title has Spearman's rank correlation.
     """
+    require_kind(ranking, Ranking)
     from scipy.stats import spearmanr
 
     effect, sizes = ranking.effect.double().numpy(), ranking.singular_values.double().numpy()
-    correlation = f", rank correlation {spearmanr(sizes, effect).statistic:.2f}" if len(sizes) > 2 else ""
+    correlation = f"<br>rank correlation {spearmanr(sizes, effect).statistic:.2f}" if len(sizes) > 2 else ""
     axes = (f"singular value ({UNITS})", "|effect| on the log-probability (nats)")
     figure = empty_figure(f"What each direction is worth{correlation}", *axes, log_x=True, log_y=True)
     noise = ranking.is_noise.numpy()
@@ -128,11 +138,12 @@ def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
     Raises:
         ValueError: no sweeps, or sweeps of different models.
     """
+    require_kind(sweeps, Mapping)
     if not sweeps:
         raise ValueError("There are no sweeps to race; give at least one, by the name of its order.")
     first = next(iter(sweeps.values()))
     figure = empty_figure("Race of the orders", "kept directions", "−log-probability of the continuation (nats)", log_y=True)
-    for colour, (name, sweep) in zip(shades(len(sweeps)), sweeps.items(), strict=True):
+    for colour, (name, sweep) in zip(cycle(DISTINCT), sweeps.items(), strict=False):
         require_same_model(first.source, sweep.source, "The sweeps")
         hover = f"{name}<br>k = %{{x}}<br>%{{y:.4g}} nats"
         figure.add_trace(line(sweep.ranks, -sweep.measurement.log_prob, name, colour, hover=hover))
@@ -141,8 +152,9 @@ def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
 
 def margins(found: CriticalRank) -> go.Figure:
     """How far each rank that was tried is above or below the bar, around the crossings; the critical rank is marked."""
+    require_kind(found, CriticalRank)
     figure = empty_figure("Critical rank", "kept directions", "above the bar" + (" (nats)" if "nats" in found.criterion else ""))
-    ranks, tie = found.sweep.ranks, found.margins.abs() <= found.noise_floor
+    ranks, tie = found.sweep.ranks, found.is_tie
     hover = "k = %{x}<br>%{y:.4g} above the bar"
     figure.add_trace(line(ranks, found.margins, "margin", EDITED, hover=hover).update(mode="lines+markers", marker={"size": 4}))
     figure.add_hline(y=0, line={"color": CLEAN, "dash": "dash", "width": 1.2})
@@ -162,6 +174,7 @@ def overlap_map(found: Overlap, names: Sequence[str] | None = None) -> go.Figure
     Raises:
         ValueError: another number of names than of subspaces.
     """
+    require_kind(found, Overlap)
     ranks = [round(rank) for rank in found.values.diagonal().tolist()]
     given = [f"subspace {i}" for i in range(len(ranks))] if names is None else names
     if len(given) != len(ranks):
@@ -171,7 +184,7 @@ def overlap_map(found: Overlap, names: Sequence[str] | None = None) -> go.Figure
     figure = heat_map("Overlap relative to random subspaces", "", ratio, labels, labels, "× random", "")
     widest = max(0.05, float((ratio - 1).abs().nan_to_num().max()))
     pairs = [[(i, j) for j in range(len(ranks))] for i in range(len(ranks))]
-    text = [["" if i == j else f"{ratio[i, j]:.3f}<br>z = {found.z_score[i, j]:.1f}" for i, j in row] for row in pairs]
+    text = [["" if i == j else f"{ratio[i, j]:.3f}<br>{_z(found.z_score[i, j])}" for i, j in row] for row in pairs]
     shared = "%{y} and %{x}<br>%{customdata:.2f} dimensions shared<br>%{z:.4f} × random<extra></extra>"
     figure.update_traces(text=text, texttemplate="%{text}", customdata=found.values.numpy(), hovertemplate=shared)
     figure.update_traces(colorscale="RdBu", reversescale=True, zmin=1 - widest, zmax=1 + widest)
@@ -180,8 +193,9 @@ def overlap_map(found: Overlap, names: Sequence[str] | None = None) -> go.Figure
 
 def pooled_spectrum(found: Pool) -> go.Figure:
     """Singular values of the bases side by side, and the band that random subspaces of the same ranks give."""
+    require_kind(found, Pool)
     figure = empty_figure("Singular values of all bases side by side", "direction", "singular value")
-    places = list(range(1, len(found.singular_values) + 1))
+    places = list(range(len(found.singular_values)))
     band = [*found.random_high.tolist(), *found.random_low.flip(0).tolist()]
     figure.add_trace(
         go.Scatter(
@@ -217,8 +231,8 @@ def save_image(figure: go.Figure, path: str | PathLike[str]) -> None:
         ) from error
 
 
-def _count_from_one(svd: Decomposition) -> range:
-    return range(1, svd.rank + 1)
+def _z(score: Tensor) -> str:
+    return f"z = {float(score):.1f}" if score.isfinite() else "z undefined"
 
 
 def _pieces(writes: Writes) -> Sequence[str]:

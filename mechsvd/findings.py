@@ -22,7 +22,7 @@ def main_numbers(found: Study) -> dict[str, str]:
         "directions (numerical rank)": f"{svd.rank}",
         "largest singular value": f"{float(svd.singular_values[0]):.4g}",
         "directions for 90 % and 99 % of the squared size": f"{directions_for(found, 0.9)} and {directions_for(found, 0.99)}",
-        "share of the first position in direction 1": f"{float(first):.1%}",
+        "share of the first position in direction 0": f"{float(first):.1%}",
         "clean probability": f"{float(clean.log_prob.exp()):.4g} ({float(clean.log_prob):.4f} nats)",
         "clean size of a write (root mean square)": f"{float(clean.orig_delta):.4g}",
         "fewest directions from which all ranks stay within 1 nat of clean": _or_none(lasting_rank(found.sweep, NEAR)),
@@ -64,7 +64,7 @@ def spectrum(studies: Sequence[Study]) -> str:
     squares = [s.pooled.singular_values.cpu().double().square() for s in studies]
     few = _span(directions_for(s, 0.9) for s in studies)
     return (
-        f"Here {few} of {_sizes(studies)} directions carry 90 % of the squared size of the writes; direction 1 alone carries "
+        f"Here {few} of {_sizes(studies)} directions carry 90 % of the squared size of the writes; direction 0 alone carries "
         f"{_span(round(100 * float(each[0] / each.sum())) for each in squares)} %."
     )
 
@@ -85,7 +85,7 @@ def directions(studies: Sequence[Study]) -> str:
     most = int(worst.ranking.effect.argmax())
     return (
         f"Here the rank correlation of the two is {correlation}; removing any one of {gains} directions makes the text more "
-        f"probable, {silent} have no effect beyond the noise, and the most needed one is direction {most + 1} ({worst.name}: "
+        f"probable, {silent} have no effect beyond the noise, and the most needed one is direction {most} ({worst.name}: "
         f"{float(worst.ranking.effect[most]):.3g} nats)."
     )
 
@@ -103,21 +103,26 @@ def orders(studies: Sequence[Study]) -> str:
 def critical_ranks(studies: Sequence[Study]) -> str:
     """The critical ranks, and how often the curves cross the clean value."""
     ranks, crossings = [s.critical.rank for s in studies], [len(s.critical.crossings) for s in studies]
-    shape = "monotone" if max(crossings) <= 1 else "not monotone"
+    shape = "once each" if set(crossings) == {1} else f"{_span(crossings)} times, so that a larger rank can be worse"
     return (
         f"Here it is {_listed(studies, ranks)} of {_sizes(studies)} directions; every rank was tried, and the curves cross the "
-        f"clean probability {_span(crossings)} times: they are {shape} there."
+        f"clean probability {shape}."
     )
 
 
 def texts(studies: Sequence[Study]) -> str:
     """How much of the clean text comes from inside the subspaces."""
-    own = [s.texts[0] for s in studies]
-    same = sum(is_clean(text, 1) for text in own)
-    fewest = sum(is_clean(text, len(text.ranks) - 1) for text in own)
+    reached = [s.texts[0] for s in studies if s.critical.rank is not None]
+    same = sum(is_clean(text, 1) for text in reached)
+    fewest = sum(is_clean(s.texts[0], len(s.texts[0].ranks) - 1) for s in studies)
+    without = (
+        f" ({len(studies) - len(reached)} prompts have none, and all directions stand for it)"
+        if len(reached) < len(studies)
+        else ""
+    )
     return (
-        f"Here the critical rank's greedy text from its own prompt is the clean one for {same} of {len(own)} prompts, and that of "
-        f"the smallest rank shown for {fewest}."
+        f"Here the critical rank's greedy text from its own prompt is the clean one for {same} of {len(reached)} prompts{without}, "
+        f"and that of the smallest rank shown for {fewest} of {len(studies)}."
     )
 
 
@@ -129,16 +134,21 @@ def is_clean(text: Text, index: int) -> bool:
 def several(comparison: Comparison) -> str:
     """Whether the shortform's claim holds for this model: subspaces of different prompts overlap as random ones do."""
     pairs = comparison.overlap.to_pandas()
-    holds = claim_holds(comparison)
+    free = pairs.dropna(subset="z_score")
+    if free.empty:
+        return "Here the claim cannot be tested: of each pair, one subspace is the whole space, which overlaps with all alike."
+    some = "" if len(free) == len(pairs) else f" in the {len(free)} of {len(pairs)} pairs where neither is the whole space"
     return (
-        f"Here the claim {'holds' if holds else 'does not hold'}: the overlaps are {_span(pairs['ratio'], '.3f')} times those of "
-        f"random subspaces of the same ranks, which is {_span(pairs['z_score'], '.1f')} of their standard deviations away."
+        f"Here the claim {'holds' if claim_holds(comparison) else 'does not hold'}: the overlaps are {_span(free['ratio'], '.3f')} "
+        f"times those of random subspaces of the same ranks{some}, which is {_span(free['z_score'], '.1f')} of their standard "
+        "deviations away."
     )
 
 
 def claim_holds(comparison: Comparison, tolerance: float = 0.01) -> bool:
-    """Whether all overlaps are those of random subspaces within the shortform's one per cent."""
-    return bool(((comparison.overlap.to_pandas()["ratio"] - 1).abs() <= tolerance).all())
+    """Whether all overlaps that could differ are those of random subspaces within the shortform's one per cent."""
+    free = comparison.overlap.to_pandas().dropna(subset="z_score")
+    return not free.empty and bool(((free["ratio"] - 1).abs() <= tolerance).all())
 
 
 def smallest_angles(comparison: Comparison) -> dict[str, str]:

@@ -1,8 +1,10 @@
 """Text from inside a subspace: a model goes on from a prompt, or from nothing, while every write is edited."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal, overload
 
 import torch
@@ -15,9 +17,9 @@ from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
 from mechsvd.runs import continue_tokens, end_tokens, evaluation
 from mechsvd.selfcheck import require_sound
-from mechsvd.sites import COMPONENTS, Model, find_sites, require_model
+from mechsvd.sites import COMPONENTS, Model, Site, find_sites, require_model
 from mechsvd.tasks import Positions, Task, require_known, valid_positions
-from mechsvd.tokenization import fit_context, pieces_of, prompt_tokens
+from mechsvd.tokenization import fit_context, pieces_of, prompt_tokens, warn_unusual_start
 
 Prompt = str | Int[Tensor, " pos"]
 
@@ -31,8 +33,8 @@ def generate(model: Model, prompt: Prompt, edit: Any = None, **options: Any) -> 
 
     Args:
         prompt: the text to go on from, or its token ids; "" is the bare start, BOS alone.
-        edit: one edit, None for the model as it is, or several (a list or a stack of gates), whose texts are written side by
-            side as rows of one batch.
+        edit: one edit, None for the model as it is, or several (a list or a stack of gates), whose greedy texts are written
+            side by side as rows of one batch.
         options: as `generate_tasks` takes them (max_new_tokens, temperature, seed, layers, positions, …).
 
     Returns:
@@ -81,20 +83,28 @@ def generate_tasks(
     """
     _require_options(max_new_tokens, temperature, seed)
     start = fit_context(model, _start(model, prompt, prepend_bos), max_new_tokens, truncate)
-    sites, chosen = find_sites(model, layers, components, missing), valid_positions(positions)
+    sites = find_sites(model, layers, components, missing)
+    chosen = valid_positions(positions, len(start) + max_new_tokens)
     require_sound(model, check, missing)
     with evaluation(model):
-        wanted = edits if isinstance(edits, Gate) else [chain() if edit is None else edit for edit in edits]
+        wanted = [chain() if e is None else e for e in edits] if isinstance(edits, list | tuple) else edits
         stack = as_stack(model, wanted, provenance_of(model) if check else None)
         extend = partial(continue_tokens, temperature=temperature, seed=seed, use_kv_cache=use_kv_cache)
 
+        broken: dict[Site, Tensor] = {}
+
+        def observe(site: Site, attempted: Tensor, kept: Tensor) -> None:
+            broken[site] = ~kept.isfinite().all() | broken.get(site, False)
+
         def forward(rows: Int[Tensor, " row"]) -> list[Tensor]:
             some: Edit = stack[rows] if isinstance(stack, Gate) else Each(tuple(stack[i] for i in rows))
-            hooks = [(site.hook_name, bind(some, site, chosen)) for site in sites]  # fresh: they count the positions
+            hooks = [(site.hook_name, bind(some, site, chosen, observe)) for site in sites]  # fresh: they count the positions
             return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
 
         size = rows_a_pass(model, _longest(start, max_new_tokens)) if temperature == 0 else 1
         parts = run_batches(forward, torch.arange(len(stack)), size, model, _longest(start, max_new_tokens), progress)
+    if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
+        warnings.warn(f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing.", stacklevel=2)
     has_text = model.tokenizer is not None
     return [Task(t, len(start), pieces_of(model, t.tolist()) if has_text else ()) for part in parts for t in part]
 
@@ -113,6 +123,7 @@ def _start(model: Model, prompt: Any, prepend_bos: bool | None) -> list[int]:
             f"`prompt` must be text, or token ids of shape [pos], but is {prompt.dtype} of shape {list(prompt.shape)}."
         )
     require_known(model, prompt)
+    warn_unusual_start(model, prompt[:2].tolist(), "".join(map(str, prompt[:8].tolist())), stacklevel=4)
     return prompt.tolist()
 
 
@@ -123,7 +134,7 @@ def _longest(start: list[int], max_new_tokens: int) -> Task:
 
 def _require_options(max_new_tokens: Any, temperature: Any, seed: Any) -> None:
     for name, number, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        if isinstance(number, bool) or not isinstance(number, Integral) or not least <= int(number) < 2**63:
             raise ValueError(f"`{name}` is {number!r}, but must be a whole number of at least {least}.")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= float(temperature) < math.inf:
         raise ValueError(f"`temperature` is {temperature!r}, but must be 0 (the most probable token) or more, and finite.")

@@ -78,7 +78,8 @@ def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | tupl
         stacked = edits.gains if edits.is_stack else edits.gains[None]
         return Gate(edits.basis.to(device), stacked.to(device), edits.rest, edits.source)
     if not isinstance(edits, Sequence) or not edits:
-        raise TypeError(f"`edits` must be a stack of gates or a list of edits, at least one, but is {type(edits).__name__}.")
+        what = "is empty" if isinstance(edits, Sequence) else f"is {type(edits).__name__}"
+        raise TypeError(f"`edits` must be a stack of gates or a list of edits, at least one, but {what}.")
     for edit in edits:
         require_fitting_edit(model, edit, source)
         if isinstance(edit, Gate) and edit.is_stack:

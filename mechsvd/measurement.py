@@ -22,6 +22,7 @@ from mechsvd.sites import COMPONENTS, Model, Site, find_sites
 from mechsvd.subspace import at_least_single
 from mechsvd.tasks import Positions, Task, require_fitting, valid_positions
 
+NOISE_ROWS = 8  # of the pass that measures the noise floor
 _BY_EDIT = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
 
 
@@ -77,7 +78,7 @@ class Measurement:
     @property
     def log_prob(self) -> Float[Tensor, " edit"]:
         """Natural-log probability of the whole continuation, in nats."""
-        return self.log_probs.sum(dim=-1)
+        return self.log_probs.sum(dim=-1, dtype=torch.float64)  # a float32 sum rounds more than most effects are
 
     @property
     def orig_delta(self) -> Float[Tensor, " edit"]:
@@ -151,8 +152,8 @@ def measure(
         layers, components, positions, missing: where; see `fwd_hooks`. Deltas are over the edited positions.
         batch_size: edits in one forward pass; by default from the memory that is free and the size of the model.
         check: refuse a model whose hooks are not its writes, and a basis that comes from another model.
-        noise_floor: measure it too, by one more pass of two rows: the spread in nats of the clean log-probability over two batch
-            sizes, and over writes that are larger by the precision of the model's dtype.
+        noise_floor: measure it too, by one more pass: the spread in nats of the clean log-probability over two batch sizes, and
+            over writes whose entries are moved at random by twice the precision of the model's dtype.
         progress: a bar with an estimate; by default only where it is seen.
 
     Raises:
@@ -239,8 +240,12 @@ class _BehindClean:
 
 
 def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: bool | None) -> Measurement:
-    """All edits, of like cost together, in the order given; the clean run is row 0."""
-    order = edits.like_together().cpu() if isinstance(edits, Gate) else torch.arange(len(edits))
+    """All edits, of like cost together, in the order given; the clean run is row 0, and so is every edit that changes nothing."""
+    order = torch.arange(len(edits))
+    if isinstance(edits, Gate):
+        order = edits.like_together().cpu()
+        different = order[~edits.changes_nothing.cpu()[order]]
+        order = different if len(different) else order[:1]  # something must run
 
     def forward(rows: Tensor) -> Measurement:
         chosen: Edit = edits[rows] if isinstance(edits, Gate) else Each(tuple(edits[i] for i in rows))
@@ -248,7 +253,9 @@ def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: b
         return setup.forward(_BehindClean(chosen) if is_first else chosen, len(rows) + is_first)
 
     parts = run_batches(forward, order, size, setup.model, setup.task, progress)
-    return joined(parts)[torch.cat([torch.zeros(1, dtype=torch.long), 1 + order.argsort()])]
+    row = torch.zeros(1 + len(edits), dtype=torch.long)
+    row[1 + order] = torch.arange(1, 1 + len(order))
+    return joined(parts)[row]
 
 
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
@@ -256,11 +263,15 @@ def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]
 
 
 def _noise_floor(setup: _Setup, clean: Measurement) -> float:
-    def rounded(x: Tensor, hook: Any = None) -> Tensor:
-        """One row as it is, one larger by the precision of its dtype."""
-        return x * torch.tensor([1, 1 + torch.finfo(x.dtype).eps], dtype=x.dtype, device=x.device)[:, None, None]
+    generator = torch.Generator().manual_seed(0)
 
-    values = joined([clean, setup.forward(rounded, 2)]).log_prob
+    def rounded(x: Tensor, hook: Any = None) -> Tensor:
+        """One row as it is, and others with each entry moved up or down by what a product of many terms loses: two units."""
+        signs = torch.randint(2, (NOISE_ROWS, *x.shape[1:]), generator=generator) * 2 - 1
+        signs[0] = 0
+        return x * (1 + 2 * signs.to(x) * torch.finfo(x.dtype).eps)
+
+    values = joined([clean, setup.forward(rounded, NOISE_ROWS)]).log_prob
     return float(values.max() - values.min())
 
 

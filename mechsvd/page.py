@@ -13,7 +13,7 @@ h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:3rem;border-bottom:1px sol
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top}
 tr+tr{border-top:1px solid #e5e5e5}td{font-variant-numeric:tabular-nums}nav a{margin-right:1rem}
 .written{table-layout:fixed;width:100%}.written td{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem}
-.written th:first-child{width:9rem}.written div{max-height:9rem;overflow:auto}.written .start{color:#777}
+.written th:first-child{width:9rem}.written div{max-height:10.5rem;overflow:auto}.written .start{color:#777}
 .same{background:#e4f2e4}footer{margin-top:3rem;color:#666;font-size:.9rem}
 """
 

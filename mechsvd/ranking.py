@@ -10,7 +10,7 @@ from torch import Tensor
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
 from mechsvd.measurement import Measurement, measure
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.results import Provenance, load_result, require_kind, require_same_model, result, save_result
 from mechsvd.sites import Model
 from mechsvd.sweeps import warn_other_sites
 from mechsvd.tasks import Task
@@ -101,11 +101,13 @@ def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Any
 
 def order_by_singular_value(svd: Decomposition) -> Int[Tensor, " rank"]:
     """The order of the decomposition itself: by falling singular value."""
+    require_decomposition(svd)
     return torch.arange(svd.rank)
 
 
 def order_by_effect(ranking: Ranking) -> Int[Tensor, " rank"]:
     """By falling damage; directions of equal effect stay in the order of their singular values."""
+    require_kind(ranking, Ranking)
     return ranking.effect.argsort(descending=True, stable=True)
 
 
@@ -116,16 +118,21 @@ def order_by_compromise(svd: Decomposition, ranking: Ranking, weight: float = 0.
         weight: of the place by effect, 0 to 1; the place by singular value has the rest. Ties go to the larger singular value.
 
     Raises:
-        ValueError: a weight outside 0 to 1, or a ranking of another number of directions.
+        ValueError: a weight outside 0 to 1, or a ranking of other directions.
     """
+    require_kind(ranking, Ranking)
     if not 0 <= weight <= 1:
         raise ValueError(f"`weight` is {weight}, but must be from 0 (singular value alone) to 1 (effect alone).")
     if len(ranking.singular_values) != svd.rank:
         raise ValueError(f"The ranking is of {len(ranking.singular_values)} directions, but the decomposition has {svd.rank}.")
+    require_same_model(svd.source, ranking.source, "The decomposition and the ranking")
+    if not torch.allclose(svd.singular_values.cpu(), ranking.singular_values):
+        raise ValueError("The ranking is of other directions, with other singular values; rank those of this decomposition.")
     by_effect = order_by_effect(ranking).argsort()
     return (weight * by_effect.double() + (1 - weight) * torch.arange(svd.rank).double()).argsort(stable=True)
 
 
 def order_at_random(svd: Decomposition, seed: int = 0) -> Int[Tensor, " rank"]:
     """A seeded random order, to compare the others with."""
+    require_decomposition(svd)
     return torch.randperm(svd.rank, generator=torch.Generator().manual_seed(seed))

@@ -74,6 +74,18 @@ def require_same_model(first: Provenance | None, second: Provenance | None, what
         )
 
 
+def require_kind(value: Any, kind: type) -> None:
+    """Refuse a result of another kind than the one that is needed.
+
+    Raises:
+        TypeError: saying which is needed.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"A {kind.__name__} is needed here, but this is {type(value).__name__} {' '.join(repr(value).split())!r:.50}."
+        )
+
+
 def save_result(self: Any, path: str | os.PathLike[str]) -> None:
     """Save as one safetensors file: tensors, and everything else as JSON in its header, with a SHA-256 over both.
 

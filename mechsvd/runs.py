@@ -4,7 +4,7 @@ import difflib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -80,15 +80,23 @@ def continue_tokens(
         "use_past_kv_cache": use_kv_cache,
         "stop_at_eos": bool(end_tokens(model)),
     }
-    elsewhere = {} if device.type == "cpu" else {"device_type": device.type}
-    with torch.random.fork_rng([device] if elsewhere else [], **elsewhere), model.hooks(fwd_hooks=ours):
-        torch.manual_seed(seed)
+    with _seeded(seed, device) if temperature > 0 else nullcontext(), model.hooks(fwd_hooks=ours):
         longer = model.generate(
             tokens.to(device), max_new_tokens=max_new_tokens, return_type="tokens", verbose=False, **options
         ).cpu()
     if silent := [name for (name, _), times in zip(hooks, fired, strict=True) if times == 0]:
         raise RuntimeError(f"The hook at `{silent[0]}` never fired: this model does not pass there when it generates.")
     return [_until_its_end(model, row, tokens.shape[1]) for row in longer]
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed every generator that `torch.manual_seed` reaches, and put them back afterwards."""
+    other = {"device_type": device.type} if device.type not in ("cpu", "cuda") else {}
+    devices = [device] if other else [*range(torch.cuda.device_count())]
+    with torch.random.fork_rng(devices, **other):
+        torch.manual_seed(seed)
+        yield
 
 
 def end_tokens(model: Model) -> list[int]:

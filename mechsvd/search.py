@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from numbers import Real
 from os import PathLike
 from typing import Any
 
@@ -10,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsvd.decomposition import Decomposition, require_decomposition
-from mechsvd.measurement import Measurement, joined
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.measurement import NOISE_ROWS, Measurement, joined
+from mechsvd.results import Provenance, load_result, require_kind, result, save_result
 from mechsvd.sites import Model
 from mechsvd.sweeps import RankSweep, sweep_rank
 from mechsvd.tasks import Task
@@ -20,7 +22,6 @@ Criterion = Callable[[Measurement], Float[Tensor, " edit"]]  # how far each edit
 PROBES = 8  # a round
 SHARE = 10  # a search may cost one in so many of a full sweep's evaluations,
 LEAST = 48  # or so many, where that is more
-NOISE_ROWS = 2  # that it takes to see how far rounding moves the clean run
 
 
 @result
@@ -30,7 +31,7 @@ class CriticalRank:
     Attributes:
         sweep: the ranks that were tried, rising.
         margins: how far each is above (≥ 0) or below the bar: in nats, unless the criterion says otherwise.
-        noise_floor: margins no further below 0 than this count as reaching the bar, in the same unit.
+        noise_floor: margins no further below 0 than this count as reaching the bar; 0 for a bar that is not in nats.
         evaluations: how many rows went through the model, the clean ones and those for the noise floor too.
         criterion: the bar's name.
     """
@@ -52,6 +53,11 @@ class CriticalRank:
     def reached(self) -> Bool[Tensor, " edit"]:
         """Which of the ranks that were tried reach the bar."""
         return self.margins >= -self.noise_floor
+
+    @property
+    def is_tie(self) -> Bool[Tensor, " edit"]:
+        """Which margins say nothing, being within the numerical noise."""
+        return (self.margins.abs() <= self.noise_floor) & (self.noise_floor > 0)
 
     @property
     def rank(self) -> int | None:
@@ -79,8 +85,7 @@ class CriticalRank:
     def to_pandas(self) -> Any:
         """One row a rank tried: rank, log_prob, margin, reached, is_tie (within the noise floor)."""
         table = self.sweep.to_pandas()[["rank", "log_prob"]]
-        tie = self.margins.abs() <= self.noise_floor
-        return table.assign(margin=self.margins.numpy(), reached=self.reached.numpy(), is_tie=tie.numpy())
+        return table.assign(margin=self.margins.numpy(), reached=self.reached.numpy(), is_tie=self.is_tie.numpy())
 
     def __repr__(self) -> str:
         which = "not reached" if self.rank is None else self.rank
@@ -101,14 +106,15 @@ def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
     Raises:
         ValueError: a drop below 0, or not finite.
     """
-    if isinstance(nats, bool) or not isinstance(nats, int | float) or not 0 <= nats < float("inf"):
-        raise ValueError(f"A drop of {nats!r} nats cannot be allowed: it must be 0 or more, and finite.")
+    if isinstance(nats, bool) or not isinstance(nats, Real) or not 0 <= nats < float("inf"):
+        raise ValueError(f"A drop of {nats!r:.40} nats cannot be allowed: `drop_at_most` takes a number, 0 or more.")
 
     def margin(measured: Measurement) -> Float[Tensor, " edit"]:
         if each_token:
             return (measured.log_probs - measured.against.log_probs).amin(dim=-1) + nats
         return measured.log_prob - measured.against.log_prob + nats
 
+    margin.in_nats = True  # type: ignore[attr-defined]  # so that the noise floor can be held against it
     margin.__name__ = f"a drop of at most {nats:g} nats" + (" at each token" if each_token else "")
     return margin
 
@@ -132,8 +138,9 @@ def critical_rank(
     """Find the smallest number of directions from which the clipped model still gives the continuation.
 
     The curve need not be monotone. The search tries a grid, closes in on the first crossing with several ranks in each forward
-    pass, then looks at its neighbours, and begins again where one of them is smaller; it costs at most a tenth of a full sweep,
-    or 48 evaluations where that is more. What it finds is a crossing, and the smallest one that it saw.
+    pass, then looks at its neighbours and where else below it the curve comes near the bar, and begins again where one of them is
+    smaller. It costs at most a tenth of a full sweep, or 48 evaluations where that is more. What it finds is a crossing, and the
+    smallest one that it saw.
 
     Args:
         tolerance: how much log-probability the whole continuation may lose, in nats.
@@ -164,18 +171,18 @@ def critical_rank_of(
 
     Args:
         tolerance, criterion: as in `critical_rank`.
-        noise_floor: how far below the bar still counts as reaching it, in nats; what the sweep measured by default, or 0.
+        noise_floor: how far below a bar of nats still counts as reaching it; what the sweep measured by default, or 0.
 
     Raises:
         ValueError: two bars; a bar that the clean model itself does not reach.
     """
-    if not isinstance(sweep, RankSweep):
-        raise TypeError(f"`sweep` must be a RankSweep, but is {type(sweep).__name__}; make one by `mechsvd.sweep_rank`.")
+    require_kind(sweep, RankSweep)
     bar = _bar(tolerance, criterion)
     name = getattr(bar, "__name__", "a bar of your own")
     rising = sweep.ranks.argsort(stable=True)
     measured = sweep.measurement[rising]
-    clean, floor = measured.against, (measured.noise_floor or 0.0) if noise_floor is None else noise_floor
+    clean, floor = measured.against, measured.noise_floor if noise_floor is None else noise_floor
+    floor = floor or 0.0 if getattr(bar, "in_nats", False) else 0.0
     if not (best := float(_margins(bar, replace(clean, clean=clean))[0])) >= -floor:
         raise ValueError(
             f"The clean model itself misses the bar, {name}, by {-best:.4g}, so no rank can be held against it; for the "
@@ -206,19 +213,25 @@ def _margins(bar: Criterion, measured: Measurement) -> Float[Tensor, " edit"]:
 
 
 def _next_ranks(found: CriticalRank) -> list[int]:
-    """The ranks to try next: between the last that fails and the first that reaches the bar, then around it."""
-    if found.rank is None:
-        return []
-    ranks, first, full = found.sweep.ranks.tolist(), found.rank, len(found.sweep.order)
+    """The ranks to try next: between the last that fails and the first that reaches the bar, then around it, then elsewhere."""
+    ranks, full, wanted = found.sweep.ranks.tolist(), len(found.sweep.order), list[int]()
+    first = full if found.rank is None else found.rank
     below = max((rank for rank in ranks if rank < first), default=first)
-    if first - below > 1:
+    if found.rank is not None and first - below > 1:
         wanted = _evenly(below, first, PROBES + 2)
-    else:
+    elif found.rank is not None:
         near = max(PROBES, full // 48)
         wanted = [*range(max(0, first - near), min(full, first + near // 2) + 1)]
-    untried = sorted({*wanted} - {*ranks}, key=lambda rank: abs(rank - first))
+    untried = sorted({*wanted} - {*ranks}, key=lambda rank: abs(rank - first)) or _nearly(found, first)[:PROBES]
     affordable = max(LEAST, (full + 1) // SHARE) - found.evaluations - 1
     return sorted(untried[: max(0, affordable)])
+
+
+def _nearly(found: CriticalRank, first: int) -> list[int]:
+    """The middles of the gaps below the first that reaches the bar, those first where the curve comes nearest to it."""
+    tried = list(zip(found.sweep.ranks.tolist(), found.margins.tolist(), strict=True))
+    gaps = [(max(m, n), (a + b) // 2) for (a, m), (b, n) in pairwise(tried) if b - a > 1 and b <= first]
+    return [middle for _, middle in sorted(gaps, reverse=True)]
 
 
 def _evenly(low: int, high: int, count: int) -> list[int]:

@@ -34,7 +34,7 @@ SECTIONS = (
             "singular_values_log": figures.singular_values(s.pooled, log=True),
             "cumulative_singular_values": figures.cumulative_singular_values(s.pooled),
             "layer_spectra": figures.layer_spectra(s.layers),
-            "writers_of_direction_1": figures.writer_map(s.pooled, s.writes),
+            "writers_of_direction_0": figures.writer_map(s.pooled, s.writes),
         },
     ),
     Section(
@@ -98,7 +98,7 @@ def texts(studies: Sequence[Study]) -> str:
         "texts",
         "Text from inside the subspace",
         "Greedy text while every write is clipped to the critical rank and to fewer directions, from the same prompt, from another one, "
-        "and from no prompt. Green is, token for token, what the clean model writes.",
+        "and from no prompt, each at most as long as the continuation. Green is, token for token, what the clean model writes.",
         "The shortform had Llama-3-8B write from inside these subspaces.",
         findings.texts(studies),
     )
@@ -114,7 +114,7 @@ def _written(found: Study) -> str:
             f"<td{' class=same' if i and findings.is_clean(text, i) else ''}><div>{escape(text.tasks[i].text()[1])}</div></td>"
             for text in found.texts
         )
-        label = "clean" if rank is None else f"k = {rank}" + (" (critical)" if rank == found.critical.rank else "")
+        label = "clean" if rank is None else f"k = {rank}{' (critical)' if rank == found.critical.rank else ''}"
         rows.append(f"<tr><th>{label}</th>{cells}</tr>")
     return f'<table class="written">{"".join(rows)}</table>'
 
@@ -125,7 +125,8 @@ def several(comparison: Comparison) -> str:
         "prompts",
         "The subspaces of several prompts",
         "The subspaces of the critical ranks: how many dimensions each pair shares (‖AᵀB‖²) beside what random subspaces of the same "
-        "ranks share, and the spectrum of all bases side by side.",
+        "ranks share, and the spectrum of all bases side by side. Two subspaces whose ranks sum to more than the dimension share "
+        "directions by necessity, random ones too.",
         "The shortform found the subspaces of its four prompts to overlap as random ones do, to about 1 %.",
         findings.several(comparison),
     )

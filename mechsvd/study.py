@@ -66,8 +66,8 @@ class Study:
 
     @property
     def subspace(self) -> Subspace:
-        """The critical rank's subspace; all directions where no rank gives the text, none being impossible."""
-        return self.pooled.subspace(max(1, self.pooled.rank if self.critical.rank is None else self.critical.rank))
+        """The critical rank's subspace; all directions where no rank gives the text."""
+        return self.pooled.subspace(_at_least_one(self.critical, self.pooled))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def study_task(
     sweeps = {order: sweep_rank(model, task, svd, order=o, **options) for order, o in _orders(svd, ranking).items()}
     critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
     layers = decompose(writes, per_layer=True)
-    texts = _texts(model, svd, critical.rank or svd.rank, starts, len(task.continuation), options)
+    texts = _texts(model, svd, _at_least_one(critical, svd), starts, len(task.continuation), options)
     return Study(name, task, writes, svd, layers, ranking, sweeps, critical, texts)
 
 
@@ -112,6 +112,10 @@ def compare(studies: Sequence[Study]) -> Comparison:
     pairs = combinations(zip(names, subspaces, strict=True), 2)
     angles = {(a, b): principal_angles(first, second) for (a, first), (b, second) in pairs}
     return Comparison(names, overlap(subspaces), pool(subspaces), angles)
+
+
+def _at_least_one(critical: CriticalRank, svd: Decomposition) -> int:
+    return svd.rank if critical.rank is None else max(1, critical.rank)
 
 
 def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:

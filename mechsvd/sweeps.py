@@ -1,7 +1,7 @@
 """Rank sweeps: keep the first k directions of every write, for every k, in any order of the directions."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -136,6 +136,8 @@ def _valid_order(svd: Decomposition, order: Any) -> Int[Tensor, " rank"]:
 
 
 def _whole_numbers(name: str, numbers: Any) -> Int[Tensor, " n"]:
+    if not isinstance(numbers, Iterable):
+        raise TypeError(f"`{name}` must be a list of whole numbers, but is {type(numbers).__name__}.")
     if isinstance(numbers, str) or (not isinstance(numbers, Tensor) and any(isinstance(n, bool | str) for n in numbers)):
         raise ValueError(f"`{name}` must be a list of whole numbers, but is {numbers!r:.60}.")
     found = numbers if isinstance(numbers, Tensor) else torch.tensor([*numbers])

@@ -1,6 +1,6 @@
 """The report's numbers as files: tables as CSV, results as safetensors, a folder for each prompt."""
 
-import shutil
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder
 
 
 def remove_stale(folder: Path, studies: Sequence[Study], comparison: Comparison | None) -> None:
-    """Remove what an earlier run left for other prompts: only files that a run writes, only folders that hold nothing else."""
-    fresh = {found.name for found in studies} | ({TOGETHER} if comparison else set())
-    written = {path.name for name in fresh for path in (folder / name).iterdir()}
-    written |= {"overlap.csv", "overlap.safetensors", "pool.csv", "pool.safetensors", "principal_angles.csv"}
-    for old in folder.iterdir():
-        if old.is_dir() and old.name not in fresh and {path.name for path in old.iterdir()} <= written:
-            shutil.rmtree(old)
+    """Remove what an earlier run left for other prompts: only the folders and files that it says it wrote, in `.written.json`."""
+    fresh = [found.name for found in studies] + ([TOGETHER] if comparison else [])
+    listing = folder / ".written.json"
+    earlier = json.loads(listing.read_text()) if listing.is_file() else {}
+    for name in earlier.keys() - {*fresh}:
+        for file in earlier[name]:
+            (folder / name / file).unlink(missing_ok=True)
+        if (folder / name).is_dir() and not any((folder / name).iterdir()):
+            (folder / name).rmdir()
+    written = {name: sorted(path.name for path in (folder / name).iterdir()) for name in fresh}
+    write_atomically(listing, json.dumps(written).encode())
 
 
 def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> None:
@@ -62,7 +66,7 @@ def _tables(found: Study) -> dict[str, Any]:
         "layer_singular_values": pd.concat([svd.to_pandas().assign(layer=svd.layer) for svd in found.layers]),
         "sweep": found.sweep.to_pandas(),
         "sweep_by_site": found.sweep.sites_to_pandas(),
-        "writers_of_direction_1": norms.drop(columns="norm").assign(share=found.pooled.writer_map(0).flatten().cpu().numpy()),
+        "writers_of_direction_0": norms.drop(columns="norm").assign(share=found.pooled.writer_map(0).flatten().cpu().numpy()),
         "directions": found.ranking.to_pandas(),
         "orders": pd.concat([sweep.to_pandas().assign(order=order) for order, sweep in found.sweeps.items()]),
         "critical_rank": found.critical.to_pandas(),

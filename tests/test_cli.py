@@ -1,5 +1,6 @@
 import math
 import re
+import shutil
 import warnings
 
 import pandas as pd
@@ -105,6 +106,7 @@ def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
     ("name", "content", "folders"),
     [
         ("prompts.txt", "I believe\n\nI think that\n", ["_all", "prompt-1", "prompt-2"]),
+        ("list.json", '["I believe", ["I think", " that"]]', ["_all", "prompt-1", "prompt-2"]),
         ("prompts.json", '{"a": "I believe", "b-2": ["I think", " that"]}', ["_all", "a", "b-2"]),
     ],
 )
@@ -112,7 +114,7 @@ def test_prompts_from_a_file(tmp_path, silent, name, content, folders):
     (tmp_path / name).write_text(content)
     options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
     assert main(["reproduce", "--prompts", str(tmp_path / name), *options]) == 0
-    assert sorted(path.name for path in (tmp_path / "report-data").iterdir()) == folders
+    assert sorted(path.name for path in (tmp_path / "report-data").iterdir() if path.is_dir()) == folders
     assert ms.Task.load(tmp_path / "report-data" / folders[2] / "task.safetensors").text()[1]
 
 
@@ -121,6 +123,7 @@ def test_prompts_from_a_file(tmp_path, silent, name, content, folders):
     [
         ("p.txt", " \n", "must hold prompts"),
         ("p.json", "[]", "must hold prompts"),
+        ("p.json", '{"a": "x", "a": "y"}', "names ['a'] more than once"),
         ("p.json", "{", "is not JSON: "),
         ("p.json", '{"../x": "hi"}', "the name '../x' must be letters"),
         ("p.json", '{"a": ["hi", ""]}', "'a' must be a prompt or"),
@@ -146,7 +149,7 @@ def test_doctor_says_versions_device_and_the_self_check(capsys):
         (["reproduce", "--continuation", "x"], "`--continuation` needs a `--prompt`"),
         (["reproduce", "--prompt", "a", "--prompt", "b", "--continuation", "c"], "2 --prompt but 1 --continuation"),
         (["reproduce", "--prompt", "good", "--prompt", ""], "--continuation is empty"),
-        (["reproduce", "--prompts", "no such file"], "No such file"),
+        (["reproduce", "--prompts", "no such file"], "There is no file of prompts no such file"),
         (["reproduce", "--prompts", "x", "--prompt", "y"], "`--prompts` stands alone"),
         (["doctor", "nobody/nothing"], "mechsvd: Cannot load 'nobody/nothing' from the hub"),
     ],
@@ -170,5 +173,11 @@ def test_a_run_removes_what_an_earlier_one_left_for_other_prompts_and_nothing_el
     (tmp_path / "report-data" / "mine").mkdir(parents=True)
     (tmp_path / "report-data" / "mine" / "notes.txt").write_text("kept")
     assert main(["reproduce", "--prompt", "I believe", "--prompt", "I think", *options]) == 0
+    data = tmp_path / "report-data"
+    shutil.copytree(data / "prompt-1", data / "backup")
+    (data / "empty").mkdir()
+    (data / "prompt-2" / "notes.txt").write_text("kept")
     assert main(["reproduce", "--prompt", "We believe", *options]) == 0
-    assert sorted(path.name for path in (tmp_path / "report-data").iterdir()) == ["mine", "prompt-1"]
+    assert sorted(path.name for path in data.iterdir() if path.is_dir()) == ["backup", "empty", "mine", "prompt-1", "prompt-2"]
+    assert [path.name for path in (data / "prompt-2").iterdir()] == ["notes.txt"]
+    assert len(list((data / "backup").iterdir())) > 10

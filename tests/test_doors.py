@@ -80,7 +80,7 @@ ROWS = {
     "ms.critical_rank(model, task, svd, criterion='greedy')": "TypeError: `criterion` must be a function of a measurement, but is 'greedy'",
     "ms.critical_rank(model, task, svd, order=[0, 1])": "ValueError: `order` must name each of the 128 directions once",
     "ms.critical_rank('gpt2', task, svd)": "TypeError: `model` must be a TransformerLens model",
-    "ms.critical_rank_of(task)": "TypeError: `sweep` must be a RankSweep, but is Task",
+    "ms.critical_rank_of(task)": "TypeError: A RankSweep is needed here, but this is Task",
     # text
     "ms.generate('gpt2', 'hi')": "TypeError: `model` must be a TransformerLens model",
     "ms.generate(model, None)": "TypeError: `prompt` must be a string, but is NoneType",
@@ -106,6 +106,20 @@ ROWS = {
     "ms.pool([svd.subspace(2)] * 2, draws=0)": "ValueError: `draws` is 0",
     "ms.random_subspace(4, 5)": "ValueError: `rank` is 5, but must be from 1 to `d_model` = 4",
     "ms.random_subspace(4, True)": "ValueError: `rank` is True",
+    "ms.pool([svd.subspace(2)] * 2, seed='a')": "ValueError: `seed` is 'a'",
+    # results of another kind
+    "ms.figures.margins(svd)": "TypeError: A CriticalRank is needed here, but this is Decomposition",
+    "ms.figures.surprise(3)": "TypeError: A RankSweep is needed here, but this is int",
+    "ms.figures.direction_effects(svd)": "TypeError: A Ranking is needed here, but this is Decomposition",
+    "ms.figures.overlap_map([])": "TypeError: A Overlap is needed here, but this is list",
+    "ms.figures.race_of_orders([])": "TypeError: A Mapping is needed here, but this is list",
+    "ms.order_by_effect(svd)": "TypeError: A Ranking is needed here, but this is Decomposition",
+    "ms.order_at_random(128)": "TypeError: `svd` must be a Decomposition, but is int",
+    "ms.sweep_rank(model, task, svd, ranks=5)": "TypeError: `ranks` must be a list of whole numbers, but is int",
+    "ms.sweep_rank(model, task, svd, order=task)": "TypeError: `order` must be a list of whole numbers, but is Task",
+    "ms.critical_rank(model, task, svd, criterion=ms.drop_at_most)": "ValueError: A drop of Measurement of 1 edits",
+    "ms.generate(model, 'hi', positions=[5000])": "ValueError: No positions [5000]: they are absolute, 0 to ",
+    "ms.generate_tasks(model, 'hi', None)": "TypeError: `edits` must be a stack of gates or a list of edits, at least one, but is NoneType",
     "ms.load_model(dtype='float32')": "TypeError: `dtype` must be a floating torch.dtype",
 }  # fmt: skip
 

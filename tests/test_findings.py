@@ -42,7 +42,7 @@ def test_from_which_rank_on_the_text_stays_near(studies):
 def test_the_sentence_on_directions_names_the_most_needed_one(studies):
     effects = {(s.name, int(s.ranking.effect.argmax())): float(s.ranking.effect.max()) for s in studies}
     (name, direction), size = max(effects.items(), key=lambda item: item[1])
-    assert f"direction {direction + 1} ({name}: {size:.3g} nats)" in findings.directions(studies)
+    assert f"direction {direction} ({name}: {size:.3g} nats)" in findings.directions(studies)
 
 
 def test_the_orders_are_listed_by_how_few_directions_they_need(studies):
@@ -87,3 +87,32 @@ def test_the_claim_about_overlaps_is_tested_and_not_asserted(studies):
     assert "Here the claim holds: the overlaps are 1.009 times" in findings.several(agreeing)
     angles = comparison.angles["meaning", "launch"]
     assert float(angles.cos().square().sum()) == pytest.approx(float(comparison.overlap.values[0, 1]), rel=1e-6)
+
+
+def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
+    """Each count in a sentence, counted here again from the tables."""
+    effects = [s.ranking.to_pandas() for s in studies]
+    gains = sorted(int(((t["effect"] < 0) & ~t["is_noise"]).sum()) for t in effects)
+    silent = sorted(int(t["is_noise"].sum()) for t in effects)
+    said = findings.directions(studies)
+    assert f"removing any one of {gains[0]} to {gains[1]} directions" in said or f"any one of {gains[0]} directions" in said
+    assert f"{silent[0]} have no effect" in said or f"{silent[0]} to {silent[1]} have no effect" in said
+    same = sum(s.texts[0].tasks[1].tokens.tolist() == s.texts[0].tasks[0].tokens.tolist() for s in studies)
+    assert f"is the clean one for {same} of 2 prompts, and" in findings.texts(studies)
+    crossings = sorted(len(s.critical.crossings) for s in studies)
+    assert f"{crossings[0]} to {crossings[1]} times" in findings.critical_ranks(studies) or crossings[0] == crossings[1]
+    once = [s for s in studies if len(s.critical.crossings) == 1] or [studies[0]]
+    assert ("once each" in findings.critical_ranks(once)) == (len(once[0].critical.crossings) == 1)
+
+
+def test_without_a_critical_rank_nothing_is_claimed(studies):
+    first, second = studies
+    never = dataclasses.replace(first.critical, margins=first.critical.margins - 1e6)
+    without = dataclasses.replace(first, critical=never)
+    assert "none (meaning)" in findings.critical_ranks([without, second])
+    assert "of 1 prompts (1 prompts have none" in findings.texts([without, second])
+    whole = compare([without, dataclasses.replace(second, critical=dataclasses.replace(second.critical, margins=never.margins))])
+    assert "cannot be tested" in findings.several(whole)
+    assert not findings.claim_holds(whole)
+    mixed = compare([without, second, first])
+    assert "in the 1 of 3 pairs where neither is the whole space" in findings.several(mixed)

@@ -57,7 +57,7 @@ def test_several_edits_in_one_call_write_what_each_writes_alone(embedded, meanin
 
 @pytest.mark.parametrize("prompt", [PROMPT, ""])
 def test_the_cache_changes_nothing_and_positions_are_absolute(embedded, meaning_svd, prompt):
-    chosen, drop = [0, 3, 11, 14], ms.ablate(meaning_svd.subspace(30))
+    chosen, drop = [0, 3, 11, 14] if prompt else [0, 3, 8], ms.ablate(meaning_svd.subspace(30))
     options = {"max_new_tokens": 9, "positions": chosen}
     (cached,) = ms.generate_tasks(embedded, prompt, [drop], **options)
     (plain,) = ms.generate_tasks(embedded, prompt, [drop], use_kv_cache=False, **options)
@@ -122,6 +122,16 @@ def test_token_ids_are_gone_on_from_as_they_are(embedded, meaning):
     assert ms.generate(embedded, start, max_new_tokens=12) == "<s>" + ms.generate(embedded, PROMPT, max_new_tokens=12)
     with pytest.raises(ValueError, match=r"Token ids run from 0 to 5000, but the model has 0 to 1023"):
         ms.generate(embedded, torch.tensor([0, 5000]))
+
+
+def test_an_edit_that_gives_nan_warns(embedded):
+    with pytest.warns(UserWarning, match="The edits gave writes that are not finite, first at layer 0 attn"):
+        ms.generate(embedded, PROMPT, [None, lambda x, hook=None: x * float("nan")], max_new_tokens=2)
+
+
+def test_token_ids_without_bos_warn(embedded, meaning):
+    with pytest.warns(UserWarning, match="no BOS token, though the model has one"):
+        ms.generate(embedded, meaning.tokens[1:4], max_new_tokens=2)
 
 
 def test_bad_prompts_and_lengths_are_refused(embedded, meaning_svd, monkeypatch):

@@ -122,7 +122,7 @@ def test_out_of_memory_halves_the_batch_remembers_it_and_loses_nothing(llama, mo
         measured = measure(model, task, STACKS["ranks"], batch_size=33)
     assert str(said[0].message) == "Out of memory with 33 edits a forward pass; going on with 16."
     torch.testing.assert_close(measured.log_probs, expected.log_probs, rtol=0, atol=1e-4)
-    assert sizes[:5] == [34, 17, 9, 5, 4]  # the clean run in the first
+    assert sizes[:5] == [33, 17, 9, 5, 4]  # the clean run in the first; at full rank it is the clean run
     assert rows_a_pass(model, task) == 4
 
 

@@ -95,3 +95,24 @@ def test_the_table_the_printed_form_and_saving(ranking, tmp_path):
     assert len(repr(ranking).splitlines()) == 3
     ranking.save(tmp_path / "r.safetensors")
     assert torch.equal(Ranking.load(tmp_path / "r.safetensors").effect, ranking.effect)
+
+
+def test_the_noise_floor_is_of_the_size_of_the_errors(stories, story_task, reference):  # noqa: F811
+    svd = ms.decompose(ms.collect_writes(stories, story_task))
+    found = ms.rank_directions(stories, story_task, svd)
+    clean, _, _ = reference.run(lambda x: x)
+    errors = []
+    for direction in range(64):
+        v = svd.directions[:, direction].double()
+        exact = clean - reference.run(lambda x, v=v: x - (x @ v)[..., None] * v)[0]
+        errors.append(abs(float(found.effect[direction]) - exact))
+    errors = torch.tensor(errors)
+    assert (errors <= found.noise_floor).float().mean() > 0.8
+    assert found.noise_floor < 10 * float(errors.max())
+
+
+def test_a_compromise_with_a_ranking_of_other_directions_is_refused(embedded, meaning, meaning_svd, ranking, stories, story_task):
+    task = ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS["launch"], max_new_tokens=12)
+    other = ms.decompose(ms.collect_writes(embedded, task))
+    with pytest.raises(ValueError, match="The ranking is of other directions"):
+        ms.order_by_compromise(other, ranking)

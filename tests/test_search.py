@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -76,7 +78,7 @@ def test_the_search_agrees_with_trying_every_rank(embedded, meaning, meaning_svd
     assert found.rank == certain.rank
     assert certain.is_certain
     assert not found.is_certain
-    assert certain.evaluations == 129 + 1 + 2  # the clean run, and the noise floor
+    assert certain.evaluations == 129 + 1 + 8  # the clean run, and the noise floor
     assert found.evaluations <= LEAST < certain.evaluations
     sweep = ms.sweep_rank(embedded, meaning, meaning_svd)
     assert ms.critical_rank_of(sweep, noise_floor=certain.noise_floor).rank == certain.rank
@@ -84,7 +86,7 @@ def test_the_search_agrees_with_trying_every_rank(embedded, meaning, meaning_svd
 
 @pytest.mark.parametrize("last_failure", range(-1, 512, 7))
 def test_a_monotone_curve_is_solved_with_a_tenth_of_the_evaluations(last_failure):
-    ranks, spent = _evenly(0, 512, PROBES + 1), 2
+    ranks, spent = _evenly(0, 512, PROBES + 1), 8
     tried = []
     while ranks:
         tried, spent = tried + ranks, spent + len(ranks) + 1
@@ -130,6 +132,39 @@ def test_margins_within_the_noise_count_and_are_marked_as_ties():
     assert found.rank == 1
     assert found.to_pandas()["is_tie"].tolist() == [False, True, False]
     assert found.to_pandas()["reached"].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("length", [3, 15, 40])
+def test_all_directions_of_the_whole_space_always_give_the_text(stories, length):
+    task = ms.Task.from_text(stories, "The cat", max_new_tokens=length)
+    svd = ms.decompose(ms.collect_writes(stories, task))
+    assert svd.rank == 64
+    by_effect = ms.order_by_effect(ms.rank_directions(stories, task, svd))
+    for order in (None, by_effect, by_effect.flip(0)):
+        certain = ms.critical_rank(stories, task, svd, order=order, exhaustive=True)
+        assert float(certain.margins[-1]) == 0
+        assert certain.rank is not None
+        assert ms.critical_rank(stories, task, svd, order=order).rank is not None
+
+
+def test_when_no_probe_of_the_grid_reaches_the_bar_the_search_goes_on(embedded, meaning, meaning_svd, monkeypatch):
+    import mechsvd.search
+
+    def rare(model, task, svd, ranks, order, **options):
+        return sweep_of(lambda rank: 0.0 if 40 <= rank <= 43 else -abs(rank - 41.5) / 100, ranks)
+
+    monkeypatch.setattr(mechsvd.search, "sweep_rank", rare)
+    assert ms.critical_rank(embedded, meaning, meaning_svd).rank == 40
+
+
+def test_a_bar_in_another_unit_has_no_noise_floor(embedded, meaning, meaning_svd):
+    def half_as_probable(measured):
+        return measured.log_prob.exp() - 0.5 * measured.against.log_prob.exp()
+
+    found = ms.critical_rank(embedded, meaning, meaning_svd, criterion=half_as_probable, exhaustive=True)
+    assert found.noise_floor == 0
+    assert found.rank == ms.critical_rank(embedded, meaning, meaning_svd, math.log(2), exhaustive=True).rank
+    assert not ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text).is_tie.any()
 
 
 def test_a_bar_that_no_rank_reaches_gives_no_rank(embedded, meaning, silent):
