@@ -153,7 +153,7 @@ def measure(
         batch_size: edits in one forward pass; by default from the memory that is free and the size of the model.
         check: refuse a model whose hooks are not its writes, and a basis that comes from another model.
         noise_floor: measure it too, by one more pass: the spread in nats of the clean log-probability over two batch sizes, and
-            over writes whose entries are moved at random by twice the precision of the model's dtype.
+            over writes whose entries are moved at random by up to eight times the precision of the model's dtype.
         progress: a bar with an estimate; by default only where it is seen.
 
     Raises:
@@ -266,10 +266,10 @@ def _noise_floor(setup: _Setup, clean: Measurement) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def rounded(x: Tensor, hook: Any = None) -> Tensor:
-        """One row as it is, and others with each entry moved up or down by what a product of many terms loses: two units."""
-        signs = torch.randint(2, (NOISE_ROWS, *x.shape[1:]), generator=generator) * 2 - 1
-        signs[0] = 0
-        return x * (1 + 2 * signs.to(x) * torch.finfo(x.dtype).eps)
+        """One row as it is, and others whose entries move by up to what a product of many terms loses: some units."""
+        units = torch.empty(NOISE_ROWS, *x.shape[1:]).uniform_(-8, 8, generator=generator)
+        units[0] = 0
+        return torch.addcmul(x, x, units.to(x), value=torch.finfo(x.dtype).eps)
 
     values = joined([clean, setup.forward(rounded, NOISE_ROWS)]).log_prob
     return float(values.max() - values.min())
