@@ -65,7 +65,7 @@ SECTIONS = (
         "Other orders",
         "The sweep again, with the directions added in other orders: by the damage of removing them, by a compromise of both (the mean "
         "of the two places), at random, and the smallest first.",
-        "The shortform swept again in other orders, to see whether fewer directions then suffice.",
+        "The shortform swept again in other orders of the directions.",
         findings.orders,
         lambda s: {"race_of_orders": figures.race_of_orders(s.sweeps)},
     ),
