@@ -16,7 +16,7 @@ from mechsvd.sections import SECTIONS, prompt_text, section, several, texts
 from mechsvd.selfcheck import SelfCheck, self_check
 from mechsvd.sites import COMPONENTS, Model
 from mechsvd.study import SWEEPS, Comparison, Study, compare, study_task
-from mechsvd.tables import remove_stale, write_tables
+from mechsvd.tables import write_tables
 from mechsvd.tasks import SHORTFORM_PROMPTS, Task
 from mechsvd.tokenization import prompt_tokens
 
@@ -46,7 +46,6 @@ def write_report(
     write_tables(studies, comparison, out / "report-data")
     path = out / "report.html"
     write_atomically(path, _page(studies, comparison, check, cdn, seconds).encode())
-    remove_stale(out / "report-data", studies, comparison)
     return path
 
 

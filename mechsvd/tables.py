@@ -12,37 +12,37 @@ TOGETHER = "_all"  # the folder of what concerns all prompts; no prompt's name b
 
 
 def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder: Path) -> None:
-    """Write the tables and results of every prompt, and of all of them together.
+    """Write the tables and results of every prompt, and of all of them together, in place of an earlier run's.
 
     Raises:
         OSError: a folder cannot be written.
     """
-    for found in studies:
-        _write(folder / found.name, _tables(found), _results(found))
+    written = {found.name: _write(folder / found.name, _tables(found), _results(found)) for found in studies}
     if comparison:
-        _write(folder / TOGETHER, _tables_together(comparison), {"overlap": comparison.overlap, "pool": comparison.pool})
+        results = {"overlap": comparison.overlap, "pool": comparison.pool}
+        written[TOGETHER] = _write(folder / TOGETHER, _tables_together(comparison), results)
+    _remove_stale(folder, written)
 
 
-def remove_stale(folder: Path, studies: Sequence[Study], comparison: Comparison | None) -> None:
-    """Remove what an earlier run left for other prompts: only the folders and files that it says it wrote, in `.written.json`."""
-    fresh = [found.name for found in studies] + ([TOGETHER] if comparison else [])
+def _remove_stale(folder: Path, written: dict[str, list[str]]) -> None:
+    """Remove what an earlier run left for other prompts: only the files that it says it wrote, in `.written.json`."""
     listing = folder / ".written.json"
     earlier = json.loads(listing.read_text()) if listing.is_file() else {}
-    for name in earlier.keys() - {*fresh}:
+    for name in earlier.keys() - written.keys():
         for file in earlier[name]:
             (folder / name / file).unlink(missing_ok=True)
         if (folder / name).is_dir() and not any((folder / name).iterdir()):
             (folder / name).rmdir()
-    written = {name: sorted(path.name for path in (folder / name).iterdir()) for name in fresh}
     write_atomically(listing, json.dumps(written).encode())
 
 
-def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> None:
+def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
     for name, result in results.items():
         result.save(folder / f"{name}.safetensors")
+    return [*(f"{name}.csv" for name in tables), *(f"{name}.safetensors" for name in results)]
 
 
 def _results(found: Study) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def test_a_run_removes_what_an_earlier_one_left_for_other_prompts_and_nothing_el
     shutil.copytree(data / "prompt-1", data / "backup")
     (data / "empty").mkdir()
     (data / "prompt-2" / "notes.txt").write_text("kept")
+    assert main(["reproduce", "--prompt", "I believe", "--prompt", "I think", *options]) == 0  # which must not claim the notes
     assert main(["reproduce", "--prompt", "We believe", *options]) == 0
     assert sorted(path.name for path in data.iterdir() if path.is_dir()) == ["backup", "empty", "mine", "prompt-1", "prompt-2"]
     assert [path.name for path in (data / "prompt-2").iterdir()] == ["notes.txt"]
