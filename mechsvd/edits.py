@@ -235,9 +235,17 @@ class Each:
 
     edits: tuple[Edit, ...]
 
+    def __getitem__(self, rows: Int[Tensor, " row"]) -> "Each":
+        """Some of the edits, in the order asked for."""
+        return Each(tuple(self.edits[i] for i in rows))
+
+    def __len__(self) -> int:
+        """Number of edits."""
+        return len(self.edits)
+
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
         """Edit each row of the writes `x` by its own."""
-        rows = x.expand(len(self.edits), -1, -1)
+        rows = x.expand(len(self), -1, -1)
         return torch.cat([edit(rows[i : i + 1], hook=hook) for i, edit in enumerate(self.edits)])
 
 

@@ -87,7 +87,7 @@ def deltas(sweep: RankSweep) -> go.Figure:
     measured = sweep.measurement
     figure.add_trace(line(sweep.ranks, measured.orig_delta, "orig_delta", ATTEMPTED, hover="k = %{x}<br>attempted %{y:.4g}"))
     figure.add_trace(line(sweep.ranks, measured.kept_delta, "kept_delta", EDITED, hover="k = %{x}<br>kept %{y:.4g}"))
-    return with_clean(figure, sweep.measurement.against.orig_delta).update_layout(showlegend=True)
+    return with_clean(figure, measured.against.orig_delta).update_layout(showlegend=True)
 
 
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
@@ -107,10 +107,8 @@ def direction_effects(ranking: Ranking) -> go.Figure:
     Effects within the noise floor, which is drawn as a line, are grey. The title has Spearman's rank correlation.
     """
     require_kind(ranking, Ranking)
-    from scipy.stats import spearmanr
-
     effect, sizes = ranking.effect.double().numpy(), ranking.singular_values.double().numpy()
-    correlation = f"<br>rank correlation {spearmanr(sizes, effect).statistic:.2f}" if len(sizes) > 2 else ""
+    correlation = f"<br>rank correlation {ranking.rank_correlation:.2f}" if len(sizes) > 2 else ""
     axes = (f"singular value ({UNITS})", "|effect| on the log-probability (nats)")
     figure = empty_figure(f"What each direction is worth{correlation}", *axes, log_x=True, log_y=True)
     noise = ranking.is_noise.numpy()

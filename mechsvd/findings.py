@@ -52,13 +52,6 @@ def lasting_rank(sweep: RankSweep, nats: float) -> int | None:
     return int(sweep.ranks[lasting][0]) if lasting.any() else None
 
 
-def rank_correlation(found: Study) -> float:
-    """Spearman's correlation of effect and singular value over all directions."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(found.ranking.singular_values.numpy(), found.ranking.effect.numpy()).statistic)
-
-
 def spectrum(studies: Sequence[Study]) -> str:
     """How few directions hold most of the writes."""
     squares = [s.pooled.singular_values.cpu().double().square() for s in studies]
@@ -78,7 +71,7 @@ def clipping(studies: Sequence[Study]) -> str:
 def directions(studies: Sequence[Study]) -> str:
     """How damage and singular value go together."""
     rankings = [s.ranking for s in studies]
-    correlation = _span((rank_correlation(s) for s in studies), ".2f")
+    correlation = _span((r.rank_correlation for r in rankings), ".2f")
     gains = _span(int(((r.effect < 0) & ~r.is_noise).sum()) for r in rankings)
     silent = _span(int(r.is_noise.sum()) for r in rankings)
     worst = max(studies, key=lambda s: float(s.ranking.effect.max()))

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechsvd.batches import rows_a_pass, run_batches
-from mechsvd.edits import Each, Edit, Gate, chain
+from mechsvd.edits import Edit, Gate, chain
 from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
 from mechsvd.runs import continue_tokens, end_tokens, evaluation
@@ -97,7 +97,7 @@ def generate_tasks(
             broken[site] = ~kept.isfinite().all() | broken.get(site, False)
 
         def forward(rows: Int[Tensor, " row"]) -> list[Tensor]:
-            some: Edit = stack[rows] if isinstance(stack, Gate) else Each(tuple(stack[i] for i in rows))
+            some = stack[rows]
             hooks = [(site.hook_name, bind(some, site, chosen, observe)) for site in sites]  # fresh: they count the positions
             return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
 

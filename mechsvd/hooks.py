@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mechsvd.edits import Edit, Gate, gates_of
+from mechsvd.edits import Each, Edit, Gate, gates_of
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, require_same_model
 from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites
@@ -66,7 +66,7 @@ def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) ->
         require_same_model(gate.source, source, "The basis and the model")
 
 
-def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | tuple[Edit, ...]:
+def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | Each:
     """Take one gate, a stack of gates or a list of edits as a stack that fits the model and lies on its device.
 
     Raises:
@@ -84,7 +84,7 @@ def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | tupl
         require_fitting_edit(model, edit, source)
         if isinstance(edit, Gate) and edit.is_stack:
             raise ValueError("A stack of gates cannot be one of a list of edits: pass the stack alone, or its members `stack[i]`.")
-    return tuple(edits)
+    return Each(tuple(edits))
 
 
 def bind(

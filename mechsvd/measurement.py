@@ -239,7 +239,7 @@ class _BehindClean:
         return torch.cat([x[:1], self.edits(x if len(x) == 1 else x[1:], hook=hook).to(x)])
 
 
-def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: bool | None) -> Measurement:
+def _run_all(setup: _Setup, edits: Gate | Each, size: int, progress: bool | None) -> Measurement:
     """All edits, of like cost together, in the order given; the clean run is row 0, and so is every edit that changes nothing."""
     order = torch.arange(len(edits))
     if isinstance(edits, Gate):
@@ -248,9 +248,8 @@ def _run_all(setup: _Setup, edits: Gate | Sequence[Edit], size: int, progress: b
         order = different if len(different) else order[:1]  # something must run
 
     def forward(rows: Tensor) -> Measurement:
-        chosen: Edit = edits[rows] if isinstance(edits, Gate) else Each(tuple(edits[i] for i in rows))
         is_first = bool(rows[0] == order[0])
-        return setup.forward(_BehindClean(chosen) if is_first else chosen, len(rows) + is_first)
+        return setup.forward(_BehindClean(edits[rows]) if is_first else edits[rows], len(rows) + is_first)
 
     parts = run_batches(forward, order, size, setup.model, setup.task, progress)
     row = torch.zeros(1 + len(edits), dtype=torch.long)

@@ -51,6 +51,13 @@ class Ranking:
         return self.effect.abs() <= self.noise_floor
 
     @property
+    def rank_correlation(self) -> float:
+        """Spearman's correlation of effect and singular value over all directions; NaN for fewer than two."""
+        from scipy.stats import spearmanr
+
+        return float(spearmanr(self.singular_values.numpy(), self.effect.numpy()).statistic)
+
+    @property
     def source(self) -> Provenance | None:
         """The model and task of the measurement."""
         return self.measurement.source
