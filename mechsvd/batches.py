@@ -42,26 +42,54 @@ def run_batches(
     forward: Callable[[Int[Tensor, " row"]], Part],
     order: Int[Tensor, " edit"],
     size: int,
-    model: Model,
-    task: Task,
+    halve: Callable[[int], int],
     progress: bool | None,
+    what: str = "edits",
 ) -> list[Part]:
-    """Run all edits, `size` at a time in the order given, and half as many whenever memory runs out.
+    """Run all rows, `size` at a time in the order given, and fewer whenever memory runs out.
+
+    Args:
+        halve: gives the next smaller size, or raises; see `halving`.
+        what: the rows are, for the progress bar.
 
     Raises:
-        MemoryError: one edit alone does not fit.
+        MemoryError: one row alone does not fit.
     """
     parts: list[Part] = []
     done = 0
-    with tqdm(total=len(order), desc="edits", disable=not _is_seen() if progress is None else not progress) as bar:
+    with progress_bar(len(order), what, progress) as bar:
         while done < len(order):
             rows = order[done : done + size]
             if not _fits(forward, rows, parts):
-                size = _halved(size, model, task)
+                size = halve(size)
                 continue
             done += len(rows)
             bar.update(len(rows))
     return parts
+
+
+def halving(model: Model, task: Task) -> Callable[[int], int]:
+    """Make the function that halves the rows of a pass, remembers the model's limit, and says so.
+
+    It raises a MemoryError with the bytes needed where one row alone does not fit.
+    """
+
+    def halve(size: int) -> int:
+        if size == 1:
+            raise MemoryError(
+                f"One edit alone does not fit into memory: about {bytes_a_row(model, task) / 2**20:,.0f} MiB are needed beside the "
+                "model. Shorten the task, or load the model in a smaller dtype."
+            )
+        _LARGEST[model] = size // 2 * len(task.tokens)
+        warnings.warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.", stacklevel=5)
+        return size // 2
+
+    return halve
+
+
+def progress_bar(total: int | None, what: str, progress: bool | None) -> Any:
+    """A bar with an estimate; by default only where it is seen, in a terminal or a notebook."""
+    return tqdm(total=total, desc=what, disable=not _is_seen() if progress is None else not progress)
 
 
 def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) -> bool:
@@ -80,17 +108,6 @@ def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) ->
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-
-
-def _halved(size: int, model: Model, task: Task) -> int:
-    if size == 1:
-        raise MemoryError(
-            f"One edit alone does not fit into memory: about {bytes_a_row(model, task) / 2**20:,.0f} MiB are needed beside the "
-            "model. Shorten the task, or load the model in a smaller dtype."
-        )
-    _LARGEST[model] = size // 2 * len(task.tokens)
-    warnings.warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.", stacklevel=5)
-    return size // 2
 
 
 def _d_mlp(model: Model) -> int:

@@ -27,6 +27,7 @@ class Gate:
 
     It is computed as r·x + V_S diag(g_S − r) V_Sᵀx, where S holds only the directions whose gain differs from r: removing one
     direction costs a dot product, and when the basis spans everything, r is whichever of `rest` and 1 leaves the smaller S.
+    Where a gradient is wanted, r is `rest` and S is everything, for a gain that equals r has a slope like any other.
     """
 
     basis: Float[Tensor, "d_model rank"]
@@ -88,18 +89,16 @@ class Gate:
 
     @property
     def _plan(self) -> "_Plan":
-        needs_graph = self.gains.requires_grad or self.basis.requires_grad
-        return self._new_plan() if needs_graph else self._kept_plan
+        if self.gains.requires_grad or self.basis.requires_grad:
+            delta = self.gains - self.rest
+            return _Plan(self.rest, self.basis, delta[:, None] if self.is_stack else delta)
+        return self._kept_plan
 
     @cached_property
     def _kept_plan(self) -> "_Plan":
         with torch.inference_mode(False):  # made while a model generates, it must serve gradients later
-            return self._new_plan()
-
-    def _new_plan(self) -> "_Plan":
-        return min(
-            (_plan_with(self.basis, self.gains, constant) for constant in self._constants), key=lambda p: p.columns.shape[-1]
-        )
+            plans = (_plan_with(self.basis, self.gains, constant) for constant in self._constants)
+            return min(plans, key=lambda plan: plan.columns.shape[-1])
 
     @property
     def _constants(self) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechsvd.batches import rows_a_pass, run_batches
+from mechsvd.batches import halving, rows_a_pass, run_batches
 from mechsvd.edits import Edit, Gate, chain
 from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
@@ -101,8 +101,9 @@ def generate_tasks(
             hooks = [(site.hook_name, bind(some, site, chosen, observe)) for site in sites]  # fresh: they count the positions
             return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
 
-        size = rows_a_pass(model, _longest(start, max_new_tokens)) if temperature == 0 else 1
-        parts = run_batches(forward, torch.arange(len(stack)), size, model, _longest(start, max_new_tokens), progress)
+        longest = _longest(start, max_new_tokens)
+        size = rows_a_pass(model, longest) if temperature == 0 else 1
+        parts = run_batches(forward, torch.arange(len(stack)), size, halving(model, longest), progress)
     if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
         warnings.warn(f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing.", stacklevel=2)
     has_text = model.tokenizer is not None

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsvd.batches import rows_a_pass, run_batches
+from mechsvd.batches import halving, rows_a_pass, run_batches
 from mechsvd.edits import Each, Edit, Gate, chain
 from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.runs import evaluation, run_model
 from mechsvd.selfcheck import SelfCheck, require_sound
-from mechsvd.sites import COMPONENTS, Model, Site, find_sites
+from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites
 from mechsvd.subspace import at_least_single
 from mechsvd.tasks import Positions, Task, require_fitting, valid_positions
 
@@ -198,6 +198,21 @@ def estimate_seconds(model: Model, task: Task, edits: int) -> float:
     return edits * an_edit + -(-edits // rows_a_pass(model, task)) * max(0.0, one - an_edit)
 
 
+def score(
+    model: Model, task: Task, check: SelfCheck, hooks: Sequence[Hook] = (), rows: int = 1
+) -> tuple[Float[Tensor, "edit scored"], Bool[Tensor, "edit scored"]]:
+    """One forward pass of a task with hooks that make so many rows of it: log-probabilities, and which tokens are greedy.
+
+    Gradients flow through it where they are enabled; see `evaluation`.
+    """
+    tokens = task.tokens.to(next(model.parameters()).device)
+    batch = tokens.expand(1 if check.shares_prefix else rows, -1)
+    logits = run_model(model, batch, hooks, task.scored, cut_early=check.scores_alone)
+    log_probs = logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
+    target = tokens[task.prompt_length :].expand(rows, -1)
+    return log_probs.gather(-1, target[..., None])[..., 0], log_probs.argmax(dim=-1) == target
+
+
 @dataclass(frozen=True)
 class _Setup:
     """All that the forward passes of one measurement have in common."""
@@ -218,13 +233,7 @@ class _Setup:
             kept.append(_rms_norm(let_through))
 
         hooks = [(site.hook_name, bind(rows, site, self.positions, observe, count)) for site in self.sites]
-        tokens = self.task.tokens.to(next(self.model.parameters()).device)
-        batch = tokens.expand(1 if self.check.shares_prefix else count, -1)
-        logits = run_model(self.model, batch, hooks, self.task.scored, cut_early=self.check.scores_alone)
-        log_probs = logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
-        target = tokens[self.task.prompt_length :].expand(count, -1)
-        scored = log_probs.gather(-1, target[..., None])[..., 0]
-        is_greedy = log_probs.argmax(dim=-1) == target
+        scored, is_greedy = score(self.model, self.task, self.check, hooks, count)
         orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
         return Measurement(scored.cpu(), is_greedy.cpu(), orig_deltas, kept_deltas, self.sites)
 
@@ -251,7 +260,7 @@ def _run_all(setup: _Setup, edits: Gate | Each, size: int, progress: bool | None
         is_first = bool(rows[0] == order[0])
         return setup.forward(_BehindClean(edits[rows]) if is_first else edits[rows], len(rows) + is_first)
 
-    parts = run_batches(forward, order, size, setup.model, setup.task, progress)
+    parts = run_batches(forward, order, size, halving(setup.model, setup.task), progress)
     row = torch.zeros(1 + len(edits), dtype=torch.long)
     row[1 + order] = torch.arange(1, 1 + len(order))
     return joined(parts)[row]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mechsvd.sites import Hook, Model, before_unembedding
 
@@ -106,8 +107,12 @@ def end_tokens(model: Model) -> list[int]:
 
 
 @contextmanager
-def evaluation(model: Model) -> Iterator[tuple[str, ...]]:
-    """Evaluate without gradients and dropout, and leave the model as it was, also after an exception.
+def evaluation(model: Model, *, gradients: bool = False) -> Iterator[tuple[str, ...]]:
+    """Evaluate without dropout, and leave the model as it was, also after an exception.
+
+    Args:
+        gradients: allow them, to the second order: the parameters themselves are frozen meanwhile, and attention runs on
+            torch's plain kernels, for the fused ones have no second derivative. By default there are none.
 
     Yields:
         Notes for the provenance: whose hooks took part.
@@ -117,14 +122,19 @@ def evaluation(model: Model) -> Iterator[tuple[str, ...]]:
         notes = (f"hooks of the user at {', '.join(names)}",)
         warnings.warn(f"The model already has hooks at {', '.join(names)}; they are kept, and results include them.", stacklevel=4)
     training = [module for module in _modules(model) if module.training]
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad] if gradients else []
     if training:
         warnings.warn("The model is in train mode: it is evaluated in eval mode here and put back afterwards.", stacklevel=4)
     try:
         for module in training:
             module.training = False
-        with torch.no_grad():
+        for parameter in wanting:
+            parameter.requires_grad = False
+        with torch.set_grad_enabled(gradients), sdpa_kernel(SDPBackend.MATH) if gradients else nullcontext():
             yield notes
     finally:
+        for parameter in wanting:
+            parameter.requires_grad = True
         for module in training:
             module.training = True
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.batches import rows_a_pass, run_batches
+from mechsvd.batches import halving, rows_a_pass, run_batches
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.runs import evaluation, run_model
@@ -138,7 +138,8 @@ def _run_by_length(model: Model, tasks: Sequence[Task], sites: Sequence[Site]) -
 
     for length in {len(task.tokens) for task in tasks}:
         same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
-        run_batches(forward, torch.tensor(same), rows_a_pass(model, tasks[same[0]]), model, tasks[same[0]], progress=False)
+        one = tasks[same[0]]
+        run_batches(forward, torch.tensor(same), rows_a_pass(model, one), halving(model, one), progress=False)
     return [found[i] for i in range(len(tasks))]
 
 

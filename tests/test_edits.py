@@ -113,6 +113,16 @@ def test_gradients_flow_through_gains_and_writes():
     assert torch.autograd.gradcheck(lambda g, v: Gate(orthonormal(12, 12), g)(v), (gains, x[:1, :2]))
 
 
+@pytest.mark.parametrize("rest", [0.0, 1.0])
+@pytest.mark.parametrize("rank", [3, 12])
+def test_gains_that_change_nothing_have_gradients_too(rest, rank):
+    gains = torch.stack([torch.ones(rank), torch.zeros(rank), torch.arange(rank) % 2.0]).double().requires_grad_()
+    basis, x = orthonormal(12, rank), X[:1].expand(3, -1, -1)
+    (slope,) = torch.autograd.grad(Gate(basis, gains, rest)(x).square().sum() / 2, gains)
+    # of half the squared size in a direction's gain: the gain times the squared size of what the direction holds
+    torch.testing.assert_close(slope, gains.detach() * (x @ basis).square().sum(dim=1))
+
+
 def test_bad_gains_are_refused():
     basis = orthonormal(12, 3)
     with pytest.raises(ValueError, match=r"\[2\], but the basis has 3 directions"):
