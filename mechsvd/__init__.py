@@ -19,10 +19,13 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mechsvd.attribution import hessian_attribution, hessian_attribution_of
 from mechsvd.comparison import Overlap, Pool, overlap, pool, principal_angles, random_subspace
+from mechsvd.components import Attribution
 from mechsvd.decomposition import Decomposition, decompose
 from mechsvd.edits import ablate, chain, gate, keep, shift, shrink
 from mechsvd.generation import generate, generate_tasks
+from mechsvd.gradients import Gradients, collect_gradients, gradient_basis
 from mechsvd.hooks import fwd_hooks
 from mechsvd.measurement import Measurement, estimate_seconds, measure
 from mechsvd.models import load_model
@@ -35,6 +38,7 @@ from mechsvd.ranking import (
     rank_directions,
 )
 from mechsvd.results import Provenance
+from mechsvd.ridge import RidgeSweep, sweep_ridge
 from mechsvd.search import CriticalRank, critical_rank, critical_rank_of, drop_at_most, same_greedy_text
 from mechsvd.selfcheck import SelfCheck, self_check
 from mechsvd.sites import Site, find_sites
@@ -57,9 +61,11 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
     # measurements
     "measure", "Measurement", "estimate_seconds", "sweep_rank", "RankSweep", "rank_directions", "Ranking",
-    "order_by_singular_value", "order_by_effect", "order_by_compromise", "order_at_random",
+    "order_by_singular_value", "order_by_effect", "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
     # the smallest rank, and text from inside a subspace
     "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "same_greedy_text", "generate", "generate_tasks",
+    # attribution in a Hessian eigenbasis, and in others
+    "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients", "Gradients", "gradient_basis",
     # subspaces compared
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     # results and pictures

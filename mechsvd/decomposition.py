@@ -1,7 +1,7 @@
 """The SVD of a sample of vectors: singular values, directions, and which vectors write each direction. Tensors only."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral
 from os import PathLike
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.results import Provenance, load_result, result, save_result, with_notes
-from mechsvd.subspace import Subspace, at_least_single
+from mechsvd.subspace import Subspace, at_least_single, signs
 
 
 @result
@@ -116,12 +116,17 @@ def decompose(writes: Any, *, per_layer: bool = False, center: bool = False) -> 
     source: Provenance | None = getattr(writes, "source", None)
     _require_sample(values)
     if not per_layer:
-        return _decompose_groups(values[None], (None,), center, source)[0]
-    layers = _site_layers(writes)
-    groups = [values[layers == layer] for layer in layers.unique()]
+        pooled = decompose_groups(values[None], (None,), center, source)
+        _warn_unseen([values], pooled)
+        return pooled[0]
+    at, layers = _site_layers(writes), _site_layers(writes).unique().tolist()
+    groups = [values[at == layer] for layer in layers]
     if len({len(group) for group in groups}) > 1:  # a hybrid model: some layers have fewer sites
-        return tuple(_decompose_groups(g[None], (int(n),), center, source)[0] for g, n in zip(groups, layers.unique(), strict=True))
-    return _decompose_groups(torch.stack(groups), tuple(layers.unique().tolist()), center, source)
+        found = tuple(decompose_groups(g[None], (n,), center, source)[0] for g, n in zip(groups, layers, strict=True))
+    else:
+        found = decompose_groups(torch.stack(groups), tuple(layers), center, source)
+    _warn_unseen(groups, found)
+    return found
 
 
 def require_decomposition(svd: Any) -> None:
@@ -153,16 +158,20 @@ def thin_svd(
     if sample <= d_model:
         left, sizes, right = _svd(vectors)
         return left, sizes, right.mT
-    squares, directions = _eigh(vectors.mT @ vectors)
+    squares, directions = eigh_or_again(vectors.mT @ vectors)
     sizes, directions = squares.flip(-1).clamp(min=0).sqrt(), directions.flip(-1)
     # at a singular value of zero the left vector is undefined; dividing by 1 leaves it zero
     left = vectors @ directions / torch.where(sizes > 0, sizes, 1.0)[..., None, :]
     return left, sizes, directions
 
 
-def _decompose_groups(
-    values: Float[Tensor, "group site pos d_model"], layers: tuple[int | None, ...], center: bool, source: Provenance | None
+def decompose_groups(
+    values: Float[Tensor, "group site pos d_model"],
+    layers: tuple[int | None, ...] = (None,),
+    center: bool = False,
+    source: Provenance | None = None,
 ) -> tuple[Decomposition, ...]:
+    """The SVD of several samples of the same size at once, in float64; see `decompose`."""
     shape, device, dtype = values.shape, values.device, at_least_single(values.dtype)
     exact = values.to("cpu" if device.type == "mps" else device).double()  # MPS has no float64
     vectors = rearrange(exact, "group site pos d_model -> group (site pos) d_model")
@@ -172,11 +181,10 @@ def _decompose_groups(
     found = []
     for left, sizes, directions, layer in zip(*thin_svd(vectors), layers, strict=True):
         rank = _numerical_rank(sizes, vectors.shape[1:])
-        signs = _signs(directions[:, :rank])
-        left = rearrange(left[:, :rank] * signs, "(site pos) rank -> site pos rank", site=shape[1])
-        sizes, directions, left = (t.to(device=device, dtype=dtype) for t in (sizes[:rank], directions[:, :rank] * signs, left))
+        sign = signs(directions[:, :rank])
+        left = rearrange(left[:, :rank] * sign, "(site pos) rank -> site pos rank", site=shape[1])
+        sizes, directions, left = (t.to(device=device, dtype=dtype) for t in (sizes[:rank], directions[:, :rank] * sign, left))
         found.append(Decomposition(sizes, directions, left, layer, _of_layer(source, layer)))
-    _warn_unseen(vectors.shape[1], found)
     return tuple(found)
 
 
@@ -192,8 +200,9 @@ def _numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:
     return int((sizes > cutoff).sum())
 
 
-def _warn_unseen(writes: int, found: list[Decomposition]) -> None:
-    few = [svd for svd in found if svd.rank == 0 or writes < svd.d_model]
+def _warn_unseen(groups: Sequence[Tensor], found: Sequence[Decomposition]) -> None:
+    sizes = [group.shape[0] * group.shape[1] for group in groups]
+    few = [svd for svd, size in zip(found, sizes, strict=True) if svd.rank == 0 or size < svd.d_model]
     if not few:
         return
     ranks, d_model = sorted({svd.rank for svd in few}), few[0].d_model
@@ -201,15 +210,10 @@ def _warn_unseen(writes: int, found: list[Decomposition]) -> None:
     whose = "the decomposition" if few[0].layer is None else "each layer's decomposition"
     directions = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     warnings.warn(
-        f"{writes} writes{where} for {d_model} dimensions: {whose} has {directions} directions, and the rest of the "
+        f"{min(sizes)} writes{where} for {d_model} dimensions: {whose} has {directions} directions, and the rest of the "
         f"residual stream is unseen{' (all writes are zero)' if ranks[0] == 0 else ''}.",
-        stacklevel=4,
+        stacklevel=3,
     )
-
-
-def _signs(directions: Float[Tensor, "d_model rank"]) -> Float[Tensor, " rank"]:
-    largest = directions.abs().argmax(dim=0, keepdim=True)
-    return directions.gather(0, largest).sign().flatten()
 
 
 def _svd(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +226,8 @@ def _svd(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return left, sizes, right
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+def eigh_or_again(gram: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+    """Eigenvalues, rising, and eigenvectors of symmetric matrices; by a second driver where the first does not converge."""
     try:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:

@@ -156,7 +156,7 @@ def gate(basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], res
         >>> gate(torch.eye(2), torch.tensor([1.0, 0.5]))(torch.tensor([[4.0, 4.0]]))
         tensor([[4., 2.]])
     """
-    directions, source = _directions(basis)
+    directions, source = directions_of(basis)
     rank, gains = directions.shape[1], torch.as_tensor(gains)
     if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
         raise ValueError(f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; give one gain for each.")
@@ -167,13 +167,13 @@ def gate(basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], res
 
 def keep(subspace: Basis) -> Gate:
     """Keep what lies in the subspace and drop the rest: the projection x → VVᵀx."""
-    directions, _ = _directions(subspace)
+    directions, _ = directions_of(subspace)
     return gate(subspace, directions.new_ones(directions.shape[1]), rest=0.0)
 
 
 def ablate(subspace: Basis) -> Gate:
     """Remove what lies in the subspace (zero ablation) and keep the rest: x → x − VVᵀx."""
-    directions, _ = _directions(subspace)
+    directions, _ = directions_of(subspace)
     return gate(subspace, directions.new_zeros(directions.shape[1]), rest=1.0)
 
 
@@ -255,7 +255,12 @@ def gates_of(edit: Edit) -> list[Gate]:
     return [edit] if isinstance(edit, Gate) else []
 
 
-def _directions(basis: Basis) -> tuple[Tensor, Provenance | None]:
+def directions_of(basis: Basis) -> tuple[Float[Tensor, "d_model rank"], Provenance | None]:
+    """The directions of a basis as columns, and the model that they come from where it is known.
+
+    Raises:
+        TypeError, ValueError: no basis, or not an orthonormal one.
+    """
     if isinstance(basis, Subspace):
         return basis.basis, basis.source
     if isinstance(basis, Decomposition):

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from mechsvd.attribution_figures import accumulated_scores, clip_and_ridge, estimate_errors, hessian_spectrum
 from mechsvd.comparison import Overlap, Pool
 from mechsvd.decomposition import Decomposition
 from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, MANY_POINTS, UNITS, empty_figure, heat_map, line, shades, with_clean
@@ -17,6 +18,12 @@ from mechsvd.results import require_kind, require_same_model
 from mechsvd.search import CriticalRank
 from mechsvd.sweeps import RankSweep
 from mechsvd.writes import Writes
+
+__all__ = [  # noqa: RUF022 (in the order of the experiment)
+    "singular_values", "cumulative_singular_values", "layer_spectra", "writer_map",
+    "probability", "surprise", "deltas", "delta_map", "direction_effects", "race_of_orders", "margins", "clip_and_ridge",
+    "hessian_spectrum", "estimate_errors", "accumulated_scores", "overlap_map", "pooled_spectrum", "save_image",
+]  # fmt: skip
 
 
 def singular_values(svd: Decomposition, *, log: bool = False) -> go.Figure:

@@ -213,6 +213,13 @@ def score(
     return log_probs.gather(-1, target[..., None])[..., 0], log_probs.argmax(dim=-1) == target
 
 
+def clean_noise(model: Model, task: Task, check: SelfCheck) -> float:
+    """How far the clean log-probability moves for no reason, in nats; see `noise_floor` of `measure`."""
+    setup = _Setup(model, task, find_sites(model, missing="skip"), None, check)
+    with torch.no_grad():
+        return _noise_floor(setup, setup.forward(chain(), 1))
+
+
 @dataclass(frozen=True)
 class _Setup:
     """All that the forward passes of one measurement have in common."""

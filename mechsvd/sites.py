@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechsvd.results import result
 
@@ -95,6 +96,39 @@ def find_sites(
     if not found:
         raise ValueError(f"No sites are left for layers {list(wanted_layers)} and components {list(wanted)}.")
     return tuple(found)
+
+
+def find_weights(model: Any, patterns: str | Sequence[str]) -> dict[str, tuple[list[str], Tensor]]:
+    """Find weights by shell-like patterns of TransformerLens's names, such as "blocks.2.mlp.*", or "*" for all.
+
+    A bridge reaches one weight by several names (`blocks.2.mlp.in.weight`, `blocks.2.mlp.up_proj.weight`); any of them will do,
+    and each weight comes once.
+
+    Returns:
+        By the shortest name: where the weight is to be replaced by `torch.func.functional_call`, one name for each module that
+        holds it (tied weights have two), and the weight.
+
+    Raises:
+        KeyError: a pattern that matches nothing, with the closest names.
+    """
+    require_model(model)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    aliases: dict[int, list[str]] = {}
+    for name, weight in nn.Module.named_parameters(model, remove_duplicate=False):  # a bridge's own method gives other names
+        aliases.setdefault(id(weight), []).append(name.replace("._original_component", ""))
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for path, module in nn.Module.named_modules(model):
+        for name, weight in module.named_parameters(path, recurse=False):
+            if any(fnmatchcase(alias, pattern) for alias in aliases[id(weight)] for pattern in wanted):
+                found.setdefault(id(weight), ([], weight))[0].append(name)
+    for pattern in wanted:
+        known = [alias for names in aliases.values() for alias in names]
+        if not any(fnmatchcase(alias, pattern) for alias in known):
+            close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
+            raise KeyError(
+                f"No weight matches {pattern!r}: patterns are shell-like, such as 'blocks.2.mlp.*'; close matches: {close}."
+            )
+    return {min(aliases[i], key=len): each for i, each in found.items()}
 
 
 def stream_names(model: Model) -> list[tuple[str, str]]:

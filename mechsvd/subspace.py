@@ -91,6 +91,12 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def signs(directions: Float[Tensor, "d_model rank"]) -> Float[Tensor, " rank"]:
+    """The sign of each column's entry largest in size; multiplied by it, that entry is positive."""
+    largest = directions.abs().argmax(dim=0, keepdim=True)
+    return directions.gather(0, largest).sign().flatten()
+
+
 def require_matrix(vectors: Tensor) -> None:
     """Refuse anything but a finite, non-empty float matrix with directions as columns."""
     if vectors.ndim != 2 or not vectors.is_floating_point() or vectors.shape[1] == 0:

@@ -91,7 +91,7 @@ def sweep_rank(
     permutation = _valid_order(svd, order)
     place = permutation.argsort()  # of each direction in the order
     gains = (place[None, :] < chosen[:, None]).to(svd.directions)
-    measured = measure(model, task, _cheapest_gate(svd, gains), **options)
+    measured = measure(model, task, cheapest_gate(svd, gains), **options)
     warn_other_sites(svd, measured)
     return RankSweep(chosen, permutation, measured, svd.source)
 
@@ -107,7 +107,7 @@ def warn_other_sites(svd: Decomposition, measured: Measurement) -> None:
         )
 
 
-def _cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gate:
+def cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gate:
     """The stack that drops what the basis does not span, over a complete basis where many directions are kept.
 
     Over a complete basis, keeping k directions is removing the other d − k, so that the smaller side can be computed.

@@ -1,0 +1,209 @@
+"""Attribution: a probability, or any function, taken apart in the eigenbasis of its Hessian or in another basis."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Integral
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsvd.batches import halving, rows_a_pass
+from mechsvd.comparison import random_subspace
+from mechsvd.components import Attribution, described, score_components
+from mechsvd.curvature import DENSE, Curvature, Function, differentiate, eigenpairs
+from mechsvd.edits import Basis, directions_of
+from mechsvd.eigenpairs import BLOCK
+from mechsvd.measurement import clean_noise
+from mechsvd.models import provenance_of
+from mechsvd.objective import Objective, Over, Where, objective_over
+from mechsvd.runs import evaluation
+from mechsvd.selfcheck import require_sound
+from mechsvd.sites import COMPONENTS, Model
+from mechsvd.tasks import Positions, Task, require_fitting
+
+PAIRS = 20  # where there is no whole Hessian, and it is not said how many
+CONTROLS = 128  # random directions at most
+Kind = Literal["probability", "log_prob"]
+
+
+def hessian_attribution(
+    model: Model,
+    task: Task,
+    over: Over,
+    *,
+    objective: Kind = "probability",
+    pairs: int | None = None,
+    basis: Basis | None = None,
+    layers: int | Iterable[int] | None = None,
+    components: Sequence[str] = COMPONENTS,
+    positions: Positions = None,
+    missing: Literal["error", "skip"] = "error",
+    batch_size: int | None = None,
+    check: bool = True,
+    progress: bool | None = None,
+    **options: Any,
+) -> Attribution:
+    """Attribute the probability of a continuation to the components of a vector w in the eigenbasis of its Hessian.
+
+    All is computed relative to the clean probability, so that ratios stay exact where the probability itself is tiny.
+
+    Args:
+        over: what w is. A decomposition: the gains of its directions in every write (and one for all that they do not span),
+            w = 1 the model as it is, w = 0 all writes removed. Sites: their writes, w minus the clean writes being added to
+            what they write. Patterns of weight names ("blocks.2.mlp.*", "*"): those weights.
+        objective: f, the probability of the whole continuation, or its natural logarithm in nats.
+        pairs: eigenpairs, the largest in size; by default all where w has at most 2048 entries, for which the whole Hessian is
+            made, and otherwise 20, by Lanczos.
+        basis: orthonormal columns in the space of w to be scored in place of the eigenvectors; of gains, `torch.eye(rank)` are
+            the singular directions themselves.
+        layers, components, positions, missing: where gains act; of sites, `positions` alone. See `fwd_hooks`.
+        batch_size: rows in one forward pass, a fourth of that in a backward pass; by default from the memory that is free and
+            the size of the model.
+        check: refuse a model whose hooks are not its writes, and a decomposition of another model.
+        options: passed on to `hessian_attribution_of` (tolerance, max_products, path_steps, seed).
+
+    Returns:
+        One row a component, by falling |eigenvalue|, or in the order of `basis`; random directions in `.control`.
+
+    Raises:
+        TypeError: `over` is none of these.
+        KeyError: a pattern that matches no weight.
+        ValueError: more pairs than entries, a basis of another size, a probability that underflows, an f that is not finite.
+    """
+    require_fitting(model, task)
+    if objective not in ("probability", "log_prob"):
+        raise ValueError(f"`objective` is {objective!r}, but must be 'probability' or 'log_prob'.")
+    found, notes = require_sound(model, check, missing)
+    with evaluation(model, gradients=True) as users:
+        source = provenance_of(model, (tuple(task.tokens.tolist()),), (), (*notes, *users))
+        f = objective_over(model, task, over, Where(layers, components, positions, missing), found, source if check else None)
+        clean = float(f.log_probs(f.point[None]).detach().sum(dtype=torch.float64))
+        size = rows_a_pass(model, task) if batch_size is None else batch_size
+        function = Function(partial(_relative, f, objective, clean), f.point, size, halving(model, task), progress)
+        scored = _attribute(function, _Choices(pairs, basis, **options))
+        noise = clean_noise(model, task, found)
+    about = {"objective": objective, "parts": f.parts, "noise_floor": noise}
+    source = replace(source, hooks=f.hooks, seed=options.get("seed", 0))
+    return described(scored, math.exp(clean) if objective == "probability" else 1.0, source=source, **about)
+
+
+def hessian_attribution_of(
+    function: Callable[[Float[Tensor, " entry"]], Float[Tensor, ""]],
+    w: Float[Tensor, " entry"],
+    *,
+    pairs: int | None = None,
+    basis: Basis | None = None,
+    tolerance: float = 1e-4,
+    max_products: int | None = None,
+    path_steps: int = 32,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Attribution:
+    """Attribute a function of your own, a scalar of one vector, as `hessian_attribution` does a probability.
+
+    Args:
+        function: twice differentiable, of torch operations that `torch.func.vmap` can batch.
+        pairs, basis: see `hessian_attribution`.
+        tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|, and the table marks what is above.
+        max_products: Hessian-vector products that Lanczos may use; 30 a pair by default.
+        path_steps: Gauss–Legendre nodes of the path integral.
+        seed: of Lanczos's start and of the random directions.
+
+    Example:
+        >>> hessian_attribution_of(lambda w: w.prod(), torch.tensor([3.0, 2.0])).eigenvalues
+        tensor([ 1., -1.], dtype=torch.float64)
+    """
+    if not isinstance(w, Tensor) or w.ndim != 1 or not w.is_floating_point() or len(w) == 0:
+        raise ValueError(f"`w` must be a float tensor with one axis, but is {list(w.shape) if isinstance(w, Tensor) else w!r:.60}.")
+
+    def values(rows: Tensor) -> Tensor:
+        return function(rows[0])[None] if len(rows) == 1 else torch.func.vmap(function)(rows)
+
+    choices = _Choices(pairs, basis, tolerance, max_products, path_steps, seed)
+    return _attribute(Function(values, w, batch_size, _halve), choices)
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What is asked of an attribution, checked."""
+
+    pairs: int | None = None
+    basis: Basis | None = None
+    tolerance: float = 1e-4
+    max_products: int | None = None
+    path_steps: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ValueError(f"`tolerance` is {self.tolerance}, but must be above 0.")
+        for name in ("path_steps", "max_products"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise ValueError(f"`{name}` is {value!r}, but must be a whole number from 1.")
+
+    def count(self, entries: int) -> int:
+        """Eigenpairs that are wanted."""
+        if self.pairs is None:
+            return entries if entries <= DENSE else PAIRS
+        if isinstance(self.pairs, bool) or not isinstance(self.pairs, Integral) or not 1 <= self.pairs <= entries:
+            raise ValueError(f"`pairs` is {self.pairs!r}, but w has {entries} entries; choose 1 to {entries}.")
+        return int(self.pairs)
+
+    def directions(self, point: Tensor) -> Tensor | None:
+        """The basis that is given, on the device and in the dtype of w."""
+        if self.basis is None:
+            return None
+        directions, _ = directions_of(self.basis)
+        if len(directions) != len(point):
+            raise ValueError(f"`basis` has columns of {len(directions)} entries, but w has {len(point)}; is it transposed?")
+        return directions.to(point)
+
+
+def _attribute(function: Function, choices: _Choices) -> Attribution:
+    entries = len(function.point)
+    pairs, vectors, spent, most = choices.count(entries), choices.directions(function.point), 0, None
+    curvature = differentiate(function)
+    if vectors is None:
+        most = 30 * pairs if choices.max_products is None else choices.max_products
+        found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
+        vectors, spent = found.vectors.to(function.point), found.products
+    path = function.path_gradient(choices.path_steps)
+    scored = replace(score_components(curvature, vectors, path), tolerance=choices.tolerance, products=spent)
+    random = random_subspace(entries, min(vectors.shape[1], CONTROLS), choices.seed).basis.to(function.point)
+    _warn_of(scored, curvature, most if entries > DENSE else None)
+    return replace(scored, control=replace(score_components(curvature, random, path), tolerance=choices.tolerance))
+
+
+def _relative(f: Objective, kind: Kind, clean: float, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
+    """The log-probability of each row, or its probability as a multiple of the clean one."""
+    log_prob = f.log_probs(rows).sum(dim=-1)
+    return log_prob if kind == "log_prob" else (log_prob - clean).exp()
+
+
+def _warn_of(scored: Attribution, curvature: Curvature, most: int | None) -> None:
+    """Warn of pairs that Lanczos left unconverged (`most` are the products it might use), and of an f without derivatives."""
+    if most is not None and not scored.converged.all():
+        more = "Allow more `max_products`, or ask for fewer `pairs`."
+        precision = f"The products themselves are no better in {curvature.w.dtype}: load the model with dtype=torch.float64."
+        warnings.warn(
+            f"{int((~scored.converged).sum())} of {len(scored)} eigenpairs did not converge to a residual of "
+            f"{scored.tolerance:g}·|λ| in {scored.products} products; the table marks them. "
+            + (more if scored.products + BLOCK > most else precision),
+            stacklevel=4,
+        )
+    if not curvature.gradient.any() and not scored.eigenvalues.any():
+        warnings.warn(
+            "f does not depend on w here: its gradient and its Hessian are zero, so there is nothing to attribute.", stacklevel=4
+        )
+
+
+def _halve(size: int) -> int:
+    if size == 1:
+        raise MemoryError("One evaluation of the function alone does not fit into memory.")
+    return size // 2

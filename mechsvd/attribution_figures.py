@@ -1,0 +1,103 @@
+"""Attributions and ridge sweeps → plotly figures, one function each; they are in `mechsvd.figures` with all others."""
+
+from collections.abc import Mapping
+from itertools import cycle
+
+import plotly.graph_objects as go
+import torch
+
+from mechsvd.components import Attribution
+from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, MANY_POINTS, empty_figure, line, with_clean
+from mechsvd.results import require_kind, require_same_model
+from mechsvd.ridge import RidgeSweep
+from mechsvd.sweeps import RankSweep
+
+ESTIMATES = {"linear": ATTEMPTED, "quadratic": EDITED, "integrated": "#a0a0a0"}
+
+
+def hessian_spectrum(found: Attribution) -> go.Figure:
+    """Eigenvalues in the order of the table, with their residuals as error bars; pairs that did not converge are hollow."""
+    require_kind(found, Attribution)
+    figure = empty_figure("Eigenvalues of the Hessian", "component", f"eigenvalue (of the {found.objective})")
+    hover = "component %{x}<br>λ = %{y:.4g}<br>residual %{customdata[0]:.1e}<br>u·w = %{customdata[1]:.3g}<extra></extra>"
+    figure.add_trace(
+        (go.Scattergl if len(found) > MANY_POINTS else go.Scatter)(
+            y=found.eigenvalues.numpy(),
+            error_y={"array": found.residuals.numpy(), "thickness": 1},
+            mode="markers",
+            marker={"color": EDITED, "size": 6, "symbol": ["circle" if c else "circle-open" for c in found.converged.tolist()]},
+            customdata=torch.stack([found.residuals, found.projections], dim=1).numpy(),
+            hovertemplate=hover,
+        )
+    )
+    return figure.add_hline(y=0, line={"color": CLEAN, "width": 1})
+
+
+def estimate_errors(found: Attribution) -> go.Figure:
+    """By how much each estimate misses the measured score, against its size; scores within the noise are left out.
+
+    The dashed line is at 10 %. The further a step goes, the less an estimate at w knows of it.
+    """
+    require_kind(found, Attribution)
+    loud = ~found.is_noise
+    x = f"|measured score| (of the {found.objective})"
+    figure = empty_figure("Estimates against what is measured", x, "relative error of the estimate", log_x=True, log_y=True)
+    for name, colour in ESTIMATES.items():
+        figure.add_trace(
+            (go.Scattergl if len(found) > MANY_POINTS else go.Scatter)(
+                x=found.measured[loud].abs().numpy(),
+                y=found.error(name)[loud].numpy(),
+                customdata=loud.nonzero()[:, 0].numpy(),
+                name=name,
+                mode="markers",
+                marker={"color": colour, "size": 6, "opacity": 0.8},
+                hovertemplate=f"component %{{customdata}}<br>measured %{{x:.4g}}<br>{name}: off by %{{y:.2%}}<extra></extra>",
+            )
+        )
+    figure.add_hline(y=0.1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
+    return figure.update_layout(showlegend=True)
+
+
+def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
+    """Measured scores, largest first, summed up as a share of f(w) − f(0), for several bases of the same w.
+
+    A basis with few strong components rises fast; over a complete basis whose components do not interact the curve ends at 1.
+
+    Raises:
+        ValueError: no attributions, or of different functions or models.
+    """
+    require_kind(bases, Mapping)
+    if not bases:
+        raise ValueError("There are no attributions to compare; give at least one, by the name of its basis.")
+    first = next(iter(bases.values()))
+    axes = ("components, by falling measured score", "sum of the scores (share of f(w) − f(0))")
+    figure = empty_figure("How fast the scores accumulate", *axes)
+    for colour, (name, found) in zip(cycle(DISTINCT), bases.items(), strict=False):
+        require_kind(found, Attribution)
+        require_same_model(first.source, found.source, "The attributions")
+        if (found.objective, found.parts) != (first.objective, first.parts):
+            raise ValueError(f"The attributions are of different functions: {first.objective} and {found.objective} of other w.")
+        sums = found.share.sort(descending=True).values.cumsum(0)
+        hover = f"{name}<br>first %{{x}} components<br>%{{y:.3f}} of f(w) − f(0)"
+        figure.add_trace(line(range(1, len(found) + 1), sums, name, colour, hover=hover))
+    figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
+    return figure.update_layout(showlegend=True)
+
+
+def clip_and_ridge(clip: RankSweep, ridge: RidgeSweep) -> go.Figure:
+    """Surprise against the number of directions: clipped to the first k, and shrunk to the same effective number.
+
+    Raises:
+        ValueError: sweeps of different models.
+    """
+    require_kind(clip, RankSweep)
+    require_kind(ridge, RidgeSweep)
+    require_same_model(clip.source, ridge.source, "The sweeps")
+    axes = ("kept directions, or their effective number Σ s²/(s² + α)", "−log-probability of the continuation (nats)")
+    figure = empty_figure("Clipping and ridge", *axes, log_y=True)
+    hover = "clipped to k = %{x}<br>%{y:.4g} nats"
+    figure.add_trace(line(clip.ranks, -clip.measurement.log_prob, "clipped", EDITED, hover=hover))
+    hover = "α = %{customdata:.3g}<br>%{x:.1f} effective directions<br>%{y:.4g} nats"
+    shrunk = line(ridge.effective_directions, -ridge.measurement.log_prob, "ridge", ATTEMPTED, hover=hover)
+    figure.add_trace(shrunk.update(customdata=ridge.alphas.numpy()))
+    return with_clean(figure, -clip.measurement.against.log_prob).update_layout(showlegend=True)

@@ -1,0 +1,139 @@
+"""The curvature of a function at a point: exact Hessian-vector products, the whole Hessian, and its eigenpairs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsvd.batches import progress_bar, run_batches
+from mechsvd.eigenpairs import BLOCK, Eigenpairs, capacity, dense_eigenpairs, lanczos
+
+DENSE = 2048  # entries up to which the whole Hessian is made
+VECTOR_ENTRIES = 4_000_000  # of all vectors whose products share a pass: more leaves the cache and takes fresh pages
+
+
+@dataclass(frozen=True)
+class Function:
+    """A scalar function of a vector, by rows, and the point at which it is looked at.
+
+    Attributes:
+        values: of each row; differentiable.
+        size: rows that fit into one pass without gradients.
+        halve: gives a smaller size when memory runs out; see `halving`.
+    """
+
+    values: Callable[[Float[Tensor, "row entry"]], Float[Tensor, " row"]]
+    point: Float[Tensor, " entry"]
+    size: int
+    halve: Callable[[int], int]
+    progress: bool | None = False
+
+    @property
+    def backward_size(self) -> int:
+        """Rows that fit into one backward pass, which holds several times as much."""
+        return max(1, min(self.size // 4, VECTOR_ENTRIES // len(self.point)))
+
+    def at(self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int) -> Float[Tensor, " row"]:
+        """Values at so many points, which are made when they are needed from their numbers."""
+        with torch.no_grad():
+            parts = run_batches(lambda rows: self.values(row(rows)), torch.arange(count), self.size, self.halve, False)
+        return torch.cat(parts)
+
+    def path_gradient(self, steps: int) -> Float[Tensor, " entry"]:
+        """The mean gradient on the way from 0 to the point, ∫₀¹ ∇f(tw) dt, by Gauss–Legendre quadrature.
+
+        Reference: Sundararajan, Taly, Yan, Axiomatic attribution for deep networks, 2017, arXiv:1703.01365.
+        """
+        from numpy.polynomial.legendre import leggauss
+
+        nodes, weights = (torch.from_numpy(each).to(self.point) / 2 for each in leggauss(steps))
+
+        def run(rows: Tensor) -> Tensor:
+            points = ((nodes + 0.5)[rows, None] * self.point).requires_grad_()
+            with torch.enable_grad():
+                total = self.values(points).sum()
+            (slopes,) = torch.autograd.grad(total, points, materialize_grads=True) if total.requires_grad else (0 * points,)
+            return weights[rows] @ slopes
+
+        parts = run_batches(run, torch.arange(steps), self.backward_size, self.halve, False)
+        return torch.stack(parts).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Value, gradient and Hessian of a function at its point; the gradient's graph is kept and serves all products.
+
+    Reference: Pearlmutter, Fast exact multiplication by the Hessian, 1994, doi:10.1162/neco.1994.6.1.147.
+    """
+
+    function: Function
+    w: Float[Tensor, " entry"]
+    value: Float[Tensor, ""]
+    gradient: Float[Tensor, " entry"]
+
+    def products(self, vectors: Float[Tensor, "entry n"], progress: bool | None = False) -> Float[Tensor, "entry n"]:
+        """Hessian times each column: by the whole Hessian where it was made, and else several in one backward pass."""
+        if "hessian" in vars(self):
+            return self.hessian @ vectors
+        if not self.gradient.requires_grad:  # f is linear in w, or does not depend on it
+            return torch.zeros_like(vectors)
+        order, f = torch.arange(vectors.shape[1]), self.function
+        parts = run_batches(lambda rows: self._backward(vectors[:, rows].mT), order, f.backward_size, f.halve, progress, "Hessian")
+        return torch.cat(parts).mT
+
+    @cached_property
+    def hessian(self) -> Float[Tensor, "entry entry"]:
+        """The whole Hessian; symmetric up to rounding."""
+        return self.products(torch.eye(len(self.w), dtype=self.w.dtype, device=self.w.device), self.function.progress)
+
+    def _backward(self, rows: Float[Tensor, "n entry"]) -> Float[Tensor, "n entry"]:
+        one = len(rows) == 1  # a batched backward pass costs more than a plain one
+        (product,) = torch.autograd.grad(
+            self.gradient,
+            self.w,
+            rows[0] if one else rows,
+            retain_graph=True,
+            is_grads_batched=not one,
+            allow_unused=True,
+        )
+        return torch.zeros_like(rows) if product is None else product.view_as(rows)
+
+
+def differentiate(function: Function) -> Curvature:
+    """Value and gradient of a function at its point, ready for Hessian-vector products.
+
+    Raises:
+        ValueError: the value or the gradient is NaN or inf.
+    """
+    w = function.point.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        value = function.values(w[None])[0]
+        gradient = torch.zeros_like(w)
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, w, create_graph=True, materialize_grads=True)
+    for what, found in (("f is", value), ("The gradient of f is", gradient)):
+        if not found.isfinite().all():
+            raise ValueError(
+                f"{what} not finite at w ({w.dtype}), so nothing can be attributed; in half precision, load the model with "
+                "dtype=torch.float32."
+            )
+    return Curvature(function, w, value.detach(), gradient)
+
+
+def eigenpairs(curvature: Curvature, pairs: int, *, tolerance: float, max_products: int, seed: int) -> Eigenpairs:
+    """The Hessian's eigenpairs largest in size: from the whole Hessian where w is short, and else by Lanczos."""
+    entries = len(curvature.w)
+    if entries <= max(DENSE, capacity(pairs)):
+        return dense_eigenpairs(curvature.hessian, pairs)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(entries, BLOCK, generator=generator, dtype=torch.float64).to(curvature.w)
+    with progress_bar(max_products, "Hessian, at most", curvature.function.progress) as bar:
+
+        def products(vectors: Tensor) -> Tensor:
+            bar.update(vectors.shape[1])
+            return curvature.products(vectors)
+
+        return lanczos(products, start, pairs, tolerance=tolerance, max_products=max_products)

@@ -1,0 +1,142 @@
+"""Gradient vectors of many tokens, and the eigenvectors of their second moment: a basis that competes with the Hessian's."""
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechsvd.batches import halving, rows_a_pass, run_batches
+from mechsvd.decomposition import Decomposition, decompose_groups
+from mechsvd.models import provenance_of
+from mechsvd.objective import Over, Part, Where, objective_over
+from mechsvd.results import Provenance, load_result, require_kind, result, save_result
+from mechsvd.runs import evaluation
+from mechsvd.selfcheck import require_sound
+from mechsvd.sites import COMPONENTS, Model
+from mechsvd.tasks import Positions, Task, as_tasks, require_fitting
+
+
+@result
+class Gradients:
+    """The gradient of every continuation token's log-probability with respect to w.
+
+    Attributes:
+        values: one row a scored token.
+        task_index: which task each row belongs to.
+        tokens: the token that each row scores.
+        parts: what the entries of w are, in their order.
+    """
+
+    values: Float[Tensor, "sample entry"]
+    task_index: Int[Tensor, " sample"]
+    tokens: Int[Tensor, " sample"]
+    parts: tuple[Part, ...]
+    source: Provenance | None = None
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Gradients":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def __len__(self) -> int:
+        """Number of gradient vectors."""
+        return len(self.values)
+
+    def to_pandas(self) -> Any:
+        """One row a gradient: task, token, norm."""
+        import pandas as pd
+
+        norms = self.values.double().norm(dim=1)
+        return pd.DataFrame({"task": self.task_index.numpy(), "token": self.tokens.numpy(), "norm": norms.numpy()})
+
+    def __repr__(self) -> str:
+        return (
+            f"Gradients of the log-probabilities of {len(self)} tokens in {int(self.task_index.max()) + 1} task(s)\n"
+            f"  with respect to {self.values.shape[1]:,} entries\n"
+            f"  on {self.source.model if self.source else 'an unnamed model'}"
+        )
+
+
+def collect_gradients(
+    model: Model,
+    tasks: Task | Sequence[Task],
+    over: Over,
+    *,
+    layers: int | Iterable[int] | None = None,
+    components: Sequence[str] = COMPONENTS,
+    positions: Positions = None,
+    missing: Literal["error", "skip"] = "error",
+    check: bool = True,
+) -> Gradients:
+    """Collect the gradient of every continuation token's log-probability, with one backward graph a task.
+
+    Args:
+        over: what w is; see `hessian_attribution`. Of sites, tasks of several lengths need `positions`, so that all have the
+            same w.
+        check: refuse a model whose hooks are not its writes, and a decomposition of another model: of a checkpoint of the same
+            model, pass False.
+
+    Raises:
+        TypeError, KeyError, ValueError: as `hessian_attribution`; tasks with a w of different shapes.
+    """
+    chosen = as_tasks(tasks)
+    for task in chosen:
+        require_fitting(model, task)
+    found, notes = require_sound(model, check, missing)
+    where = Where(layers, components, positions, missing)
+    parts: list[tuple[Part, ...]] = []
+    rows = []
+    with evaluation(model, gradients=True) as users:
+        tokens = tuple(tuple(task.tokens.tolist()) for task in chosen)
+        source = provenance_of(model, tokens, (), (*notes, *users))
+        for task in chosen:
+            f = objective_over(model, task, over, where, found, source if check else None)
+            parts.append(f.parts)
+            if f.parts != parts[0]:
+                raise ValueError(
+                    f"The tasks' w differ in shape: {parts[0][0]} and {f.parts[0]}; pass `positions` that all tasks have."
+                )
+            w = f.point.clone().requires_grad_()
+            rows.append(_jacobian(f.log_probs(w[None])[0], w, max(1, rows_a_pass(model, task) // 4), halving(model, task)))
+    index = torch.cat([torch.full_like(task.continuation, i) for i, task in enumerate(chosen)])
+    return Gradients(torch.cat(rows).cpu(), index, torch.cat([task.continuation for task in chosen]), parts[0], source)
+
+
+def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> Decomposition:
+    """The eigenvectors of the gradients' second moment, the empirical Fisher information, by falling eigenvalue.
+
+    Args:
+        gradients: of one model, or one for each of several training checkpoints.
+
+    Returns:
+        The SVD of all gradients together: `.directions` are the eigenvectors, as a `basis` for `hessian_attribution`; the
+        eigenvalues are the squared singular values over the number of gradients; `.left` says what each gradient holds.
+
+    Raises:
+        TypeError: something else.
+        ValueError: gradients with respect to different w.
+    """
+    several = [gradients] if isinstance(gradients, Gradients) else list(gradients)
+    for each in several:
+        require_kind(each, Gradients)
+        if each.parts != several[0].parts:
+            raise ValueError("The gradients are with respect to different w; collect them with the same `over` and `positions`.")
+    values = torch.cat([each.values for each in several])
+    return decompose_groups(values[None, None], source=several[0].source)[0]
+
+
+def _jacobian(log_probs: Float[Tensor, " scored"], w: Tensor, size: int, halve: Any) -> Float[Tensor, "scored entry"]:
+    if not log_probs.requires_grad:
+        return w.new_zeros(len(log_probs), len(w))
+    pick = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
+
+    def backward(rows: Tensor) -> Tensor:
+        (slopes,) = torch.autograd.grad(log_probs, w, pick[rows], retain_graph=True, is_grads_batched=True)
+        return slopes
+
+    return torch.cat(run_batches(backward, torch.arange(len(log_probs)), size, halve, False))

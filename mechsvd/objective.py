@@ -1,0 +1,164 @@
+"""What is differentiated: the log-probability of a task as a function of a vector w — gains, writes or weights."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from mechsvd.decomposition import Decomposition, require_decomposition
+from mechsvd.edits import Edit, Gate
+from mechsvd.hooks import bind, require_fitting_edit
+from mechsvd.measurement import score
+from mechsvd.results import Provenance
+from mechsvd.selfcheck import SelfCheck
+from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites, find_weights
+from mechsvd.subspace import at_least_single, complete
+from mechsvd.tasks import Positions, Task, valid_positions
+
+Over = Decomposition | Site | str | Sequence[Site] | Sequence[str]
+Part = tuple[str, tuple[int, ...]]  # a piece of w: what it is, and its shape
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which writes are meant; see `fwd_hooks`."""
+
+    layers: int | Iterable[int] | None = None
+    components: Sequence[str] = COMPONENTS
+    positions: Positions = None
+    missing: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The log-probability of a task as a function of w, and the w at which the model is as it is.
+
+    Attributes:
+        log_probs: rows of w to the natural-log probability of each continuation token; differentiable in the rows.
+        point: w of the model as it is.
+        parts: what the entries of w are, in their order: name and shape of each piece.
+        hooks: names of the hook points where it acts.
+    """
+
+    log_probs: Callable[[Float[Tensor, "row entry"]], Float[Tensor, "row scored"]]
+    point: Float[Tensor, " entry"]
+    parts: tuple[Part, ...]
+    hooks: tuple[str, ...] = ()
+
+
+def objective_over(
+    model: Model, task: Task, over: Over, where: Where, check: SelfCheck, source: Provenance | None = None
+) -> Objective:
+    """Make the function of w: the gains of a decomposition's directions, the writes at some sites, or named weights.
+
+    Args:
+        source: of the model, where a decomposition of another one is to be refused.
+
+    Raises:
+        TypeError: something else.
+        KeyError: a pattern that matches no weight; a site that the model does not have.
+        ValueError: a decomposition that does not fit.
+    """
+    listed = [over] if isinstance(over, Site | str) else over
+    if isinstance(listed, Decomposition):
+        return _over_gains(model, task, listed, where, check, source)
+    if isinstance(listed, Sequence) and listed and all(isinstance(one, str) for one in listed):
+        return _over_weights(model, task, [str(one) for one in listed], check)
+    if isinstance(listed, Sequence) and listed and all(isinstance(one, Site) for one in listed):
+        return _over_writes(model, task, [one for one in listed if isinstance(one, Site)], where, check)
+    raise TypeError(
+        "`over` must be a decomposition (its gains), sites of the model (`mechsvd.find_sites`, their writes), or patterns of "
+        f"weights ('blocks.2.mlp.*'), but is {over!r:.60}; of a `per_layer` tuple, take one."
+    )
+
+
+def _over_gains(
+    model: Model, task: Task, svd: Decomposition, where: Where, check: SelfCheck, source: Provenance | None
+) -> Objective:
+    """One gain a direction, and one for all that the directions do not span, so that w = 1 is the model and w = 0 no writes."""
+    require_decomposition(svd)
+    device, dtype = _like(model)
+    basis = svd.directions.to(device, dtype)
+    require_fitting_edit(model, Gate(basis, basis.new_ones(svd.rank), source=svd.source), source)
+    unseen = svd.d_model - svd.rank
+    basis = complete(basis) if unseen else basis
+    sites = find_sites(model, where.layers, where.components, where.missing)
+    positions = valid_positions(where.positions, len(task.tokens))
+
+    def log_probs(rows: Tensor) -> Tensor:
+        gains = torch.cat([rows, rows[:, -1:].expand(-1, unseen - 1)], dim=1) if unseen else rows
+        gate = Gate(basis, gains)
+        hooks = [(site.hook_name, bind(gate, site, positions, rows=len(rows))) for site in sites]
+        return score(model, task, check, hooks, len(rows))[0]
+
+    parts: tuple[Part, ...] = (("gain", (svd.rank,)), *([("gain of the rest", (1,))] if unseen else []))
+    point = torch.ones(svd.rank + bool(unseen), device=device, dtype=dtype)
+    return Objective(log_probs, point, parts, tuple(site.hook_name for site in sites))
+
+
+def _over_writes(model: Model, task: Task, chosen: Sequence[Site], where: Where, check: SelfCheck) -> Objective:
+    """The writes themselves: w minus the clean writes is added to what the sites write, so w = 0 takes the clean writes away."""
+    known = find_sites(model, missing="skip")
+    if wrong := [site.hook_name for site in chosen if site not in known]:
+        raise KeyError(f"This model does not write at {wrong[:3]}; choose from `mechsvd.find_sites(model)`.")
+    sites = [site for site in known if site in chosen]
+    device, dtype = _like(model)
+    positions = list(valid_positions(where.positions, len(task.tokens)) or range(len(task.tokens)))
+    stored: list[Tensor] = []
+    with torch.no_grad():
+        score(model, task, check, [(site.hook_name, lambda x, hook=None: stored.append(x[0].clone())) for site in sites])
+    clean = torch.stack(stored)[:, positions].to(device, dtype)
+
+    def log_probs(rows: Tensor) -> Tensor:
+        shifts = rows.new_zeros(len(rows), len(sites), len(task.tokens), clean.shape[-1])
+        shifts = shifts.index_copy(2, torch.tensor(positions, device=device), rows.view(-1, *clean.shape) - clean)
+        hooks = [_added(site, shifts[:, i]) for i, site in enumerate(sites)]
+        return score(model, task, check, hooks, len(rows))[0]
+
+    parts = tuple((site.hook_name, tuple(clean.shape[1:])) for site in sites)
+    return Objective(log_probs, clean.flatten(), parts, tuple(site.hook_name for site in sites))
+
+
+def _added(site: Site, shifts: Float[Tensor, "row pos d_model"]) -> Hook:
+    edit: Edit = lambda x, hook=None: x + shifts.to(x.dtype)  # noqa: E731
+    return site.hook_name, bind(edit, site, rows=len(shifts))
+
+
+def _over_weights(model: Model, task: Task, patterns: Sequence[str], check: SelfCheck) -> Objective:
+    """The named weights, one after the other; many rows are run by `vmap`, each with weights of its own."""
+    weights = find_weights(model, patterns)
+    _, dtype = _like(model)
+    run = _Run(model, task, check)
+    sizes = [weight.numel() for _, weight in weights.values()]
+
+    def one(w: Tensor) -> Tensor:
+        pieces = zip(weights.values(), w.split(sizes), strict=True)
+        replaced = {f"model.{name}": piece.view_as(weight).to(weight.dtype) for (names, weight), piece in pieces for name in names}
+        # a bridge reaches a module by several paths: torch's search for tied weights would take the new ones for the old
+        return functional_call(run, replaced, (), tie_weights=False)
+
+    def log_probs(rows: Tensor) -> Tensor:
+        return one(rows[0])[None] if len(rows) == 1 else vmap(one)(rows)
+
+    point = torch.cat([weight.detach().flatten() for _, weight in weights.values()]).to(dtype)
+    return Objective(log_probs, point, tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items()))
+
+
+class _Run(nn.Module):
+    """Scoring a task, as a module whose weights `functional_call` can replace."""
+
+    def __init__(self, model: Any, task: Task, check: SelfCheck):
+        super().__init__()
+        self.model, self.task, self.check = model, task, check
+
+    def forward(self) -> Float[Tensor, " scored"]:
+        return score(self.model, self.task, self.check)[0][0]
+
+
+def _like(model: Model) -> tuple[torch.device, torch.dtype]:
+    weight = next(model.parameters())
+    return weight.device, at_least_single(weight.dtype)
