@@ -110,7 +110,7 @@ def hessian_attribution_of(
         function: twice differentiable, of torch operations that `torch.func.vmap` can batch.
         pairs, basis: see `hessian_attribution`.
         tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|, and the table marks what is above.
-        max_products: Hessian-vector products that Lanczos may use; 30 a pair by default.
+        max_products: Hessian-vector products that Lanczos may use; 200 and 20 a pair by default.
         path_steps: Gauss–Legendre nodes of the path integral.
         seed: of Lanczos's start and of the random directions.
 
@@ -170,7 +170,7 @@ def _attribute(function: Function, choices: _Choices) -> Attribution:
     pairs, vectors, spent, most = choices.count(entries), choices.directions(function.point), 0, None
     curvature = differentiate(function)
     if vectors is None:
-        most = 30 * pairs if choices.max_products is None else choices.max_products
+        most = 200 + 20 * pairs if choices.max_products is None else choices.max_products
         found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
         vectors, spent = found.vectors.to(function.point), found.products
     path = function.path_gradient(choices.path_steps)
@@ -190,7 +190,7 @@ def _warn_of(scored: Attribution, curvature: Curvature, most: int | None) -> Non
     """Warn of pairs that Lanczos left unconverged (`most` are the products it might use), and of an f without derivatives."""
     if most is not None and not scored.converged.all():
         more = "Allow more `max_products`, or ask for fewer `pairs`."
-        precision = f"The products themselves are no better in {curvature.w.dtype}: load the model with dtype=torch.float64."
+        precision = f"Rounding in {curvature.w.dtype} allows no better; with dtype=torch.float64 the model rounds less."
         warnings.warn(
             f"{int((~scored.converged).sum())} of {len(scored)} eigenpairs did not converge to a residual of "
             f"{scored.tolerance:g}·|λ| in {scored.products} products; the table marks them. "

@@ -23,7 +23,7 @@ def hessian_spectrum(found: Attribution) -> go.Figure:
     figure.add_trace(
         (go.Scattergl if len(found) > MANY_POINTS else go.Scatter)(
             y=found.eigenvalues.numpy(),
-            error_y={"array": found.residuals.numpy(), "thickness": 1},
+            error_y={"array": found.residuals.numpy(), "thickness": 1, "width": 0},
             mode="markers",
             marker={"color": EDITED, "size": 6, "symbol": ["circle" if c else "circle-open" for c in found.converged.tolist()]},
             customdata=torch.stack([found.residuals, found.projections], dim=1).numpy(),
@@ -61,7 +61,8 @@ def estimate_errors(found: Attribution) -> go.Figure:
 def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
     """Measured scores, largest first, summed up as a share of f(w) − f(0), for several bases of the same w.
 
-    A basis with few strong components rises fast; over a complete basis whose components do not interact the curve ends at 1.
+    A basis with few strong components rises fast. Over a complete basis whose components do not interact the curve ends at 1,
+    which is drawn where it is in reach; above it, components do the same work, and removing either shows all of it.
 
     Raises:
         ValueError: no attributions, or of different functions or models.
@@ -80,7 +81,8 @@ def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
         sums = found.share.sort(descending=True).values.cumsum(0)
         hover = f"{name}<br>first %{{x}} components<br>%{{y:.3f}} of f(w) − f(0)"
         figure.add_trace(line(range(1, len(found) + 1), sums, name, colour, hover=hover))
-    figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
+    if max(max(trace.y) for trace in figure.data) > 1 / 3:
+        figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
     return figure.update_layout(showlegend=True)
 
 

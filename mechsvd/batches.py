@@ -98,7 +98,7 @@ def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) ->
         parts.append(forward(rows))
         return True
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     # outside the except block: the exception holds the frames, and those the tensors
     if torch.cuda.is_available():
@@ -106,7 +106,8 @@ def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) ->
     return False
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.decomposition import eigh_or_again
@@ -116,7 +116,7 @@ class _Krylov:
         """Eigenpairs of the matrix in the basis, by falling size."""
         small = self.matrix[: self.size, : self.size]
         values, vectors = torch.linalg.eigh((small + small.T) / 2)
-        order = values.abs().argsort(descending=True)
+        order = _by_size(values)
         return values[order], vectors[:, order]
 
     def combine(self, vectors: Float[Tensor, "size n"]) -> Float[Tensor, "n entry"]:
@@ -131,7 +131,13 @@ class _Krylov:
         self.size, self.coupled = keep, 0
 
 
+def _by_size(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """By falling size; of two alike the positive one first."""
+    falling = values.argsort(descending=True)
+    return falling[values[falling].abs().argsort(descending=True, stable=True)]
+
+
 def _largest(values: Tensor, vectors: Tensor, pairs: int, products: int) -> Eigenpairs:
-    order = values.abs().argsort(descending=True)[:pairs]
+    order = _by_size(values)[:pairs]
     chosen = vectors[:, order.to(vectors.device)]
     return Eigenpairs(values[order], (chosen * signs(chosen)).to(at_least_single(chosen.dtype)), products)

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from mechsvd.batches import is_out_of_memory
 from mechsvd.decomposition import Decomposition, require_decomposition
-from mechsvd.edits import Edit, Gate
+from mechsvd.edits import Gate
 from mechsvd.hooks import bind, require_fitting_edit
 from mechsvd.measurement import score
 from mechsvd.results import Provenance
@@ -124,12 +125,14 @@ def _over_writes(model: Model, task: Task, chosen: Sequence[Site], where: Where,
 
 
 def _added(site: Site, shifts: Float[Tensor, "row pos d_model"]) -> Hook:
-    edit: Edit = lambda x, hook=None: x + shifts.to(x.dtype)  # noqa: E731
-    return site.hook_name, bind(edit, site, rows=len(shifts))
+    def added(x: Tensor, hook: Any = None) -> Tensor:
+        return x + shifts.to(x.dtype)
+
+    return site.hook_name, bind(added, site, rows=len(shifts))
 
 
 def _over_weights(model: Model, task: Task, patterns: Sequence[str], check: SelfCheck) -> Objective:
-    """The named weights, one after the other; many rows are run by `vmap`, each with weights of its own."""
+    """The named weights, one after the other; many rows are run by `vmap` where it can, each with weights of its own."""
     weights = find_weights(model, patterns)
     _, dtype = _like(model)
     run = _Run(model, task, check)
@@ -141,8 +144,18 @@ def _over_weights(model: Model, task: Task, patterns: Sequence[str], check: Self
         # a bridge reaches a module by several paths: torch's search for tied weights would take the new ones for the old
         return functional_call(run, replaced, (), tie_weights=False)
 
+    goes_through_vmap = True
+
     def log_probs(rows: Tensor) -> Tensor:
-        return one(rows[0])[None] if len(rows) == 1 else vmap(one)(rows)
+        nonlocal goes_through_vmap
+        if len(rows) > 1 and goes_through_vmap:
+            try:
+                return vmap(one)(rows)
+            except RuntimeError as error:  # the model's own code does not (Bloom's activation), or memory ran out
+                if is_out_of_memory(error):
+                    raise
+                goes_through_vmap = False
+        return torch.stack([one(row) for row in rows])
 
     point = torch.cat([weight.detach().flatten() for _, weight in weights.values()]).to(dtype)
     return Objective(log_probs, point, tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items()))

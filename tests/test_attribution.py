@@ -1,0 +1,557 @@
+"""Attribution against independent computations: own hooks or raw modules, `torch.func.hessian`, finite differences, float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call, hessian
+
+import mechsvd as ms
+from mechsvd.attribution import CONTROLS
+from mechsvd.curvature import DENSE
+from mechsvd.edits import Gate
+from mechsvd.objective import Where, objective_over
+from mechsvd.runs import evaluation
+from tests.conftest import ACCEPTED, STORIES, tiny, tiny_hf, tiny_task
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A tiny random Llama in float64, raw and as a bridge; its softmax too, which transformers computes in float32."""
+    plain = torch.nn.functional.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: plain(x, dim=dim))
+        yield in_double(tiny_hf("Llama")), tiny("Llama", in_double(tiny_hf("Llama"))), tiny_task()
+
+
+def in_double(raw):
+    """The model in float64, its norms too, which transformers computes in float32 whatever the model's dtype."""
+    for module in raw.double().modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = lambda x, m=module: m.weight * x * (x.square().mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
+    return raw
+
+
+def raw_log_prob(raw, task, edits=None, weights=None):
+    """The log-probability from the raw modules, whose attention and MLP outputs are edited one after the other."""
+    outputs = [module for layer in raw.model.layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    handles = [
+        module.register_forward_hook(lambda _, __, out, edit=edit: edit(out))
+        for module, edit in zip(outputs, edits or [], strict=False)
+    ]
+    try:
+        logits = functional_call(raw, weights or {}, (task.tokens[None],)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits[0, task.scored].log_softmax(-1).gather(-1, task.continuation[:, None]).sum()
+
+
+def gains_function(raw, task, svd):
+    """f of the gains: each write's coordinates times the gains, what no direction holds times the last one."""
+    v, rest = svd.directions.double(), svd.d_model - svd.rank
+
+    def log_prob(w):
+        gains, outside = (w[: svd.rank], w[svd.rank]) if rest else (w, 0.0)
+
+        def edit(x):
+            return (x @ v * gains) @ v.T + outside * (x - x @ v @ v.T)
+
+        return raw_log_prob(raw, task, [edit] * 4)
+
+    return log_prob, torch.ones(svd.rank + bool(rest), dtype=torch.float64)
+
+
+def write_function(raw, task, place, positions):
+    """f of the writes of one module at some positions."""
+    seen = []
+    with torch.no_grad():
+        raw_log_prob(raw, task, [lambda x: seen.append(x[0].clone()) or x] * 4)
+    clean = seen[place][positions]
+
+    def log_prob(w):
+        edits = [lambda x: x] * 4
+        change = w.view_as(clean) - clean
+        pick = torch.nn.functional.one_hot(torch.tensor(positions), len(task.tokens)).double()
+        edits[place] = lambda x: x + pick.T @ change
+        return raw_log_prob(raw, task, edits)
+
+    return log_prob, clean.flatten()
+
+
+def weight_function(raw, task, name):
+    """f of one weight matrix."""
+    weight = dict(raw.named_parameters())[name].detach()
+    return lambda w: raw_log_prob(raw, task, weights={name: w.view_as(weight)}), weight.flatten().clone()
+
+
+@pytest.fixture(scope="module", params=["gains", "gains of few directions", "a shift of the writes", "weights"])
+def kind(request, exact):
+    raw, model, task = exact
+    raw.requires_grad_(False)
+    if request.param == "a shift of the writes":
+        over = ms.find_sites(model, layers=[1], components=["attn"])
+        return over, {"positions": [3, 5, 6]}, *write_function(raw, task, 2, [3, 5, 6])
+    if request.param == "weights":
+        return "blocks.0.ln*.weight", {}, *two_norms(raw, task)
+    svd = ms.decompose(ms.collect_writes(model, task))
+    few = ms.decompose(ms.collect_writes(model, task).values[:1])
+    svd = svd if request.param == "gains" else few
+    return svd, {}, *gains_function(raw, task, svd)
+
+
+def two_norms(raw, task):
+    names = ["model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"]
+    point = torch.cat([dict(raw.named_parameters())[name].detach() for name in names])
+    return lambda w: raw_log_prob(raw, task, weights=dict(zip(names, w.split(32), strict=True))), point
+
+
+@pytest.mark.filterwarnings("ignore:9 writes for 32")
+@pytest.mark.parametrize("objective", ["probability", "log_prob"])
+def test_every_column_equals_an_independent_computation(kind, exact, objective):
+    over, options, log_prob, point = kind
+    f = log_prob if objective == "log_prob" else lambda w: log_prob(w).exp()
+    found = ms.hessian_attribution(exact[1], exact[2], over, objective=objective, **options)
+    u = found.vectors
+    close = {"rtol": 1e-7, "atol": 1e-9 * abs(float(f(point)))}
+    expected = hessian(f)(point)
+    values = torch.linalg.eigvalsh(expected)
+    torch.testing.assert_close(found.eigenvalues, values[values.abs().argsort(descending=True)], **close)
+    torch.testing.assert_close(u.T @ expected @ u, found.eigenvalues.diag(), rtol=0, atol=1e-10 * float(values.abs().max()))
+    gradient = torch.func.grad(f)(point)
+    torch.testing.assert_close(found.slopes, gradient @ u, **close)
+    torch.testing.assert_close(found.projections, point @ u)
+    removed = torch.stack([f(point - each * (each @ point)) for each in u.T])
+    torch.testing.assert_close(found.measured, f(point) - removed, **close)
+    torch.testing.assert_close(found.linear, (point @ u) * (gradient @ u), **close)
+    torch.testing.assert_close(found.quadratic, found.linear - values_of(u, expected) * (point @ u) ** 2 / 2, **close)
+    assert (found.value, found.baseline) == (pytest.approx(float(f(point))), pytest.approx(float(f(0 * point))))
+    torch.testing.assert_close(found.share, found.measured / (f(point) - f(0 * point)).detach())
+    assert (found.residuals <= 1e-10 * values.abs().max()).all()
+    # over a complete basis
+    assert float(found.linear.sum()) == pytest.approx(float(point @ gradient), rel=1e-9)
+    assert float(found.integrated.sum()) == pytest.approx(found.value - found.baseline, abs=found.path_error * 1.001 + 1e-12)
+
+
+def values_of(u, matrix):
+    return (u * (matrix @ u)).sum(dim=0)
+
+
+def test_the_path_integral_converges(exact):
+    _, model, task = exact
+    svd = ms.decompose(ms.collect_writes(model, task))
+    errors = [ms.hessian_attribution(model, task, svd, path_steps=steps).path_error for steps in (2, 8, 64)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-3 * ms.hessian_attribution(model, task, svd, path_steps=64).value
+
+
+def test_products_equal_finite_differences_of_the_gradient(kind, exact):
+    over, options, log_prob, point = kind
+    found = ms.hessian_attribution(exact[1], exact[2], over, objective="log_prob", **options)
+    step = 1e-5
+    for component in (0, len(found) // 2):
+        u = found.vectors[:, component]
+        slopes = [torch.func.grad(log_prob)(point + sign * step * u) for sign in (1, -1)]
+        product = (slopes[0] - slopes[1]) / (2 * step)
+        torch.testing.assert_close(
+            product, found.eigenvalues[component] * u, rtol=1e-5, atol=1e-6 * float(found.eigenvalues[0].abs())
+        )
+
+
+def test_the_gate_gradient_equals_finite_differences_of_the_engines_own_measurements(exact):
+    _, model, task = exact
+    svd = ms.decompose(ms.collect_writes(model, task))
+    found = ms.hessian_attribution(model, task, svd, objective="log_prob", basis=torch.eye(svd.rank).double())
+    step = 1e-5 * torch.eye(svd.rank, dtype=torch.float64)
+    up, down = (ms.measure(model, task, Gate(svd.directions, 1 + sign * step, source=svd.source)).log_prob for sign in (1, -1))
+    torch.testing.assert_close(found.slopes, (up - down) / 2e-5, rtol=1e-6, atol=1e-7)
+    ranking = ms.rank_directions(model, task, svd)
+    torch.testing.assert_close(found.measured, ranking.effect, rtol=0, atol=1e-9)  # removing a gain is removing a direction
+
+
+@pytest.mark.parametrize("architecture", ACCEPTED)
+def test_every_accepted_architecture_has_exact_products(architecture):
+    model, task = tiny(architecture, tiny_hf(architecture).double()), tiny_task()
+    svd = ms.decompose(ms.collect_writes(model, task))
+    clean = float(ms.measure(model, task, [ms.chain()]).against.log_prob)
+    for over in (svd, ms.find_sites(model, layers=[0]), "blocks.1.*"):
+        found = ms.hessian_attribution(model, task, over, pairs=3, objective="log_prob", path_steps=4)
+        assert found.value == pytest.approx(clean, rel=1e-9)
+        f = objective_over(model, task, over, Where(), ms.self_check(model))
+
+        def one(w, f=f):
+            return f.log_probs(w[None]).sum()
+
+        with evaluation(model, gradients=True):
+            rows = torch.stack([f.point, 0.9 * f.point])  # together, and each alone
+            torch.testing.assert_close(f.log_probs(rows).sum(dim=1), torch.stack([one(row) for row in rows]), rtol=1e-6, atol=1e-6)
+            for u, value, residual in zip(found.vectors.T, found.eigenvalues, found.residuals, strict=True):
+                if architecture == "Bloom":  # its activation is written for plain backward passes alone
+                    product = torch.autograd.functional.hvp(one, f.point, u)[1]
+                else:
+                    product = torch.func.jvp(torch.func.grad(one), (f.point,), (u,))[1]  # forward mode over one backward pass
+                assert float((product - value * u).norm()) == pytest.approx(float(residual), abs=2e-5 * float(value.abs()))
+
+
+def test_lanczos_finds_what_the_whole_hessian_holds(exact):
+    _, model, task = exact
+    over = "blocks.1.mlp.*"  # 6144 entries
+    found = ms.hessian_attribution(model, task, over, pairs=8, tolerance=1e-9)
+    weights = {name: tuple(shape) for name, shape in found.parts}
+    assert len(found.vectors) == 3 * 64 * 32 > DENSE
+    raw = exact[0]
+    names = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    point = torch.cat([dict(raw.named_parameters())[name].detach().flatten() for name in names])
+    shapes = [dict(raw.named_parameters())[name].shape for name in names]
+    assert sorted(weights.values()) == sorted(tuple(shape) for shape in shapes)
+
+    def f(w):
+        pieces = zip(names, shapes, w.split(2048), strict=True)
+        return raw_log_prob(raw, task, weights={name: piece.view(shape) for name, shape, piece in pieces}).exp()
+
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    gradient = torch.func.grad(f)
+
+    def product(v):
+        return torch.func.jvp(gradient, (point,), (torch.from_numpy(v.copy()).view(-1),))[1].detach().numpy()
+
+    values = eigsh(LinearOperator((len(point),) * 2, matvec=product, dtype=float), 8, which="LM", tol=1e-10)[0]
+    np.testing.assert_allclose(found.eigenvalues.numpy(), sorted(values, key=abs)[::-1], rtol=1e-8)
+    assert found.converged.all()
+
+
+@pytest.fixture(scope="module")
+def stories_exact():
+    if not STORIES.is_dir():
+        pytest.skip(f"the real model stories260k is not in {STORIES.parent}")
+    from transformers import AutoModelForCausalLM
+
+    raw = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float64, attn_implementation="eager").eval()
+    return raw, ms.load_model(STORIES, device="cpu", dtype=torch.float64)
+
+
+def stories_gains(raw, task, svd):
+    v = svd.directions.double()
+    return lambda w: raw_log_prob(raw, task, [lambda x: (x @ v * w) @ v.T] * 10).exp()
+
+
+def stories_weights(raw, found):
+    """The raw model's weights in the order of the parts of w, by shape and content."""
+    plain = dict(raw.named_parameters())
+    names = {
+        "embed": "model.embed_tokens",
+        "ln_final": "model.norm",
+        "unembed": "lm_head",
+    }
+    inner = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj"}
+    inner |= {"mlp.gate": "mlp.gate_proj", "mlp.in": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
+    inner |= {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+    for layer in range(5):
+        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in inner.items()}
+    chosen = [f"{names[name.removesuffix('.weight')]}.weight" for name, _ in found.parts]
+    assert all(tuple(plain[name].shape) == shape for name, (_, shape) in zip(chosen, found.parts, strict=True))
+    return chosen, torch.cat([plain[name].detach().flatten() for name in chosen])
+
+
+def assert_table(found, f, point, rows, rounding):
+    """All scores of some rows to 1e-3, from values and derivatives of an independent f.
+
+    A score that is small beside what it is a part of (u·∇f beside ‖∇f‖, a difference beside f) has the rounding of that.
+    """
+    value, gradient = f(point), torch.func.grad(f)(point)
+    for row in rows:
+        u = found.vectors[:, row].double()
+        held, slope = u @ point, u @ gradient
+        curved = u @ torch.func.jvp(torch.func.grad(f), (point,), (u,))[1]
+        expected = {
+            "eigenvalue": (curved, abs(curved)),
+            "projection": (held, point.norm()),
+            "slope": (slope, gradient.norm()),
+            "linear": (held * slope, abs(held) * gradient.norm() + point.norm() * abs(slope)),
+            "quadratic": (held * slope - curved * held**2 / 2, abs(held) * gradient.norm() + abs(curved * held) * point.norm()),
+            "measured": (value - f(point - u * held), value),
+        }
+        table = found.to_pandas().iloc[row]
+        for column, (number, whole) in expected.items():
+            assert table[column] == pytest.approx(float(number), rel=1e-3, abs=rounding * float(whole)), (row, column)
+
+
+def test_gates_of_stories_agree_with_raw_modules(stories_exact, stories, story_task):
+    raw, double = stories_exact
+    svd = ms.decompose(ms.collect_writes(double, story_task))
+    f = stories_gains(raw, story_task, svd)
+    found = ms.hessian_attribution(double, story_task, svd)
+    expected = hessian(f)(torch.ones(64, dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(expected)
+    order = values.abs().argsort(descending=True)
+    torch.testing.assert_close(found.eigenvalues, values[order], rtol=1e-4, atol=0)  # norms and softmax are in single precision
+    torch.testing.assert_close((found.vectors * vectors[:, order]).sum(dim=0).abs(), torch.ones(64, dtype=torch.float64))
+    assert_table(found, f, torch.ones(64, dtype=torch.float64), range(64), rounding=1e-6)
+    # and in single precision, where the residuals say how far an eigenvalue can be off
+    single = ms.hessian_attribution(stories, story_task, svd_of(stories, story_task))
+    exact = torch.linalg.eigvalsh(hessian(stories_gains(raw, story_task, svd_of(stories, story_task)))(torch.ones(64).double()))
+    off = (single.eigenvalues[:, None] - exact).abs().min(dim=1).values
+    assert (off[single.converged] <= 1e-3 * single.eigenvalues[single.converged].abs()).all()
+    assert single.converged.sum() >= 60
+
+
+def svd_of(model, task):
+    return ms.decompose(ms.collect_writes(model, task))
+
+
+def test_all_weights_of_stories_agree_with_raw_modules(stories_exact, stories, story_task):
+    raw, double = stories_exact
+    for model in (double, stories):
+        found = ms.hessian_attribution(model, story_task, "*", pairs=20)
+        assert found.converged.all()
+        assert len(found.vectors) == 260_032
+        names, point = stories_weights(raw, found)
+        shapes = [shape for _, shape in found.parts]
+
+        def f(w, names=names, shapes=shapes):
+            sizes = [math.prod(shape) for shape in shapes]
+            pieces = zip(names, w.split(sizes), shapes, strict=True)
+            return raw_log_prob(raw, story_task, weights={name: piece.view(shape) for name, piece, shape in pieces}).exp()
+
+        assert_table(found, f, point, range(20), rounding=1e-6 if model is double else 1e-5)
+        if model is double:
+            from scipy.sparse.linalg import LinearOperator, eigsh
+
+            graph = point.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(f(graph), graph, create_graph=True)
+
+            def product(v, s=slope, w=graph):
+                return torch.autograd.grad(s, w, torch.from_numpy(v.reshape(-1).copy()), retain_graph=True)[0]
+
+            operator = LinearOperator((len(point),) * 2, matvec=lambda v, p=product: p(v).numpy(), dtype=float)
+            values = sorted(eigsh(operator, 20, which="LM", tol=1e-6)[0], key=abs)[::-1]
+        np.testing.assert_allclose(found.eigenvalues.numpy(), values, rtol=1e-3)
+
+
+def test_a_given_basis_is_scored_as_it_is(exact):
+    _, model, task = exact
+    svd = ms.decompose(ms.collect_writes(model, task))
+    whole = ms.hessian_attribution(model, task, svd)
+    again = ms.hessian_attribution(model, task, svd, basis=whole.vectors[:, 3:5])
+    for name in ("eigenvalues", "projections", "slopes", "integrated", "measured"):
+        torch.testing.assert_close(getattr(again, name), getattr(whole, name)[3:5])
+    random = ms.random_subspace(svd.rank, 6, seed=1)
+    other = ms.hessian_attribution(model, task, svd, basis=random)
+    assert len(other) == len(other.control) == 6
+    assert not other.converged.any()
+    assert other.products == 0
+
+
+def test_the_control_is_of_random_directions_and_seeded(exact):
+    _, model, task = exact
+    svd = ms.decompose(ms.collect_writes(model, task))
+    found, same, other = (ms.hessian_attribution(model, task, svd, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(found.control.measured, same.control.measured)
+    assert not torch.equal(found.control.measured, other.control.measured)
+    expected = ms.random_subspace(svd.rank, min(svd.rank, CONTROLS), 0).basis
+    torch.testing.assert_close(found.control.vectors, expected)
+    assert found.control.control is None
+    assert (found.control.objective, found.control.parts, found.control.value) == (found.objective, found.parts, found.value)
+
+
+def test_the_batch_size_changes_nothing(exact):
+    _, model, task = exact
+    svd = ms.decompose(ms.collect_writes(model, task))
+    whole = ms.hessian_attribution(model, task, svd)
+    for size in (1, 7):
+        small = ms.hessian_attribution(model, task, svd, batch_size=size)
+        torch.testing.assert_close(small.measured, whole.measured, rtol=1e-9, atol=1e-12 * whole.value)
+        torch.testing.assert_close(small.eigenvalues, whole.eigenvalues, rtol=1e-9, atol=1e-12 * whole.value)
+
+
+def test_a_piece_of_a_direction_has_the_shape_of_its_weight(exact):
+    _, model, task = exact
+    found = ms.hessian_attribution(model, task, ["blocks.0.mlp.in.weight", "blocks.1.mlp.in.weight"], pairs=2)
+    piece = found.part("blocks.1.mlp.in.weight")
+    assert piece.shape == (2, 64, 32)
+    torch.testing.assert_close(piece.flatten(1).T, found.vectors[2048:])
+    with pytest.raises(KeyError, match=r"no part 'blocks.2': it has \['blocks.0.mlp.in.weight'"):
+        found.part("blocks.2")
+
+
+def test_a_weight_may_be_named_in_several_ways_and_comes_once(exact):
+    _, model, task = exact
+    same = ["blocks.0.mlp.in.weight", "blocks.0.mlp.up_proj.weight", "blocks.0.mlp.[iu]*"]
+    points = [ms.hessian_attribution(model, task, names, pairs=1).projections for names in (same[0], same[1], same)]
+    assert torch.equal(points[0], points[1])
+    assert torch.equal(points[0], points[2])
+
+
+def test_tied_weights_move_together():
+    model, task = tiny("GPT-2", tiny_hf("GPT-2").double()), tiny_task()
+    found = ms.hessian_attribution(model, task, "embed.weight", pairs=1, objective="log_prob")
+    raw = tiny_hf("GPT-2").double()
+    weight = raw.transformer.wte.weight.detach()
+
+    def f(w):
+        both = {"transformer.wte.weight": w.view_as(weight), "lm_head.weight": w.view_as(weight)}
+        logits = functional_call(raw, both, (task.tokens[None],), tie_weights=False).logits
+        return logits[0, task.scored].log_softmax(-1).gather(-1, task.continuation[:, None]).sum()
+
+    gradient = torch.func.grad(f)(weight.flatten())
+    assert float(found.slopes) == pytest.approx(float(gradient @ found.vectors[:, 0]), rel=1e-6)
+
+
+def test_fused_attention_is_set_aside_for_the_call():
+    from transformers import AutoModelForCausalLM
+
+    raw = tiny_hf("Llama")
+    config = raw.config
+    config._attn_implementation = "sdpa"
+    fused = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    fused.load_state_dict(raw.state_dict())
+    model, eager, task = tiny("Llama", fused), tiny("Llama"), tiny_task()
+    results = [ms.hessian_attribution(m, task, "blocks.0.ln1.weight", objective="log_prob") for m in (model, eager)]
+    torch.testing.assert_close(results[0].eigenvalues, results[1].eigenvalues, rtol=1e-3, atol=1e-3)
+
+
+def test_the_model_is_left_as_it_was(exact, silent):
+    _, model, task = exact
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    wanting = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    weights = [id(weight) for weight in model.parameters()]
+    for over in ("*", "blocks.9.*", ms.find_sites(model)):
+        try:
+            ms.hessian_attribution(model, task, over, pairs=1, max_products=8)
+        except KeyError:
+            assert over == "blocks.9.*"
+    assert weights == [id(weight) for weight in model.parameters()]
+    assert wanting == {name: weight.requires_grad for name, weight in model.named_parameters()}
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert torch.is_grad_enabled()
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_an_exception_inside_leaves_the_weights_alone(exact, monkeypatch):
+    _, model, task = exact
+    from mechsvd import objective
+
+    before = [weight.clone() for weight in model.parameters()]
+
+    def fails(*args, **options):
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(objective, "score", fails)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        ms.hessian_attribution(model, task, "blocks.0.*")
+    assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_memory_that_runs_out_halves_the_batch(exact, monkeypatch):
+    _, model, task = exact
+    from mechsvd.curvature import Curvature
+
+    whole = ms.hessian_attribution(model, task, "blocks.0.ln1.weight")
+    plain = Curvature._backward
+
+    def small(self, rows):
+        if len(rows) > 4:
+            raise torch.OutOfMemoryError
+        return plain(self, rows)
+
+    monkeypatch.setattr(Curvature, "_backward", small)
+    with pytest.warns(UserWarning, match="Out of memory with"):
+        found = ms.hessian_attribution(model, task, "blocks.0.ln1.weight")
+    torch.testing.assert_close(found.eigenvalues, whole.eigenvalues)
+
+
+def test_an_attribution_is_saved_and_loaded(exact, tmp_path):
+    _, model, task = exact
+    found = ms.hessian_attribution(model, task, "blocks.0.ln1.weight")
+    found.save(tmp_path / "found.safetensors")
+    loaded = ms.Attribution.load(tmp_path / "found.safetensors")
+    assert loaded.to_pandas().equals(found.to_pandas())
+    assert loaded.control.to_pandas().equals(found.control.to_pandas())
+    assert repr(loaded) == repr(found)
+    assert loaded.part("blocks.0.ln1.weight").shape == (32, 32)
+    assert loaded.source.tokens == (tuple(task.tokens.tolist()),)
+
+
+def test_the_table_says_which_estimate_was_nearer_and_what_is_noise(stories, story_task):
+    found = ms.hessian_attribution(stories, story_task, svd_of(stories, story_task))
+    table = found.to_pandas()
+    promised = ["eigenvalue", "projection", "linear", "quadratic", "measured", "residual"]
+    assert [column for column in table.columns if column in promised] == promised
+    assert table.eigenvalue.abs().is_monotonic_decreasing
+    assert set(table.nearer) == {"linear", "quadratic"}
+    errors = (
+        (table.linear - table.measured).abs() / table.measured.abs(),
+        (table.quadratic - table.measured).abs() / table.measured.abs(),
+    )
+    np.testing.assert_allclose(table.linear_error, errors[0])
+    np.testing.assert_allclose(table.quadratic_error, errors[1])
+    assert (table.nearer == "quadratic").sum() > 40
+    assert 0 < found.noise_floor < 1e-4 * found.value
+    assert (table.is_noise == (table.measured.abs() <= found.noise_floor)).all()
+    assert len(repr(found).splitlines()) == 3
+
+
+def test_what_does_not_depend_on_w_is_said(exact):
+    _, model, task = exact
+    last = ms.find_sites(model, layers=[1], components=["mlp"])
+    with pytest.warns(UserWarning, match="f does not depend on w here: its gradient and its Hessian are zero"):
+        found = ms.hessian_attribution(model, task, last, positions=[len(task.tokens) - 1])  # nothing is scored behind it
+    assert not found.measured.any()
+    assert found.share.isnan().all()
+    with pytest.warns(UserWarning, match="f does not depend on w here"):
+        ms.hessian_attribution_of(lambda w: torch.tensor(2.0), torch.ones(3))
+
+
+def test_pairs_that_do_not_converge_are_marked_and_warned_of(exact):
+    _, model, task = exact
+    with pytest.warns(UserWarning, match=r"of 5 eigenpairs did not converge to a residual of 1e-12·|λ| in 24 products"):
+        found = ms.hessian_attribution(model, task, "blocks.1.mlp.*", pairs=5, tolerance=1e-12, max_products=24)
+    assert not found.converged.all()
+    assert list(found.to_pandas().converged) == found.converged.tolist()
+    single = tiny("Llama")
+    with pytest.warns(UserWarning, match=r"Rounding in torch.float32 allows no better"):
+        ms.hessian_attribution(single, task, "blocks.1.mlp.*", pairs=5, tolerance=1e-9, max_products=4000)
+
+
+def test_a_function_that_is_not_finite_is_refused(exact):
+    with pytest.raises(ValueError, match=r"f is not finite at w \(torch.float32\)"):
+        ms.hessian_attribution_of(lambda w: w.sum().log(), -torch.ones(3))
+    with pytest.raises(ValueError, match="The gradient of f is not finite"):
+        ms.hessian_attribution_of(lambda w: w.sqrt().sum(), torch.zeros(3))
+    model, task = tiny("Llama"), tiny_task()
+    with torch.no_grad():
+        next(model.parameters())[task.tokens[2]] = torch.inf
+    with pytest.raises(ValueError, match="f is not finite"):
+        ms.hessian_attribution(model, task, "blocks.0.ln1.weight", check=False)
+
+
+def test_a_probability_that_underflows_is_refused_and_its_logarithm_is_not(exact):
+    model, task = tiny("Llama"), tiny_task(length=60, prompt_length=2)
+    with torch.no_grad():
+        list(model.parameters())[0].mul_(50)
+        list(model.parameters())[-1].mul_(200)
+    if float(ms.measure(model, task, [ms.chain()]).against.log_prob) > -746:
+        pytest.fail("the task is too probable for this test")
+    with pytest.raises(ValueError, match='it underflows.*attribute its logarithm by `objective="log_prob"`'):
+        ms.hessian_attribution(model, task, "blocks.0.ln1.weight")
+    found = ms.hessian_attribution(model, task, "blocks.0.ln1.weight", objective="log_prob")
+    assert found.eigenvalues.isfinite().all()
+
+
+def test_a_decomposition_of_another_model_is_refused(exact, meaning_svd):
+    _, model, task = exact
+    with pytest.raises(ValueError, match="d_model 128, but the model's is 32"):
+        ms.hessian_attribution(model, task, meaning_svd)
+    other = tiny("Llama")
+    with pytest.raises(ValueError, match="come from different models"):
+        ms.hessian_attribution(model, task, svd_of(other, task))
+
+
+def test_two_tasks_must_share_w_in_gradients_of_writes(exact):
+    _, model, task = exact
+    sites = ms.find_sites(model, layers=[1])
+    with pytest.raises(ValueError, match=r"w differ in shape: \('blocks.1.hook_attn_out', \(9, 32\)\)"):
+        ms.collect_gradients(model, [task, tiny_task(length=11)], sites)
+    assert len(ms.collect_gradients(model, [task, tiny_task(length=11)], sites, positions=[2, 3])) == 4 + 6
