@@ -5,14 +5,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.batches import halving, rows_a_pass
+from mechsvd.batches import halving, rows_a_pass, valid_size
 from mechsvd.comparison import random_subspace
 from mechsvd.components import Attribution, described, score_components
 from mechsvd.curvature import DENSE, Curvature, Function, differentiate, eigenpairs
@@ -43,10 +43,13 @@ def hessian_attribution(
     components: Sequence[str] = COMPONENTS,
     positions: Positions = None,
     missing: Literal["error", "skip"] = "error",
+    tolerance: float = 1e-4,
+    max_products: int | None = None,
+    path_steps: int = 32,
     batch_size: int | None = None,
+    seed: int = 0,
     check: bool = True,
     progress: bool | None = None,
-    **options: Any,
 ) -> Attribution:
     """Attribute the probability of a continuation to the components of a vector w in the eigenbasis of its Hessian.
 
@@ -62,10 +65,13 @@ def hessian_attribution(
         basis: orthonormal columns in the space of w to be scored in place of the eigenvectors; of gains, `torch.eye(rank)` are
             the singular directions themselves.
         layers, components, positions, missing: where gains act; of sites, `positions` alone. See `fwd_hooks`.
+        tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|, and the table marks what is above.
+        max_products: Hessian-vector products that Lanczos may use; 200 and 20 a pair by default.
+        path_steps: Gauss–Legendre nodes of the path integral.
         batch_size: rows in one forward pass, a fourth of that in a backward pass; by default from the memory that is free and
             the size of the model.
+        seed: of Lanczos's start and of the random directions.
         check: refuse a model whose hooks are not its writes, and a decomposition of another model.
-        options: passed on to `hessian_attribution_of` (tolerance, max_products, path_steps, seed).
 
     Returns:
         One row a component, by falling |eigenvalue|, or in the order of `basis`; random directions in `.control`.
@@ -78,17 +84,18 @@ def hessian_attribution(
     require_fitting(model, task)
     if objective not in ("probability", "log_prob"):
         raise ValueError(f"`objective` is {objective!r}, but must be 'probability' or 'log_prob'.")
+    choices = _Choices(pairs, basis, tolerance, max_products, path_steps, seed)
+    size = valid_size(batch_size, rows_a_pass(model, task))
     found, notes = require_sound(model, check, missing)
     with evaluation(model, gradients=True) as users:
         source = provenance_of(model, (tuple(task.tokens.tolist()),), (), (*notes, *users))
         f = objective_over(model, task, over, Where(layers, components, positions, missing), found, source if check else None)
         clean = float(f.log_probs(f.point[None]).detach().sum(dtype=torch.float64))
-        size = rows_a_pass(model, task) if batch_size is None else batch_size
         function = Function(partial(_relative, f, objective, clean), f.point, size, halving(model, task), progress)
-        scored = _attribute(function, _Choices(pairs, basis, **options))
+        scored = _attribute(function, choices)
         noise = clean_noise(model, task, found)
     about = {"objective": objective, "parts": f.parts, "noise_floor": noise}
-    source = replace(source, hooks=f.hooks, seed=options.get("seed", 0))
+    source = replace(source, hooks=f.hooks, seed=choices.seed)
     return described(scored, math.exp(clean) if objective == "probability" else 1.0, source=source, **about)
 
 
@@ -108,24 +115,31 @@ def hessian_attribution_of(
 
     Args:
         function: twice differentiable, of torch operations that `torch.func.vmap` can batch.
-        pairs, basis: see `hessian_attribution`.
-        tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|, and the table marks what is above.
-        max_products: Hessian-vector products that Lanczos may use; 200 and 20 a pair by default.
-        path_steps: Gauss–Legendre nodes of the path integral.
-        seed: of Lanczos's start and of the random directions.
+        pairs, basis, tolerance, max_products, path_steps, seed: see `hessian_attribution`.
+
+    Raises:
+        TypeError: no function.
+        ValueError: w is no float vector, the function's value no differentiable scalar or not finite; as `hessian_attribution`.
 
     Example:
         >>> hessian_attribution_of(lambda w: w.prod(), torch.tensor([3.0, 2.0])).eigenvalues
         tensor([ 1., -1.], dtype=torch.float64)
     """
+    if not callable(function):
+        raise TypeError(f"`function` must be a function of one vector, but is {type(function).__name__}.")
     if not isinstance(w, Tensor) or w.ndim != 1 or not w.is_floating_point() or len(w) == 0:
         raise ValueError(f"`w` must be a float tensor with one axis, but is {list(w.shape) if isinstance(w, Tensor) else w!r:.60}.")
+
+    value = function(w)
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.20}"
+        raise ValueError(f"`function` must give a scalar tensor (no `.item()`), but gives {what}.")
 
     def values(rows: Tensor) -> Tensor:
         return function(rows[0])[None] if len(rows) == 1 else torch.func.vmap(function)(rows)
 
     choices = _Choices(pairs, basis, tolerance, max_products, path_steps, seed)
-    return _attribute(Function(values, w, batch_size, _halve), choices)
+    return _attribute(Function(values, w, valid_size(batch_size, 1), _halve), choices)
 
 
 @dataclass(frozen=True)
@@ -140,18 +154,18 @@ class _Choices:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.tolerance > 0:
-            raise ValueError(f"`tolerance` is {self.tolerance}, but must be above 0.")
-        for name in ("path_steps", "max_products"):
+        if not isinstance(self.tolerance, Real) or not self.tolerance > 0:
+            raise ValueError(f"`tolerance` is {self.tolerance!r}, but must be a number above 0.")
+        for name, least in (("path_steps", 1), ("max_products", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
-                raise ValueError(f"`{name}` is {value!r}, but must be a whole number from 1.")
+            if (value is not None or name == "seed") and not _is_whole(value, least):
+                raise ValueError(f"`{name}` is {value!r}, but must be a whole number from {least}.")
 
     def count(self, entries: int) -> int:
         """Eigenpairs that are wanted."""
         if self.pairs is None:
             return entries if entries <= DENSE else PAIRS
-        if isinstance(self.pairs, bool) or not isinstance(self.pairs, Integral) or not 1 <= self.pairs <= entries:
+        if not _is_whole(self.pairs, 1) or self.pairs > entries:
             raise ValueError(f"`pairs` is {self.pairs!r}, but w has {entries} entries; choose 1 to {entries}.")
         return int(self.pairs)
 
@@ -201,6 +215,10 @@ def _warn_of(scored: Attribution, curvature: Curvature, most: int | None) -> Non
         warnings.warn(
             "f does not depend on w here: its gradient and its Hessian are zero, so there is nothing to attribute.", stacklevel=4
         )
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
 def _halve(size: int) -> int:

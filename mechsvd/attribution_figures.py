@@ -77,7 +77,8 @@ def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
         require_kind(found, Attribution)
         require_same_model(first.source, found.source, "The attributions")
         if (found.objective, found.parts) != (first.objective, first.parts):
-            raise ValueError(f"The attributions are of different functions: {first.objective} and {found.objective} of other w.")
+            mine, theirs = (f"{each.objective} over {[part for part, _ in each.parts[:2]]}" for each in (first, found))
+            raise ValueError(f"The attributions are of different functions, {mine} and {theirs}; compare bases of one w.")
         sums = found.share.sort(descending=True).values.cumsum(0)
         hover = f"{name}<br>first %{{x}} components<br>%{{y:.3f}} of f(w) − f(0)"
         figure.add_trace(line(range(1, len(found) + 1), sums, name, colour, hover=hover))

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -29,6 +30,19 @@ def rows_a_pass(model: Model, task: Task) -> int:
     fitting = int(SHARE_OF_MEMORY * _free_bytes(device) / bytes_a_row(model, task))
     busy = max(CPU_TOKENS, CPU_ENTRIES // _d_mlp(model)) if device.type == "cpu" else GPU_TOKENS
     return max(1, min(fitting, busy // length, _LARGEST.get(model, fitting * length) // length))
+
+
+def valid_size(batch_size: int | None, default: int) -> int:
+    """The rows of a pass that are asked for, or the default.
+
+    Raises:
+        ValueError: no whole number from 1.
+    """
+    if batch_size is None:
+        return default
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}, but a forward pass needs a whole number of rows, at least one.")
+    return int(batch_size)
 
 
 def bytes_a_row(model: Model, task: Task) -> int:

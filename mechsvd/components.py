@@ -98,6 +98,8 @@ class Attribution:
 
     def error(self, estimate: str) -> Float[Tensor, " component"]:
         """By how much an estimate ("linear", "quadratic" or "integrated") misses the measured score, relative to its size."""
+        if estimate not in ("linear", "quadratic", "integrated"):
+            raise ValueError(f"`estimate` is {estimate!r}, but must be 'linear', 'quadratic' or 'integrated'.")
         missed = (getattr(self, estimate) - self.measured).abs()
         return missed / torch.where(self.measured != 0, self.measured.abs(), torch.nan)
 

@@ -119,9 +119,11 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> Decomposition:
 
     Raises:
         TypeError: something else.
-        ValueError: gradients with respect to different w.
+        ValueError: gradients with respect to different w, or none.
     """
-    several = [gradients] if isinstance(gradients, Gradients) else list(gradients)
+    several = [gradients] if isinstance(gradients, Gradients) or not isinstance(gradients, Sequence) else list(gradients)
+    if not several:
+        raise ValueError("There are no gradients: the list is empty; give those of at least one model.")
     for each in several:
         require_kind(each, Gradients)
         if each.parts != several[0].parts:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsvd.batches import halving, rows_a_pass, run_batches
+from mechsvd.batches import halving, rows_a_pass, run_batches, valid_size
 from mechsvd.edits import Each, Edit, Gate, chain
 from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
@@ -162,15 +162,14 @@ def measure(
         MemoryError: one edit alone does not fit.
     """
     require_fitting(model, task)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}, but a forward pass needs at least one edit.")
+    size = valid_size(batch_size, rows_a_pass(model, task))
     sites = find_sites(model, layers, components, missing)
     checked, notes = require_sound(model, check, missing)
     setup = _Setup(model, task, sites, valid_positions(positions, len(task.tokens)), checked)
     with evaluation(model) as users:
         source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, (*notes, *users))
         stack = as_stack(model, edits, source if check else None)
-        rows = _run_all(setup, stack, rows_a_pass(model, task) if batch_size is None else batch_size, progress)
+        rows = _run_all(setup, stack, size, progress)
         floor = _noise_floor(setup, rows[:1]) if noise_floor else None
     edited, clean = rows[1:], rows[:1]
     _warn_not_finite(edited)

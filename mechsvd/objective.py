@@ -68,13 +68,21 @@ def objective_over(
     if isinstance(listed, Decomposition):
         return _over_gains(model, task, listed, where, check, source)
     if isinstance(listed, Sequence) and listed and all(isinstance(one, str) for one in listed):
+        _require_unset(where, "layers", "components", "positions")
         return _over_weights(model, task, [str(one) for one in listed], check)
     if isinstance(listed, Sequence) and listed and all(isinstance(one, Site) for one in listed):
+        _require_unset(where, "layers", "components")
         return _over_writes(model, task, [one for one in listed if isinstance(one, Site)], where, check)
     raise TypeError(
         "`over` must be a decomposition (its gains), sites of the model (`mechsvd.find_sites`, their writes), or patterns of "
         f"weights ('blocks.2.mlp.*'), but is {over!r:.60}; of a `per_layer` tuple, take one."
     )
+
+
+def _require_unset(where: Where, *names: str) -> None:
+    """Refuse choices of writes that would be passed over in silence."""
+    if wrong := [name for name in names if getattr(where, name) != getattr(Where(), name)]:
+        raise ValueError(f"`{wrong[0]}` says where gains act, but `over` already names sites or weights; choose them there.")
 
 
 def _over_gains(

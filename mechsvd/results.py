@@ -81,9 +81,8 @@ def require_kind(value: Any, kind: type) -> None:
         TypeError: saying which is needed.
     """
     if not isinstance(value, kind):
-        raise TypeError(
-            f"A {kind.__name__} is needed here, but this is {type(value).__name__} {' '.join(repr(value).split())!r:.50}."
-        )
+        article, shown = "An" if kind.__name__[0] in "AEIOU" else "A", " ".join(repr(value).split())
+        raise TypeError(f"{article} {kind.__name__} is needed here, but this is {type(value).__name__} {shown!r:.50}.")
 
 
 def save_result(self: Any, path: str | os.PathLike[str]) -> None:

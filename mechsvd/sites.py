@@ -124,7 +124,7 @@ def find_weights(model: Any, patterns: str | Sequence[str]) -> dict[str, tuple[l
     for pattern in wanted:
         known = [alias for names in aliases.values() for alias in names]
         if not any(fnmatchcase(alias, pattern) for alias in known):
-            close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
+            close = difflib.get_close_matches(pattern, sorted(set(known)), n=3, cutoff=0.3) or known[:3]
             raise KeyError(
                 f"No weight matches {pattern!r}: patterns are shell-like, such as 'blocks.2.mlp.*'; close matches: {close}."
             )
