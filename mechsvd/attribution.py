@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, valid_size
 from mechsvd.comparison import random_subspace
-from mechsvd.components import Attribution, described, score_components
+from mechsvd.components import HESSIAN, RANDOM, Attribution, described, score_components
 from mechsvd.curvature import DENSE, Curvature, Function, differentiate, eigenpairs
 from mechsvd.edits import Basis, directions_of
 from mechsvd.eigenpairs import BLOCK
@@ -38,7 +38,7 @@ def hessian_attribution(
     *,
     objective: Kind = "probability",
     pairs: int | None = None,
-    basis: Basis | None = None,
+    bases: Mapping[str, Basis] | None = None,
     layers: int | Iterable[int] | None = None,
     components: Sequence[str] = COMPONENTS,
     positions: Positions = None,
@@ -62,8 +62,9 @@ def hessian_attribution(
         objective: f, the probability of the whole continuation, or its natural logarithm in nats.
         pairs: eigenpairs, the largest in size; by default all where w has at most 2048 entries, for which the whole Hessian is
             made, and otherwise 20, by Lanczos.
-        basis: orthonormal columns in the space of w to be scored in place of the eigenvectors; of gains, `torch.eye(rank)` are
-            the singular directions themselves.
+        bases: more bases to be scored beside the eigenvectors and random directions, by name: orthonormal columns in the space of
+            w, not necessarily as many as its entries. Of gains, `torch.eye(rank)` are the singular directions themselves;
+            `gradient_basis` gives another.
         layers, components, positions, missing: where gains act; of sites, `positions` alone. See `fwd_hooks`.
         tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|, and the table marks what is above.
         max_products: Hessian-vector products that Lanczos may use; 200 and 20 a pair by default.
@@ -74,7 +75,7 @@ def hessian_attribution(
         check: refuse a model whose hooks are not its writes, and a decomposition of another model.
 
     Returns:
-        One row a component, by falling |eigenvalue|, or in the order of `basis`; random directions in `.control`.
+        One row a component, by falling |eigenvalue|; the other bases, in their own order, in `.bases`.
 
     Raises:
         TypeError: `over` is none of these.
@@ -84,7 +85,7 @@ def hessian_attribution(
     require_fitting(model, task)
     if objective not in ("probability", "log_prob"):
         raise ValueError(f"`objective` is {objective!r}, but must be 'probability' or 'log_prob'.")
-    choices = _Choices(pairs, basis, tolerance, max_products, path_steps, seed)
+    choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
     size = valid_size(batch_size, rows_a_pass(model, task))
     found, notes = require_sound(model, check, missing)
     with evaluation(model, gradients=True) as users:
@@ -104,7 +105,7 @@ def hessian_attribution_of(
     w: Float[Tensor, " entry"],
     *,
     pairs: int | None = None,
-    basis: Basis | None = None,
+    bases: Mapping[str, Basis] | None = None,
     tolerance: float = 1e-4,
     max_products: int | None = None,
     path_steps: int = 32,
@@ -115,7 +116,7 @@ def hessian_attribution_of(
 
     Args:
         function: twice differentiable, of torch operations that `torch.func.vmap` can batch.
-        pairs, basis, tolerance, max_products, path_steps, seed: see `hessian_attribution`.
+        pairs, bases, tolerance, max_products, path_steps, seed: see `hessian_attribution`.
 
     Raises:
         TypeError: no function.
@@ -138,7 +139,7 @@ def hessian_attribution_of(
     def values(rows: Tensor) -> Tensor:
         return function(rows[0])[None] if len(rows) == 1 else torch.func.vmap(function)(rows)
 
-    choices = _Choices(pairs, basis, tolerance, max_products, path_steps, seed)
+    choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
     return _attribute(Function(values, w, valid_size(batch_size, 1), _halve), choices)
 
 
@@ -147,7 +148,7 @@ class _Choices:
     """What is asked of an attribution, checked."""
 
     pairs: int | None = None
-    basis: Basis | None = None
+    bases: Mapping[str, Basis] | None = None
     tolerance: float = 1e-4
     max_products: int | None = None
     path_steps: int = 32
@@ -169,29 +170,37 @@ class _Choices:
             raise ValueError(f"`pairs` is {self.pairs!r}, but w has {entries} entries; choose 1 to {entries}.")
         return int(self.pairs)
 
-    def directions(self, point: Tensor) -> Tensor | None:
-        """The basis that is given, on the device and in the dtype of w."""
-        if self.basis is None:
-            return None
-        directions, _ = directions_of(self.basis)
-        if len(directions) != len(point):
-            raise ValueError(f"`basis` has columns of {len(directions)} entries, but w has {len(point)}; is it transposed?")
-        return directions.to(point)
+    def directions(self, point: Float[Tensor, " entry"]) -> dict[str, Float[Tensor, "entry component"]]:
+        """The bases that are given, on the device and in the dtype of w."""
+        if self.bases is None:
+            return {}
+        if not isinstance(self.bases, Mapping):
+            raise TypeError(f"`bases` must be bases by name, such as {{'mine': basis}}, but is {type(self.bases).__name__}.")
+        found = {}
+        for name, basis in self.bases.items():
+            if name in (HESSIAN, RANDOM):
+                raise ValueError(f"`bases` names one {name!r}, which is always there; choose another name.")
+            directions, _ = directions_of(basis)
+            if len(directions) != len(point):
+                raise ValueError(f"The basis {name!r} has columns of {len(directions)} entries, but w has {len(point)}.")
+            found[name] = directions.to(point)
+        return found
 
 
 def _attribute(function: Function, choices: _Choices) -> Attribution:
+    """One gradient, one path integral and one Hessian, or Lanczos, for all bases."""
     entries = len(function.point)
-    pairs, vectors, spent, most = choices.count(entries), choices.directions(function.point), 0, None
+    pairs, others = choices.count(entries), choices.directions(function.point)
+    most = 200 + 20 * pairs if choices.max_products is None else choices.max_products
     curvature = differentiate(function)
-    if vectors is None:
-        most = 200 + 20 * pairs if choices.max_products is None else choices.max_products
-        found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
-        vectors, spent = found.vectors.to(function.point), found.products
+    found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
     path = function.path_gradient(choices.path_steps)
-    scored = replace(score_components(curvature, vectors, path), tolerance=choices.tolerance, products=spent)
-    random = random_subspace(entries, min(vectors.shape[1], CONTROLS), choices.seed).basis.to(function.point)
+    random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
+    beside = tuple((name, score_components(curvature, each, path)) for name, each in {**others, RANDOM: random}.items())
+    scored = score_components(curvature, found.vectors.to(function.point), path)
+    scored = described(replace(scored, beside=beside), tolerance=choices.tolerance, products=found.products)
     _warn_of(scored, curvature, most if entries > DENSE else None)
-    return replace(scored, control=replace(score_components(curvature, random, path), tolerance=choices.tolerance))
+    return scored
 
 
 def _relative(f: Objective, kind: Kind, clean: float, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:

@@ -12,6 +12,7 @@ from mechsvd.curvature import Curvature
 from mechsvd.objective import Part
 from mechsvd.results import Provenance, load_result, result, save_result
 
+HESSIAN, RANDOM = "Hessian", "random"  # names of the bases that are always there
 _IN_UNITS = (
     "eigenvalues", "residuals", "slopes", "integrated", "measured", "value", "baseline", "path_error", "noise_floor",
 )  # fmt: skip
@@ -21,7 +22,7 @@ _IN_UNITS = (
 class Attribution:
     """How a function f of a vector w is made up of components: the parts of w along orthonormal directions u.
 
-    Without a basis of your own, the directions are eigenvectors of the Hessian of f at w, by falling size of the eigenvalue.
+    The directions are eigenvectors of the Hessian of f at w, by falling size of the eigenvalue; in `.bases` there are others.
 
     Attributes:
         objective: what f is.
@@ -38,7 +39,7 @@ class Attribution:
         noise_floor: how far f(w) moves for no reason.
         tolerance: a pair is converged when its residual is at most this times |λ|.
         products: Hessian-vector products that finding the directions took.
-        control: the same for random directions; None in the control itself.
+        beside: the same function's components in other bases, by name: those that were given, and random directions.
     """
 
     objective: str
@@ -56,7 +57,7 @@ class Attribution:
     noise_floor: float = 0.0
     tolerance: float = 1e-4
     products: int = 0
-    control: "Attribution | None" = None
+    beside: "tuple[tuple[str, Attribution], ...]" = ()
     source: Provenance | None = None
 
     save = save_result
@@ -69,6 +70,20 @@ class Attribution:
     def __len__(self) -> int:
         """Number of components."""
         return len(self.measured)
+
+    @property
+    def bases(self) -> "dict[str, Attribution]":
+        """This attribution and those in other bases, by name, the Hessian's first: as `figures.accumulated_scores` takes them."""
+        return {HESSIAN: self, **dict(self.beside)}
+
+    @property
+    def control(self) -> "Attribution":
+        """The same for random directions.
+
+        Raises:
+            KeyError: this is one of the other bases itself.
+        """
+        return dict(self.beside)[RANDOM]
 
     @property
     def linear(self) -> Float[Tensor, " component"]:
@@ -180,7 +195,7 @@ def score_components(curvature: Curvature, vectors: Float[Tensor, "entry compone
 
 
 def described(scored: Attribution, unit: float = 1.0, **about: Any) -> Attribution:
-    """The same, and its control, in another unit of f and with what is known about f.
+    """The same, in all its bases, in another unit of f and with what is known about f.
 
     Raises:
         ValueError: the unit is 0, a probability too small for a number.
@@ -192,4 +207,4 @@ def described(scored: Attribution, unit: float = 1.0, **about: Any) -> Attributi
         )
     known = replace(scored, **about)
     columns: dict[str, Any] = {name: getattr(known, name) * unit for name in _IN_UNITS}
-    return replace(known, **columns, control=scored.control and described(scored.control, unit, **about))
+    return replace(known, **columns, beside=tuple((name, described(each, unit, **about)) for name, each in scored.beside))

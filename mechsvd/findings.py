@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from mechsvd.components import Attribution
+from mechsvd.ridge import RidgeSweep
 from mechsvd.search import critical_rank_of, same_greedy_text
 from mechsvd.study import Comparison, Study, Text
 from mechsvd.sweeps import RankSweep
@@ -91,6 +93,49 @@ def orders(studies: Sequence[Study]) -> str:
         needed[order] = sum(s.pooled.rank if r is None else r for r, s in zip(ranks, studies, strict=True)) / len(studies)
     listed = ", ".join(f"{needed[order]:.0f} ({order})" for order in sorted(needed, key=lambda order: needed[order]))
     return f"Here, to come within {NEAR:g} nat of clean and stay there, it takes {listed} directions in the mean over prompts."
+
+
+def ridge(studies: Sequence[Study]) -> str:
+    """How many effective directions ridge needs where clipping needs so many."""
+    clipped = [lasting_rank(s.sweep, NEAR) for s in studies]
+    shrunk = [lasting_number(s.ridge, NEAR) for s in studies]
+    pairs = [(s.name, a, b) for s, a, b in zip(studies, clipped, shrunk, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return f"Here neither clipping nor ridge comes within {NEAR:g} nat of the clean log-probability and stays there."
+    listed = ", ".join(f"{b:.0f} where clipping takes {a} ({name})" for name, a, b in pairs)
+    fewer = sum(b < a for _, a, b in pairs)
+    return (
+        f"Here, to come within {NEAR:g} nat of clean and stay there, ridge takes an effective number of {listed}: fewer for {fewer} "
+        f"of {len(pairs)} prompts."
+    )
+
+
+def lasting_number(sweep: RidgeSweep, nats: float) -> float | None:
+    """The smallest effective number of directions from which all larger ones stay this near to clean; None where none does."""
+    near = (sweep.measurement.against.log_prob - sweep.measurement.log_prob).abs() <= nats
+    order = sweep.effective_directions.argsort(descending=True)
+    lasting = near[order].long().cumprod(0).bool()
+    return float(sweep.effective_directions[order][lasting][-1]) if lasting.any() else None
+
+
+def attribution(studies: Sequence[Study]) -> str:
+    """Which estimate is right how often, and how far the components of each basis do each other's work."""
+    found = [s.attribution for s in studies]
+    linear, quadratic = (_span((100 * share_within(each, name) for each in found), ".0f") for name in ("linear", "quadratic"))
+    sums = {name: _span((float(each.bases[name].share.sum()) for each in found), ".2g") for name in found[0].bases}
+    listed = ", ".join(f"{total} ({name})" for name, total in sums.items())
+    which = "all" if all(len(each) == len(each.vectors) for each in found) else "the largest"
+    return (
+        f"Here, in the Hessian basis, the quadratic estimate is within 10 % of the measured score for {quadratic} % of the "
+        f"components and the linear one for {linear} %. The measured scores of {which} components sum to {listed} times f(w) − f(0), "
+        "where components that do not interact would give 1."
+    )
+
+
+def share_within(found: Attribution, estimate: str, tolerance: float = 0.1) -> float:
+    """For which share of the components above the noise an estimate is this near to the measured score, relatively."""
+    loud = ~found.is_noise
+    return float((found.error(estimate)[loud] <= tolerance).double().mean()) if loud.any() else 0.0
 
 
 def critical_ranks(studies: Sequence[Study]) -> str:

@@ -114,7 +114,7 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> Decomposition:
         gradients: of one model, or one for each of several training checkpoints.
 
     Returns:
-        The SVD of all gradients together: `.directions` are the eigenvectors, as a `basis` for `hessian_attribution`; the
+        The SVD of all gradients together: `.directions` are the eigenvectors, as one of the `bases` of `hessian_attribution`; the
         eigenvalues are the squared singular values over the number of gradients; `.left` says what each gradient holds.
 
     Raises:

@@ -72,7 +72,8 @@ def reproduce(
     studies = []
     for name, task in made.items():
         say(f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}")
-        studies.append(study_task(model, name, task, _starts(model, name, made), components))
+        others = [other for other in made.values() if other is not task]
+        studies.append(study_task(model, name, task, _starts(model, name, made), components, others=others))
     comparison = compare(studies) if len(studies) > 1 else None
     took = time.perf_counter() - started
     path = write_report(studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=took)

@@ -77,6 +77,32 @@ SECTIONS = (
         findings.critical_ranks,
         lambda s: {"critical_rank": figures.margins(s.critical)},
     ),
+    Section(
+        "ridge",
+        "Ridge instead of clipping",
+        "Every direction of every write is shrunk by s²/(s² + α), as ridge regression does, instead of being kept or dropped. The axis "
+        "counts Σ s²/(s² + α), the effective number of directions that are left.",
+        "The shortform wished for “something akin to L2 regularization when projecting away components”.",
+        findings.ridge,
+        lambda s: {"clip_and_ridge": figures.clip_and_ridge(s.sweep, s.ridge)},
+    ),
+    Section(
+        "attribution",
+        "Attribution in a Hessian eigenbasis",
+        "The probability <i>f</i> of the text as a function of the gains <i>w</i> of all directions (1: the model as it is; 0: no writes). "
+        "Each component of <i>w</i> along an eigenvector <i>u</i> of the Hessian is removed, and what that costs, "
+        "f(w) − f(w − u uᵀw), is held against the linear estimate (u·w)(u·∇f) and the quadratic one, linear − ½λ(u·w)²; and the same "
+        "for the singular directions themselves, the eigenvectors of the gradients’ second moment over all prompts and tokens, and "
+        "random directions.",
+        "The shortform wished to explain an output in a basis whose components are as independent as possible, and expected the linear "
+        "estimate to fail for large steps and the measured one to be right.",
+        findings.attribution,
+        lambda s: {
+            "hessian_spectrum": figures.hessian_spectrum(s.attribution),
+            "estimate_errors": figures.estimate_errors(s.attribution),
+            "accumulated_scores": figures.accumulated_scores(s.attribution.bases),
+        },
+    ),
 )
 
 

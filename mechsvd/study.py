@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mechsvd.attribution import PAIRS, hessian_attribution
 from mechsvd.comparison import Overlap, Pool, overlap, pool, principal_angles
+from mechsvd.components import Attribution
+from mechsvd.curvature import DENSE
 from mechsvd.decomposition import Decomposition, decompose
 from mechsvd.edits import keep
 from mechsvd.generation import generate_tasks
+from mechsvd.gradients import collect_gradients, gradient_basis
 from mechsvd.ranking import (
     Ranking,
     order_at_random,
@@ -19,6 +24,7 @@ from mechsvd.ranking import (
     order_by_singular_value,
     rank_directions,
 )
+from mechsvd.ridge import RidgeSweep, sweep_ridge
 from mechsvd.search import CriticalRank, critical_rank_of
 from mechsvd.sites import COMPONENTS, Model
 from mechsvd.subspace import Subspace
@@ -56,8 +62,10 @@ class Study:
     layers: tuple[Decomposition, ...]
     ranking: Ranking
     sweeps: dict[str, RankSweep]  # by the name of the order
+    ridge: RidgeSweep
     critical: CriticalRank
     texts: tuple[Text, ...]
+    attribution: Attribution  # of the probability to the gains
 
     @property
     def sweep(self) -> RankSweep:
@@ -87,11 +95,14 @@ def study_task(
     starts: Mapping[str, Tensor],
     components: Sequence[str] = COMPONENTS,
     progress: bool | None = None,
+    *,
+    others: Sequence[Task] = (),
 ) -> Study:
     """Do everything for one task.
 
     Args:
         starts: token ids to write on from, by the name of the start.
+        others: tasks whose gradients are collected too, for the basis of their second moment.
         components: whose writes are collected and clipped.
     """
     options: dict[str, Any] = {"components": components, "progress": progress}
@@ -101,8 +112,10 @@ def study_task(
     sweeps = {order: sweep_rank(model, task, svd, order=o, **options) for order, o in _orders(svd, ranking).items()}
     critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
     layers = decompose(writes, per_layer=True)
+    ridge = sweep_ridge(model, task, svd, **options)
     texts = _texts(model, svd, _at_least_one(critical, svd), starts, len(task.continuation), options)
-    return Study(name, task, writes, svd, layers, ranking, sweeps, critical, texts)
+    attribution = _attribution(model, task, svd, [task, *others], options)
+    return Study(name, task, writes, svd, layers, ranking, sweeps, ridge, critical, texts, attribution)
 
 
 def compare(studies: Sequence[Study]) -> Comparison:
@@ -127,6 +140,14 @@ def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:
         "random": order_at_random(svd),
         "reversed": by_size.flip(0),
     }
+
+
+def _attribution(model: Model, task: Task, svd: Decomposition, tasks: Sequence[Task], options: dict[str, Any]) -> Attribution:
+    """The probability, attributed to the gains in the Hessian's basis and in three others, as many components in each."""
+    gradients = gradient_basis(collect_gradients(model, tasks, svd, components=options["components"])).directions
+    most = len(gradients) if len(gradients) <= DENSE else PAIRS
+    bases = {"singular directions": torch.eye(len(gradients))[:, :most], "gradients": gradients[:, :most]}
+    return hessian_attribution(model, task, svd, pairs=most, bases=bases, **options)
 
 
 def _texts(

@@ -52,6 +52,8 @@ def _results(found: Study) -> dict[str, Any]:
         "sweep": found.sweep,
         "ranking": found.ranking,
         "critical_rank": found.critical,
+        "ridge": found.ridge,
+        "attribution": found.attribution,
     }
 
 
@@ -70,6 +72,8 @@ def _tables(found: Study) -> dict[str, Any]:
         "directions": found.ranking.to_pandas(),
         "orders": pd.concat([sweep.to_pandas().assign(order=order) for order, sweep in found.sweeps.items()]),
         "critical_rank": found.critical.to_pandas(),
+        "ridge": found.ridge.to_pandas(),
+        "attributions": pd.concat([each.to_pandas().assign(basis=basis) for basis, each in found.attribution.bases.items()]),
         "texts": _texts(found),
     }
 

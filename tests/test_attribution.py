@@ -162,7 +162,9 @@ def test_products_equal_finite_differences_of_the_gradient(kind, exact):
 def test_the_gate_gradient_equals_finite_differences_of_the_engines_own_measurements(exact):
     _, model, task = exact
     svd = ms.decompose(ms.collect_writes(model, task))
-    found = ms.hessian_attribution(model, task, svd, objective="log_prob", basis=torch.eye(svd.rank).double())
+    found = ms.hessian_attribution(model, task, svd, objective="log_prob", bases={"singular": torch.eye(svd.rank).double()}).bases[
+        "singular"
+    ]
     step = 1e-5 * torch.eye(svd.rank, dtype=torch.float64)
     up, down = (ms.measure(model, task, Gate(svd.directions, 1 + sign * step, source=svd.source)).log_prob for sign in (1, -1))
     torch.testing.assert_close(found.slopes, (up - down) / 2e-5, rtol=1e-6, atol=1e-7)
@@ -330,18 +332,31 @@ def test_all_weights_of_stories_agree_with_raw_modules(stories_exact, stories, s
         np.testing.assert_allclose(found.eigenvalues.numpy(), values, rtol=1e-3)
 
 
-def test_a_given_basis_is_scored_as_it_is(exact):
+def test_given_bases_are_scored_as_they_are(exact):
     _, model, task = exact
     svd = ms.decompose(ms.collect_writes(model, task))
     whole = ms.hessian_attribution(model, task, svd)
-    again = ms.hessian_attribution(model, task, svd, basis=whole.vectors[:, 3:5])
+    bases = {"two of them": whole.vectors[:, 3:5], "random too": ms.random_subspace(svd.rank, 6, seed=1)}
+    found = ms.hessian_attribution(model, task, svd, bases=bases)
+    assert list(found.bases) == ["Hessian", "two of them", "random too", "random"]
     for name in ("eigenvalues", "projections", "slopes", "integrated", "measured"):
-        torch.testing.assert_close(getattr(again, name), getattr(whole, name)[3:5])
-    random = ms.random_subspace(svd.rank, 6, seed=1)
-    other = ms.hessian_attribution(model, task, svd, basis=random)
-    assert len(other) == len(other.control) == 6
+        torch.testing.assert_close(getattr(found.bases["two of them"], name), getattr(whole, name)[3:5])
+    other = found.bases["random too"]
+    assert len(other) == 6
     assert not other.converged.any()
-    assert other.products == 0
+    with pytest.raises(KeyError, match="random"):
+        other.control  # noqa: B018
+
+
+def test_bases_of_many_weights_are_scored_by_products(exact):
+    _, model, task = exact
+    mine = ms.random_subspace(6144, 5).basis
+    found = ms.hessian_attribution(model, task, "blocks.1.mlp.*", pairs=2, bases={"mine": mine}).bases["mine"]
+    f = objective_over(model, task, "blocks.1.mlp.*", Where(), ms.self_check(model))
+    with evaluation(model, gradients=True):
+        for u, value in zip(mine.T, found.eigenvalues, strict=True):
+            product = torch.func.jvp(torch.func.grad(lambda w: f.log_probs(w[None]).sum().exp()), (f.point,), (u,))[1]
+            assert float(u @ product) == pytest.approx(float(value), rel=1e-8)
 
 
 def test_the_control_is_of_random_directions_and_seeded(exact):
@@ -352,7 +367,6 @@ def test_the_control_is_of_random_directions_and_seeded(exact):
     assert not torch.equal(found.control.measured, other.control.measured)
     expected = ms.random_subspace(svd.rank, min(svd.rank, CONTROLS), 0).basis
     torch.testing.assert_close(found.control.vectors, expected)
-    assert found.control.control is None
     assert (found.control.objective, found.control.parts, found.control.value) == (found.objective, found.parts, found.value)
 
 

@@ -22,7 +22,7 @@ def report(tmp_path_factory):
 def test_reproduce_writes_a_page_that_needs_no_network(report):
     page = (report / "report.html").read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    assert page.count('class="plotly-graph-div"') == 4 * 13 + 2
+    assert page.count('class="plotly-graph-div"') == 4 * 17 + 2
     for name, prompt in ms.SHORTFORM_PROMPTS.items():
         assert f'id="{name}"' in page
         assert prompt.split("\n")[0].split(" => ")[0] in page
@@ -72,7 +72,7 @@ def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(re
     page = (report / "report.html").read_text()
     for anchor in ("spectrum", "clipping", "directions", "orders", "critical", "texts", "prompts"):
         assert page.count(f'href="#{anchor}"') == page.count(f'<h2 id="{anchor}">') == 1
-    assert page.count('<p class="then">') == page.count('<p class="now">') == 7
+    assert page.count('<p class="then">') == page.count('<p class="now">') == 9
     assert "1886, 3329, 2696 and 2518 of 4096" in page
     critical = {
         name: ms.CriticalRank.load(report / "report-data" / name / "critical_rank.safetensors").rank

@@ -15,7 +15,9 @@ def test_each_gradient_is_that_of_one_tokens_log_probability(silent):
     step = 1e-4 * torch.eye(svd.rank, dtype=torch.float64)
     up, down = (ms.measure(model, task, ms.gate(svd, 1 + sign * step)).log_probs for sign in (1, -1))
     torch.testing.assert_close(found.values[:4], ((up - down) / 2e-4).T, rtol=1e-3, atol=1e-2)
-    whole = ms.hessian_attribution(model, task, svd, objective="log_prob", basis=torch.eye(svd.rank).double())
+    whole = ms.hessian_attribution(model, task, svd, objective="log_prob", bases={"singular": torch.eye(svd.rank)}).bases[
+        "singular"
+    ]
     torch.testing.assert_close(found.values[:4].sum(dim=0), whole.slopes, rtol=1e-6, atol=1e-9)
 
 
@@ -30,11 +32,10 @@ def test_the_basis_holds_the_eigenvectors_of_the_second_moment(stories, story_ta
     v = found.directions.double()
     torch.testing.assert_close(v.T @ moment @ v, values.diag(), rtol=1e-3, atol=1e-6 * float(values[0]))
     assert found.rank == len(story_task.continuation)
-    scored = ms.hessian_attribution(stories, story_task, svd, basis=found)
+    scored = ms.hessian_attribution(stories, story_task, svd, objective="log_prob", bases={"gradients": found}).bases["gradients"]
     assert len(scored) == found.rank
     # the gradient of the sum lies in the span of the gradients of its terms
-    single = ms.hessian_attribution(stories, story_task, svd, objective="log_prob", basis=found)
-    assert float(single.slopes.norm()) == pytest.approx(float(g.sum(dim=0).norm()), rel=1e-4)
+    assert float(scored.slopes.norm()) == pytest.approx(float(g.sum(dim=0).norm()), rel=1e-4)
 
 
 def test_gradients_at_checkpoints_are_put_together(stories, story_task):
