@@ -93,7 +93,7 @@ class _Krylov:
         inside = torch.zeros(self.block, self.size, dtype=rest.dtype, device=rest.device)
         for start in (self.coupled, 0):  # along its neighbours, then once more along everything
             part = rest @ basis[start:].mT
-            rest = rest - part @ basis[start:]
+            rest = torch.addmm(rest, part, basis[start:], alpha=-1)
             inside[:, start:] += part
         self.matrix[first : self.size, : self.size] = inside.cpu().double()
         self.matrix[: self.size, first : self.size] = inside.mT.cpu().double()

@@ -105,8 +105,8 @@ def ridge(studies: Sequence[Study]) -> str:
     listed = ", ".join(f"{b:.0f} where clipping takes {a} ({name})" for name, a, b in pairs)
     fewer = sum(b < a for _, a, b in pairs)
     return (
-        f"Here, to come within {NEAR:g} nat of clean and stay there, ridge takes an effective number of {listed}: fewer for {fewer} "
-        f"of {len(pairs)} prompts."
+        f"Here, to come within {NEAR:g} nat of clean and stay there, ridge takes an effective number of {listed}: fewer for "
+        f"{fewer} of {len(pairs)} prompts."
     )
 
 
@@ -123,12 +123,12 @@ def attribution(studies: Sequence[Study]) -> str:
     found = [s.attribution for s in studies]
     linear, quadratic = (_span((100 * share_within(each, name) for each in found), ".0f") for name in ("linear", "quadratic"))
     sums = {name: _span((float(each.bases[name].share.sum()) for each in found), ".2g") for name in found[0].bases}
-    listed = ", ".join(f"{total} ({name})" for name, total in sums.items())
+    listed = ", ".join(f"{total} ({name})" for name, total in sums.items()).replace("-", "−")
     which = "all" if all(len(each) == len(each.vectors) for each in found) else "the largest"
     return (
         f"Here, in the Hessian basis, the quadratic estimate is within 10 % of the measured score for {quadratic} % of the "
-        f"components and the linear one for {linear} %. The measured scores of {which} components sum to {listed} times f(w) − f(0), "
-        "where components that do not interact would give 1."
+        f"components and the linear one for {linear} %. The measured scores of {which} components sum to {listed} times "
+        "f(w) − f(0), where components that do not interact would give 1."
     )
 
 

@@ -21,8 +21,8 @@ def test_a_notebook_is_saved_clean_with_a_badge_and_one_line_that_installs(path)
     assert sum("change this line" in source for _, source in cells) == 1
 
 
-def test_there_is_a_notebook_and_pytest_runs_it(pytestconfig):
-    assert [path.name for path in NOTEBOOKS] == ["1_shortform.ipynb"]
+def test_there_are_notebooks_and_pytest_runs_them(pytestconfig):
+    assert [path.name for path in NOTEBOOKS] == ["1_shortform.ipynb", "3_hessian_attribution.ipynb"]
     assert pytestconfig.getoption("nbmake")
     assert "notebooks" in pytestconfig.getini("testpaths")
 

@@ -103,6 +103,29 @@ def test_rankings_critical_ranks_and_texts_are_the_same(pair):
     assert found[0][1:] == found[1][1:]
 
 
+@pytest.mark.parametrize("kind", ["gains", "writes", "norms", "weights"])
+def test_attributions_are_the_same(pair, kind):
+    found = []
+    for model, weights in zip(pair, (["blocks.2.mlp.W_*"], "blocks.2.mlp.*"), strict=True):
+        task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
+        over = {
+            "gains": lambda model=model, task=task: ms.decompose(ms.collect_writes(model, task)),
+            "writes": lambda model=model: ms.find_sites(model, layers=[1]),
+            "norms": lambda model=model: "blocks.2.ln?.w*",
+            "weights": lambda weights=weights: weights,
+        }[kind]()
+        positions = [7] if kind == "writes" else None
+        before = [weight.clone() for weight in model.parameters()]
+        found.append(ms.hessian_attribution(model, task, over, pairs=10, positions=positions, objective="log_prob"))
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    one, other = found
+    assert len(one.vectors) == len(other.vectors)
+    for name in ("eigenvalues", "measured", "integrated"):
+        scale = float(getattr(other, name).abs().max())
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-2, atol=2e-4 * scale)
+    torch.testing.assert_close(one.eigenvalues, other.eigenvalues, rtol=1e-3, atol=0)
+
+
 def test_a_model_without_a_tokenizer_goes_on_from_token_ids(silent):
     model, start = hooked(tiny_hf("GPT-2")), tiny_task().tokens[:5]
     kept = ms.keep(torch.eye(32)[:, :20])
