@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 import mechsvd as ms
 
 IMAGES = Path(__file__).parent / "images"
@@ -35,6 +37,11 @@ def draw_one(model, task, svd, found):
     save("direction_effects", ms.figures.direction_effects(ranking))
     save("race_of_orders", ms.figures.race_of_orders({n: ms.sweep_rank(model, task, svd, order=o) for n, o in orders.items()}))
     save("critical_rank", ms.figures.margins(found))
+    save("clip_and_ridge", ms.figures.clip_and_ridge(found.sweep, ms.sweep_ridge(model, task, svd)))
+    tasks = [ms.Task.from_text(model, prompt) for prompt in ms.SHORTFORM_PROMPTS.values()]
+    gradients = ms.gradient_basis(ms.collect_gradients(model, tasks, svd))
+    bases = {"singular directions": torch.eye(svd.rank), "gradients": gradients}
+    save("accumulated_scores", ms.figures.accumulated_scores(ms.hessian_attribution(model, task, svd, bases=bases).bases))
 
 
 def save(name, figure):
