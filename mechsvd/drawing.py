@@ -75,5 +75,5 @@ def _on_axis(figure: go.Figure, value: float) -> float:
     return log10(value) if figure.layout.yaxis.type == "log" and value > 0 else value
 
 
-def _numbers(x: Any) -> list[int]:
+def _numbers(x: Any) -> list[Any]:
     return x.tolist() if isinstance(x, Tensor) else list(x)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -174,3 +175,54 @@ def test_static_images_without_kaleido_or_chrome_say_what_to_install(meaning_svd
 def test_an_improbable_text_stays_drawable(embedded, meaning, meaning_svd):
     figure = figures.surprise(ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0]))
     assert json.loads(figure.to_json())["data"]
+
+
+@pytest.fixture(scope="module")
+def attribution(stories, story_task):
+    svd = ms.decompose(ms.collect_writes(stories, story_task))
+    return ms.hessian_attribution(stories, story_task, svd, bases={"singular": torch.eye(64)})
+
+
+def test_a_spectrum_shows_every_eigenvalue_and_marks_what_did_not_converge(attribution):
+    figure = figures.hessian_spectrum(attribution)
+    dots = drawn(figure)
+    np.testing.assert_allclose(dots.y, attribution.eigenvalues.numpy())
+    np.testing.assert_allclose(dots.error_y.array, attribution.residuals.numpy())
+    hollow = [symbol == "circle-open" for symbol in dots.marker.symbol]
+    assert hollow == (~attribution.converged).tolist()
+    assert "probability" in figure.layout.yaxis.title.text
+
+
+def test_estimates_are_drawn_against_what_is_measured_without_the_noise(attribution):
+    loud = dataclasses.replace(attribution, noise_floor=float(attribution.measured.abs().median()))
+    figure = figures.estimate_errors(loud)
+    assert [trace.name for trace in figure.data] == ["linear", "quadratic", "integrated"]
+    chosen = figure.data[1].customdata
+    assert len(chosen) == 32
+    np.testing.assert_allclose(figure.data[1].x, attribution.measured.abs().numpy()[chosen])
+    np.testing.assert_allclose(figure.data[1].y, attribution.to_pandas().quadratic_error.to_numpy()[chosen])
+
+
+def test_scores_accumulate_from_the_largest_to_their_sum(attribution):
+    figure = figures.accumulated_scores(attribution.bases)
+    assert [trace.name for trace in figure.data] == ["Hessian", "singular", "random"]
+    for trace, found in zip(figure.data, attribution.bases.values(), strict=True):
+        steps = np.diff([0, *trace.y])
+        assert (np.diff(steps) <= 1e-9).all()  # the largest first
+        assert trace.y[-1] == pytest.approx(float(found.measured.sum()) / (found.value - found.baseline))
+    assert [shape.y0 for shape in figure.layout.shapes] == [1]
+    tiny = dataclasses.replace(attribution, baseline=-1e6)
+    assert not figures.accumulated_scores({"far below 1": tiny}).layout.shapes
+    other = dataclasses.replace(attribution, objective="log_prob")
+    with pytest.raises(ValueError, match=r"different functions, probability over \['gain'\] and log_prob"):
+        figures.accumulated_scores({"a": attribution, "b": other})
+
+
+def test_clipping_and_ridge_share_an_axis(stories, story_task):
+    svd = ms.decompose(ms.collect_writes(stories, story_task))
+    clip, ridge = ms.sweep_rank(stories, story_task, svd), ms.sweep_ridge(stories, story_task, svd)
+    figure = figures.clip_and_ridge(clip, ridge)
+    np.testing.assert_allclose(figure.data[0].x, clip.ranks.numpy())
+    np.testing.assert_allclose(figure.data[1].x, ridge.effective_directions.numpy(), atol=0.6)
+    np.testing.assert_allclose(figure.data[1].y, -ridge.measurement.log_prob.numpy())
+    assert "clean 3.542" in figure.layout.annotations[0].text

@@ -53,6 +53,42 @@ def test_the_orders_are_listed_by_how_few_directions_they_need(studies):
     assert f"{means['singular value']:.0f} (singular value)" in said
 
 
+def test_the_sentence_on_ridge_names_the_smallest_lasting_number(studies):
+    said = findings.ridge(studies)
+    for found in studies:
+        table, clean = found.ridge.to_pandas(), float(found.ridge.measurement.against.log_prob)
+        far = table.effective_directions[(table.log_prob - clean).abs() > 1.0]
+        expected = table.effective_directions[table.effective_directions > far.max()].min()
+        assert findings.lasting_number(found.ridge, 1.0) == pytest.approx(expected)
+        assert f"{expected:.0f} where clipping takes {findings.lasting_rank(found.sweep, 1.0)} ({found.name})" in said
+    never = dataclasses.replace(studies[0].ridge, measurement=far_from_clean(studies[0].ridge.measurement))
+    assert findings.lasting_number(never, 1.0) is None
+
+
+def far_from_clean(measurement):
+    return dataclasses.replace(measurement, log_probs=measurement.log_probs - 100)
+
+
+def test_the_sentence_on_attribution_counts_estimates_and_sums_scores(studies):
+    said = findings.attribution(studies)
+    for found in studies:
+        table = found.attribution.to_pandas()
+        near = ((table.quadratic - table.measured).abs() <= 0.1 * table.measured.abs())[~table.is_noise].mean()
+        assert findings.share_within(found.attribution, "quadratic") == pytest.approx(near)
+    shares = sorted(round(100 * findings.share_within(s.attribution, "quadratic")) for s in studies)
+    assert f"for {shares[0]}" in said
+    sums = sorted(float(s.attribution.bases["gradients"].share.sum()) for s in studies)
+    assert f"{sums[-1]:.2g} (gradients)".replace("-", "−") in said
+    assert "of all components" in said
+    few = [dataclasses.replace(s, attribution=first_components(s.attribution)) for s in studies]
+    assert "of the largest components" in findings.attribution(few)
+
+
+def first_components(found):
+    columns = ("eigenvalues", "residuals", "projections", "slopes", "integrated", "measured")
+    return dataclasses.replace(found, vectors=found.vectors[:, :5], **{name: getattr(found, name)[:5] for name in columns})
+
+
 def test_the_critical_ranks_are_those_of_an_exhaustive_search(embedded, studies):
     for found in studies:
         certain = ms.critical_rank(embedded, found.task, found.pooled, exhaustive=True)
