@@ -1,6 +1,7 @@
 """Attribution: a probability, or any function, taken apart in the eigenbasis of its Hessian or in another basis."""
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,12 +93,13 @@ def hessian_attribution(
         source = provenance_of(model, (tuple(task.tokens.tolist()),), (), (*notes, *users))
         f = objective_over(model, task, over, Where(layers, components, positions, missing), found, source if check else None)
         clean = float(f.log_probs(f.point[None]).detach().sum(dtype=torch.float64))
+        unit = 1.0 if objective == "log_prob" else _probability(clean)
         function = Function(partial(_relative, f, objective, clean), f.point, size, halving(model, task), progress)
         scored = _attribute(function, choices)
         noise = clean_noise(model, task, found)
     about = {"objective": objective, "parts": f.parts, "noise_floor": noise}
     source = replace(source, hooks=f.hooks, seed=choices.seed)
-    return described(scored, math.exp(clean) if objective == "probability" else 1.0, source=source, **about)
+    return described(scored, unit, source=source, **about)
 
 
 def hessian_attribution_of(
@@ -140,7 +142,8 @@ def hessian_attribution_of(
         return function(rows[0])[None] if len(rows) == 1 else torch.func.vmap(function)(rows)
 
     choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
-    return _attribute(Function(values, w, valid_size(batch_size, 1), _halve), choices)
+    with torch.inference_mode(False):  # in which there are no gradients
+        return _attribute(Function(values, w.clone(), valid_size(batch_size, 1), _halve), choices)
 
 
 @dataclass(frozen=True)
@@ -197,10 +200,19 @@ def _attribute(function: Function, choices: _Choices) -> Attribution:
     path = function.path_gradient(choices.path_steps)
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
     beside = tuple((name, score_components(curvature, each, path)) for name, each in {**others, RANDOM: random}.items())
-    scored = score_components(curvature, found.vectors.to(function.point), path)
-    scored = described(replace(scored, beside=beside), tolerance=choices.tolerance, products=found.products)
+    scored = replace(score_components(curvature, found.vectors.to(function.point), path), beside=beside, products=found.products)
+    scored = described(scored, tolerance=choices.tolerance)
     _warn_of(scored, curvature, most if entries > DENSE else None)
     return scored
+
+
+def _probability(log_prob: float) -> float:
+    if log_prob < math.log(sys.float_info.min):
+        raise ValueError(
+            f"The log-probability of the continuation is {log_prob:.0f} nats, so its probability is too small for a number (it "
+            'underflows); shorten the continuation, or attribute the logarithm by `objective="log_prob"`.'
+        )
+    return math.exp(log_prob)
 
 
 def _relative(f: Objective, kind: Kind, clean: float, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:

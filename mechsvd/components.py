@@ -195,16 +195,7 @@ def score_components(curvature: Curvature, vectors: Float[Tensor, "entry compone
 
 
 def described(scored: Attribution, unit: float = 1.0, **about: Any) -> Attribution:
-    """The same, in all its bases, in another unit of f and with what is known about f.
-
-    Raises:
-        ValueError: the unit is 0, a probability too small for a number.
-    """
-    if unit == 0:
-        raise ValueError(
-            "The probability of the continuation is too small for a number (it underflows), so there is nothing to attribute; "
-            'shorten the continuation, or attribute its logarithm by `objective="log_prob"`.'
-        )
+    """The same, in all its bases, in another unit of f and with what is known about f."""
     known = replace(scored, **about)
     columns: dict[str, Any] = {name: getattr(known, name) * unit for name in _IN_UNITS}
     return replace(known, **columns, beside=tuple((name, described(each, unit, **about)) for name, each in scored.beside))

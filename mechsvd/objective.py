@@ -91,7 +91,7 @@ def _over_gains(
     """One gain a direction, and one for all that the directions do not span, so that w = 1 is the model and w = 0 no writes."""
     require_decomposition(svd)
     device, dtype = _like(model)
-    basis = svd.directions.to(device, dtype)
+    basis = svd.directions.to(device, dtype).clone()  # one made in inference mode could not serve a gradient
     require_fitting_edit(model, Gate(basis, basis.new_ones(svd.rank), source=svd.source), source)
     unseen = svd.d_model - svd.rank
     basis = complete(basis) if unseen else basis

@@ -130,7 +130,7 @@ def evaluation(model: Model, *, gradients: bool = False) -> Iterator[tuple[str, 
             module.training = False
         for parameter in wanting:
             parameter.requires_grad = False
-        with torch.set_grad_enabled(gradients), sdpa_kernel(SDPBackend.MATH) if gradients else nullcontext():
+        with _differentiable() if gradients else torch.no_grad():
             yield notes
     finally:
         for parameter in wanting:
@@ -157,6 +157,12 @@ def users_hooks(model: Model) -> list[str]:
     """Names of the hook points that carry somebody's forward hooks."""
     points = {id(point): point for point in model.hook_dict.values()}
     return [str(point.name) for point in points.values() if point.fwd_hooks]
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _require_points(model: Model, hooks: Sequence[Hook]) -> None:

@@ -443,6 +443,21 @@ def test_the_model_is_left_as_it_was(exact, silent):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_derivatives_are_there_in_a_mode_without_gradients_too(exact, mode):
+    _, model, task = exact
+    with mode():
+        svd = ms.decompose(ms.collect_writes(model, task))
+        over = (svd, "blocks.0.ln1.weight", ms.find_sites(model, layers=[0], components=["mlp"]))
+        inside = [ms.hessian_attribution(model, task, each) for each in over]
+        own = ms.hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]))
+        gradients = ms.collect_gradients(model, task, svd)
+    for each, found in zip(over, inside, strict=True):
+        torch.testing.assert_close(found.eigenvalues, ms.hessian_attribution(model, task, each).eigenvalues)
+    assert own.eigenvalues.tolist() == pytest.approx([1, -1])
+    assert gradients.values.any()
+
+
 def test_an_exception_inside_leaves_the_weights_alone(exact, monkeypatch):
     _, model, task = exact
     from mechsvd import objective
@@ -548,7 +563,9 @@ def test_a_probability_that_underflows_is_refused_and_its_logarithm_is_not(exact
         list(model.parameters())[-1].mul_(200)
     if float(ms.measure(model, task, [ms.chain()]).against.log_prob) > -746:
         pytest.fail("the task is too probable for this test")
-    with pytest.raises(ValueError, match='it underflows.*attribute its logarithm by `objective="log_prob"`'):
+    with pytest.raises(
+        ValueError, match=r'nats, so its probability is too small.*attribute the logarithm by `objective="log_prob"`'
+    ):
         ms.hessian_attribution(model, task, "blocks.0.ln1.weight")
     found = ms.hessian_attribution(model, task, "blocks.0.ln1.weight", objective="log_prob")
     assert found.eigenvalues.isfinite().all()
