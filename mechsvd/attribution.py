@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from mechsvd.edits import Basis, directions_of
 from mechsvd.eigenpairs import BLOCK
 from mechsvd.measurement import clean_noise
 from mechsvd.models import provenance_of
-from mechsvd.objective import Objective, Over, Where, objective_over
+from mechsvd.objective import Over, Where, by_rows, objective_over
 from mechsvd.runs import evaluation
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model
@@ -64,11 +63,12 @@ def hessian_attribution(
         pairs: eigenpairs, the largest in size; by default all where w has at most 2048 entries, for which the whole Hessian is
             made, and otherwise 20, by Lanczos.
         bases: more bases to be scored beside the eigenvectors and random directions, by name: orthonormal columns in the space of
-            w, not necessarily as many as its entries. Of gains, `torch.eye(rank)` are the singular directions themselves;
-            `gradient_basis` gives another.
+            w, not necessarily as many as its entries. Of gains, `torch.eye(rank)` are the singular directions themselves
+            (`torch.eye(rank + 1)` where they do not span everything: the last entry is the gain of the rest); `gradient_basis`
+            gives another.
         layers, components, positions, missing: where gains act; of sites, `positions` alone. See `fwd_hooks`.
         tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|, and the table marks what is above.
-        max_products: Hessian-vector products that Lanczos may use; 200 and 20 a pair by default.
+        max_products: Hessian-vector products that Lanczos may use, at least one a pair; 200 and 20 a pair by default.
         path_steps: Gauss–Legendre nodes of the path integral.
         batch_size: rows in one forward pass, a fourth of that in a backward pass; by default from the memory that is free and
             the size of the model.
@@ -92,12 +92,13 @@ def hessian_attribution(
     with evaluation(model, gradients=True) as users:
         source = provenance_of(model, (tuple(task.tokens.tolist()),), (), (*notes, *users))
         f = objective_over(model, task, over, Where(layers, components, positions, missing), found, source if check else None)
-        clean = float(f.log_probs(f.point[None]).detach().sum(dtype=torch.float64))
+        clean = float(f.log_prob(f.point[None]).detach())
         unit = 1.0 if objective == "log_prob" else _probability(clean)
-        function = Function(partial(_relative, f, objective, clean), f.point, size, halving(model, task), progress)
-        scored = _attribute(function, choices)
+        relative_to = None if objective == "log_prob" else clean
+        function = Function(f.log_prob, f.point, size, halving(model, task), progress, relative_to)
         noise = clean_noise(model, task, found)
-    about = {"objective": objective, "parts": f.parts, "noise_floor": noise}
+        scored = _attribute(function, choices, f.over, noise)
+    about = {"objective": objective, "over": f.over, "parts": f.parts, "noise_floor": noise}
     source = replace(source, hooks=f.hooks, seed=choices.seed)
     return described(scored, unit, source=source, **about)
 
@@ -117,7 +118,7 @@ def hessian_attribution_of(
     """Attribute a function of your own, a scalar of one vector, as `hessian_attribution` does a probability.
 
     Args:
-        function: twice differentiable, of torch operations that `torch.func.vmap` can batch.
+        function: twice differentiable, of torch operations; where `torch.func.vmap` can batch it, many points go together.
         pairs, bases, tolerance, max_products, path_steps, seed: see `hessian_attribution`.
 
     Raises:
@@ -131,19 +132,17 @@ def hessian_attribution_of(
     if not callable(function):
         raise TypeError(f"`function` must be a function of one vector, but is {type(function).__name__}.")
     if not isinstance(w, Tensor) or w.ndim != 1 or not w.is_floating_point() or len(w) == 0:
-        raise ValueError(f"`w` must be a float tensor with one axis, but is {list(w.shape) if isinstance(w, Tensor) else w!r:.60}.")
+        what = f"{w.dtype} of shape {list(w.shape)}" if isinstance(w, Tensor) else f"{type(w).__name__}"
+        raise ValueError(f"`w` must be a float tensor with one axis, but is {what}.")
 
     value = function(w)
     if not isinstance(value, Tensor) or value.ndim != 0:
         what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.20}"
         raise ValueError(f"`function` must give a scalar tensor (no `.item()`), but gives {what}.")
 
-    def values(rows: Tensor) -> Tensor:
-        return function(rows[0])[None] if len(rows) == 1 else torch.func.vmap(function)(rows)
-
     choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
     with torch.inference_mode(False):  # in which there are no gradients
-        return _attribute(Function(values, w.clone(), valid_size(batch_size, 1), _halve), choices)
+        return _attribute(Function(by_rows(function), w.clone(), valid_size(batch_size, 1), _halve), choices)
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,8 @@ class _Choices:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tolerance, Real) or not self.tolerance > 0:
-            raise ValueError(f"`tolerance` is {self.tolerance!r}, but must be a number above 0.")
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, Real) or not 0 < self.tolerance < 1:
+            raise ValueError(f"`tolerance` is {self.tolerance!r}, but must be a number above 0 and below 1.")
         for name, least in (("path_steps", 1), ("max_products", 1), ("seed", 0)):
             value = getattr(self, name)
             if (value is not None or name == "seed") and not _is_whole(value, least):
@@ -173,8 +172,8 @@ class _Choices:
             raise ValueError(f"`pairs` is {self.pairs!r}, but w has {entries} entries; choose 1 to {entries}.")
         return int(self.pairs)
 
-    def directions(self, point: Float[Tensor, " entry"]) -> dict[str, Float[Tensor, "entry component"]]:
-        """The bases that are given, on the device and in the dtype of w."""
+    def directions(self, point: Float[Tensor, " entry"], over: str) -> dict[str, Float[Tensor, "entry component"]]:
+        """The bases that are given, on the device and in the dtype of w; none of them made for another w."""
         if self.bases is None:
             return {}
         if not isinstance(self.bases, Mapping):
@@ -183,26 +182,36 @@ class _Choices:
         for name, basis in self.bases.items():
             if name in (HESSIAN, RANDOM):
                 raise ValueError(f"`bases` names one {name!r}, which is always there; choose another name.")
-            directions, _ = directions_of(basis)
+            directions, source = directions_of(basis)
             if len(directions) != len(point):
-                raise ValueError(f"The basis {name!r} has columns of {len(directions)} entries, but w has {len(point)}.")
+                raise ValueError(
+                    f"The basis {name!r} has columns of {len(directions)} entries, but w has {len(point)}: {over[:80]}."
+                )
+            made_for = [note for note in (source.notes if source else ()) if note.startswith("gradients with respect to ")]
+            if made_for and made_for[-1] != f"gradients with respect to {over}":
+                raise ValueError(
+                    f"The basis {name!r} is of {made_for[-1][:90]}, but w is {over[:60]}; collect the gradients over it."
+                )
             found[name] = directions.to(point)
         return found
 
 
-def _attribute(function: Function, choices: _Choices) -> Attribution:
+def _attribute(function: Function, choices: _Choices, over: str = "a vector", noise: float | None = None) -> Attribution:
     """One gradient, one path integral and one Hessian, or Lanczos, for all bases."""
     entries = len(function.point)
-    pairs, others = choices.count(entries), choices.directions(function.point)
+    pairs, others = choices.count(entries), choices.directions(function.point, over)
     most = 200 + 20 * pairs if choices.max_products is None else choices.max_products
     curvature = differentiate(function)
+    if noise is not None:
+        _warn_unlike_values(curvature, noise)
     found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
     path = function.path_gradient(choices.path_steps)
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
     beside = tuple((name, score_components(curvature, each, path)) for name, each in {**others, RANDOM: random}.items())
     scored = replace(score_components(curvature, found.vectors.to(function.point), path), beside=beside, products=found.products)
     scored = described(scored, tolerance=choices.tolerance)
-    _warn_of(scored, curvature, most if entries > DENSE else None)
+    _warn_unconverged(scored, most if entries > DENSE else None)
+    _warn_undefined(scored, curvature)
     return scored
 
 
@@ -215,27 +224,51 @@ def _probability(log_prob: float) -> float:
     return math.exp(log_prob)
 
 
-def _relative(f: Objective, kind: Kind, clean: float, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
-    """The log-probability of each row, or its probability as a multiple of the clean one."""
-    log_prob = f.log_probs(rows).sum(dim=-1)
-    return log_prob if kind == "log_prob" else (log_prob - clean).exp()
-
-
-def _warn_of(scored: Attribution, curvature: Curvature, most: int | None) -> None:
-    """Warn of pairs that Lanczos left unconverged (`most` are the products it might use), and of an f without derivatives."""
-    if most is not None and not scored.converged.all():
-        more = "Allow more `max_products`, or ask for fewer `pairs`."
-        precision = f"Rounding in {curvature.w.dtype} allows no better; with dtype=torch.float64 the model rounds less."
+def _warn_unlike_values(curvature: Curvature, noise: float) -> None:
+    """Warn where f, run a step along its gradient, does not rise as the gradient says: something in the model hides its slope."""
+    gradient = curvature.gradient.detach()
+    size = float(gradient.norm())
+    if size == 0:
+        return
+    step = 0.01 / size  # f, relative to its clean value or in nats, should rise by 0.02
+    rise = curvature.function.rise(gradient / size, step)
+    if abs(rise - 0.02) > 0.004 + 10 * noise:
         warnings.warn(
-            f"{int((~scored.converged).sum())} of {len(scored)} eigenpairs did not converge to a residual of "
-            f"{scored.tolerance:g}·|λ| in {scored.products} products; the table marks them. "
-            + (more if scored.products + BLOCK > most else precision),
+            f"The gradient says that f rises by 0.02 along itself, but running the model says {rise:.4f}: something in it hides "
+            "the slope, such as a hook that detaches, or half precision. What is measured is right; eigenvalues and estimates are "
+            "not.",
             stacklevel=4,
         )
-    if not curvature.gradient.any() and not scored.eigenvalues.any():
+
+
+def _warn_unconverged(scored: Attribution, most: int | None) -> None:
+    """Warn of pairs that Lanczos left unconverged (`most` are the products it might use), or of a Hessian that is all rounding."""
+    missed = int((~scored.converged).sum())
+    if missed if most is not None else missed == len(scored) and scored.eigenvalues.any():
+        more = " Allow more `max_products`, or ask for fewer `pairs`; or" if most and scored.products + BLOCK > most else " Perhaps"
         warnings.warn(
-            "f does not depend on w here: its gradient and its Hessian are zero, so there is nothing to attribute.", stacklevel=4
+            f"{missed} of {len(scored)} eigenpairs did not converge to a residual of {scored.tolerance:g}·|λ| in {scored.products} "
+            f"products; the table marks them.{more} rounding allows no better: a model in dtype=torch.float64 rounds less.",
+            stacklevel=4,
         )
+
+
+def _warn_undefined(scored: Attribution, curvature: Curvature) -> None:
+    """Warn of an f without derivatives, or that is not finite where components are removed, and of a rough path integral."""
+    said = ""
+    if not curvature.gradient.any() and not scored.eigenvalues.any():
+        hidden = "though removing components changes it: something hides its slope, such as a hook that detaches"
+        nothing = "so there is nothing to attribute"
+        said = (
+            f"f does not depend on w here: its gradient and its Hessian are zero, {hidden if scored.measured.any() else nothing}."
+        )
+    elif not math.isfinite(scored.baseline) or not scored.measured.isfinite().all():
+        said = "f is not finite at w = 0, or where some components are removed; shares and the path integral are undefined there."
+    elif scored.path_error > 0.05 * abs(scored.value - scored.baseline):
+        missed = scored.path_error / abs(scored.value - scored.baseline)
+        said = f"The path integral misses f(w) − f(0) by {missed:.0%}; take more `path_steps`."
+    if said:
+        warnings.warn(said, stacklevel=4)
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -76,9 +76,9 @@ def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
     for colour, (name, found) in zip(cycle(DISTINCT), bases.items(), strict=False):
         require_kind(found, Attribution)
         require_same_model(first.source, found.source, "The attributions")
-        if (found.objective, found.parts) != (first.objective, first.parts):
-            mine, theirs = (f"{each.objective} over {[part for part, _ in each.parts[:2]]}" for each in (first, found))
-            raise ValueError(f"The attributions are of different functions, {mine} and {theirs}; compare bases of one w.")
+        if _function(found) != _function(first):
+            mine, theirs = (f"{each.objective} over {each.over[:60]}" for each in (first, found))
+            raise ValueError(f"The attributions are of different functions: {mine}; {theirs}; or of different texts.")
         sums = found.share.sort(descending=True).values.cumsum(0)
         hover = f"{name}<br>first %{{x}} components<br>%{{y:.3f}} of f(w) − f(0)"
         figure.add_trace(line(range(1, len(found) + 1), sums, name, colour, hover=hover))
@@ -91,11 +91,13 @@ def clip_and_ridge(clip: RankSweep, ridge: RidgeSweep) -> go.Figure:
     """Surprise against the number of directions: clipped to the first k, and shrunk to the same effective number.
 
     Raises:
-        ValueError: sweeps of different models.
+        ValueError: sweeps of different models or texts.
     """
     require_kind(clip, RankSweep)
     require_kind(ridge, RidgeSweep)
     require_same_model(clip.source, ridge.source, "The sweeps")
+    if clip.source and ridge.source and clip.source.tokens != ridge.source.tokens:
+        raise ValueError("The sweeps are of different texts, so their probabilities cannot be compared; sweep one task twice.")
     axes = ("kept directions, or their effective number Σ s²/(s² + α)", "−log-probability of the continuation (nats)")
     figure = empty_figure("Clipping and ridge", *axes, log_y=True)
     hover = "clipped to k = %{x}<br>%{y:.4g} nats"
@@ -104,3 +106,7 @@ def clip_and_ridge(clip: RankSweep, ridge: RidgeSweep) -> go.Figure:
     shrunk = line(ridge.effective_directions, -ridge.measurement.log_prob, "ridge", ATTEMPTED, hover=hover)
     figure.add_trace(shrunk.update(customdata=ridge.alphas.numpy()))
     return with_clean(figure, -clip.measurement.against.log_prob).update_layout(showlegend=True)
+
+
+def _function(found: Attribution) -> tuple[object, ...]:
+    return found.objective, found.over, found.parts, found.source and found.source.tokens

@@ -27,7 +27,7 @@ Part = TypeVar("Part")
 def rows_a_pass(model: Model, task: Task) -> int:
     """How many edits of a task fit into one forward pass, from the free memory and the model's size."""
     device, length = next(model.parameters()).device, len(task.tokens)
-    fitting = int(SHARE_OF_MEMORY * _free_bytes(device) / bytes_a_row(model, task))
+    fitting = int(SHARE_OF_MEMORY * free_bytes(device) / bytes_a_row(model, task))
     busy = max(CPU_TOKENS, CPU_ENTRIES // _d_mlp(model)) if device.type == "cpu" else GPU_TOKENS
     return max(1, min(fitting, busy // length, _LARGEST.get(model, fitting * length) // length))
 
@@ -129,7 +129,8 @@ def _d_mlp(model: Model) -> int:
     return getattr(model.cfg, "d_mlp", None) or 4 * model.cfg.d_model
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, as far as the system tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

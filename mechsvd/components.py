@@ -1,5 +1,6 @@
 """What the components of a vector w are worth to a function of it: estimates beside what is measured, in one table."""
 
+import math
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -26,13 +27,14 @@ class Attribution:
 
     Attributes:
         objective: what f is.
+        over: what w is, in a line.
         parts: what the entries of w are, in their order: name and shape of each piece.
         vectors: the directions u as columns.
         eigenvalues: λ, or uᵀHu where u is no eigenvector.
-        residuals: ‖Hu − λu‖, by an exact product, rounding included.
+        residuals: ‖Hu − λu‖, by an exact product, rounding included: λ is no further than this from an eigenvalue.
         projections: u·w, how much of w each direction holds.
         slopes: u·∇f.
-        integrated: (u·w) ∫₀¹ u·∇f(tw) dt, the path integral from 0 (integrated gradients).
+        integrated: (u·w) ∫₀¹ u·∇f(tw) dt, the path integral from 0 (integrated gradients); NaN where f(0) is not finite.
         measured: f(w) − f(w − u uᵀw), what removing the component costs.
         value, baseline: f(w) and f(0).
         path_error: by how much the path integral of the whole gradient misses f(w) − f(0): its quadrature's error.
@@ -43,6 +45,7 @@ class Attribution:
     """
 
     objective: str
+    over: str
     parts: tuple[Part, ...]
     vectors: Float[Tensor, "entry component"]
     eigenvalues: Float[Tensor, " component"]
@@ -99,11 +102,11 @@ class Attribution:
     def share(self) -> Float[Tensor, " component"]:
         """Each measured score as a share of f(w) − f(0); NaN where that is zero or unknown."""
         whole = self.value - self.baseline
-        return self.measured / (whole if whole else torch.nan)
+        return self.measured / (whole if whole and math.isfinite(whole) else torch.nan)
 
     @property
     def converged(self) -> Bool[Tensor, " component"]:
-        """Whether each direction is an eigenvector to within the tolerance."""
+        """Whether each direction is an eigenvector to within the tolerance; eigenvalues near 0 drown in rounding, and are not."""
         return self.residuals <= self.tolerance * self.eigenvalues.abs()
 
     @property
@@ -119,7 +122,7 @@ class Attribution:
         return missed / torch.where(self.measured != 0, self.measured.abs(), torch.nan)
 
     def part(self, name: str) -> Float[Tensor, "component ..."]:
-        """One piece of every direction in its own shape, such as the change of one weight matrix.
+        """One piece of every direction, the first axis being the component, such as the change of one weight matrix.
 
         Raises:
             KeyError: w has no such piece.
@@ -155,16 +158,16 @@ class Attribution:
             "quadratic_error": self.error("quadratic"),
         }
         table = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
-        table["nearer"] = ["linear" if better else "quadratic" for better in table.linear_error <= table.quadratic_error]
-        return table
+        linear = (table.linear_error <= table.quadratic_error).map({True: "linear", False: "quadratic"})
+        return table.assign(nearer=linear.where(table.quadratic_error.notna()))
 
     def __repr__(self) -> str:
-        top = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:4].tolist())
+        top = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:4].tolist()) + (", …" if len(self) > 4 else "")
         near = {name: int((self.error(name) <= 0.1)[~self.is_noise].sum()) for name in ("linear", "quadratic")}
         return (
             f"Attribution of the {self.objective} {self.value:.4g} (at w = 0: {self.baseline:.3g}) to {len(self)} components of "
             f"{len(self.vectors):,} entries\n"
-            f"  eigenvalues {top}, …; {int(self.converged.sum())} converged; of {int((~self.is_noise).sum())} scores above the "
+            f"  eigenvalues {top}; {int(self.converged.sum())} converged; of {int((~self.is_noise).sum())} scores above the "
             f"noise, {near['linear']} within 10 % of the linear estimate, {near['quadratic']} of the quadratic\n"
             f"  on {self.source.model if self.source else 'a function'}"
         )
@@ -173,24 +176,27 @@ class Attribution:
 def score_components(curvature: Curvature, vectors: Float[Tensor, "entry component"], path: Float[Tensor, " entry"]) -> Attribution:
     """All scores of some directions, in float64 from what the model's dtype gave."""
     w, f = curvature.w.detach(), curvature.function
-    ends = f.at(lambda rows: (1 - rows.to(w))[:, None] * w, 2).cpu().double()  # w itself, and 0
-    removed = f.at(lambda rows: w - (vectors[:, rows] * (w @ vectors[:, rows])).mT, vectors.shape[1])
+    baseline = float(f.at(lambda rows: torch.zeros_like(w)[None], 1))
+    some = torch.cat([torch.zeros_like(vectors[:, :1]), vectors], dim=1)  # first nothing is removed: w itself, in the same batch
+    values = f.at(lambda rows: w - (some[:, rows] * (w @ some[:, rows])).mT, some.shape[1]).cpu().double()
+    value, removed = float(values[0]), values[1:]
     product, exact = curvature.products(vectors).cpu().double(), vectors.cpu().double()
     point, slope, path = (each.detach().cpu().double() for each in (w, curvature.gradient, path))
     eigenvalues, projections = (exact * product).sum(dim=0), point @ exact
     return Attribution(
         objective="value of a function",
+        over="a vector",
         parts=(("w", (len(w),)),),
         vectors=vectors.cpu(),
         eigenvalues=eigenvalues,
         residuals=(product - exact * eigenvalues).norm(dim=0),
         projections=projections,
         slopes=slope @ exact,
-        integrated=projections * (path @ exact),
-        measured=ends[0] - removed.cpu().double(),
-        value=float(ends[0]),
-        baseline=float(ends[1]),
-        path_error=abs(float(point @ path - (ends[0] - ends[1]))),
+        integrated=projections * (path @ exact) * (1 if math.isfinite(baseline) else torch.nan),
+        measured=value - removed,
+        value=value,
+        baseline=baseline,
+        path_error=abs(float(point @ path) - (value - baseline)),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.batches import progress_bar, run_batches
+from mechsvd.batches import free_bytes, progress_bar, run_batches
 from mechsvd.eigenpairs import BLOCK, Eigenpairs, capacity, dense_eigenpairs, lanczos
 
 DENSE = 2048  # entries up to which the whole Hessian is made
@@ -17,10 +17,11 @@ VECTOR_ENTRIES = 4_000_000  # of all vectors whose products share a pass: more l
 
 @dataclass(frozen=True)
 class Function:
-    """A scalar function of a vector, by rows, and the point at which it is looked at.
+    """A scalar function f of a vector, by rows, and the point at which it is looked at.
 
     Attributes:
         values: of each row; differentiable.
+        relative_to: None where f is `values`; else f is exp(values − relative_to), in float64, which float32 would overflow.
         size: rows that fit into one pass without gradients.
         halve: gives a smaller size when memory runs out; see `halving`.
     """
@@ -30,17 +31,34 @@ class Function:
     size: int
     halve: Callable[[int], int]
     progress: bool | None = False
+    relative_to: float | None = None
+
+    def f(self, values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """Of `values`, f itself."""
+        if self.relative_to is None:
+            return values
+        return (values.to(_widest(values.device)) - self.relative_to).exp()
 
     @property
     def backward_size(self) -> int:
         """Rows that fit into one backward pass, which holds several times as much."""
-        return max(1, min(self.size // 4, VECTOR_ENTRIES // len(self.point)))
+        return max(1, min(self.size // 4, self.forward_size))
+
+    @property
+    def forward_size(self) -> int:
+        """Rows that fit into one forward pass, each with a w of its own."""
+        return max(1, min(self.size, VECTOR_ENTRIES // len(self.point)))
 
     def at(self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int) -> Float[Tensor, " row"]:
-        """Values at so many points, which are made when they are needed from their numbers."""
+        """The function at so many points, which are made when they are needed from their numbers."""
         with torch.no_grad():
-            parts = run_batches(lambda rows: self.values(row(rows)), torch.arange(count), self.size, self.halve, False)
-        return torch.cat(parts)
+            run = lambda rows: self.f(self.values(row(rows)))  # noqa: E731
+            return torch.cat(run_batches(run, torch.arange(count), self.forward_size, self.halve, False))
+
+    def rise(self, direction: Float[Tensor, " entry"], step: float) -> float:
+        """How much f rises from one step behind the point to one before it: its slope, from values alone."""
+        ends = self.at(lambda rows: self.point + (1.0 - 2.0 * rows.to(self.point))[:, None] * step * direction, 2)
+        return float(ends[0] - ends[1])
 
     def path_gradient(self, steps: int) -> Float[Tensor, " entry"]:
         """The mean gradient on the way from 0 to the point, ∫₀¹ ∇f(tw) dt, by Gauss–Legendre quadrature.
@@ -54,9 +72,13 @@ class Function:
         def run(rows: Tensor) -> Tensor:
             points = ((nodes + 0.5)[rows, None] * self.point).requires_grad_()
             with torch.enable_grad():
-                total = self.values(points).sum()
-            (slopes,) = torch.autograd.grad(total, points, materialize_grads=True) if total.requires_grad else (0 * points,)
-            return weights[rows] @ slopes
+                values = self.values(points)
+            if not values.requires_grad:
+                return torch.zeros_like(self.point, dtype=_widest(points.device))
+            (slopes,) = torch.autograd.grad(values.sum(), points, materialize_grads=True)
+            wide = slopes.to(_widest(points.device))
+            outer = torch.ones_like(values) if self.relative_to is None else self.f(values.detach())  # df/dvalues
+            return (weights[rows] * outer).to(wide) @ wide
 
         parts = run_batches(run, torch.arange(steps), self.backward_size, self.halve, False)
         return torch.stack(parts).sum(dim=0)
@@ -99,7 +121,11 @@ class Curvature:
             is_grads_batched=not one,
             allow_unused=True,
         )
-        return torch.zeros_like(rows) if product is None else product.view_as(rows)
+        if product is None:
+            return torch.zeros_like(rows)
+        if not product.isfinite().all():
+            raise ValueError("The Hessian of f is not finite at w, so it has no eigenvectors; f must be smooth there.")
+        return product.view_as(rows)
 
 
 def differentiate(function: Function) -> Curvature:
@@ -110,24 +136,31 @@ def differentiate(function: Function) -> Curvature:
     """
     w = function.point.detach().clone().requires_grad_()
     with torch.enable_grad():
-        value = function.values(w[None])[0]
+        value = function.f(function.values(w[None]))[0]
         gradient = torch.zeros_like(w)
         if value.requires_grad:
             (gradient,) = torch.autograd.grad(value, w, create_graph=True, materialize_grads=True)
     for what, found in (("f is", value), ("The gradient of f is", gradient)):
         if not found.isfinite().all():
-            raise ValueError(
-                f"{what} not finite at w ({w.dtype}), so nothing can be attributed; in half precision, load the model with "
-                "dtype=torch.float32."
-            )
+            raise ValueError(f"{what} not finite at w, so nothing can be attributed; a model in half precision may do in float32.")
     return Curvature(function, w, value.detach(), gradient)
 
 
 def eigenpairs(curvature: Curvature, pairs: int, *, tolerance: float, max_products: int, seed: int) -> Eigenpairs:
-    """The Hessian's eigenpairs largest in size: from the whole Hessian where w is short, and else by Lanczos."""
+    """The Hessian's eigenpairs largest in size: from the whole Hessian where w is short, and else by Lanczos.
+
+    Raises:
+        MemoryError: Lanczos's vectors do not fit.
+    """
     entries = len(curvature.w)
     if entries <= max(DENSE, capacity(pairs)):
         return dense_eigenpairs(curvature.hessian, pairs)
+    needed, free = capacity(pairs) * entries * curvature.w.element_size(), free_bytes(curvature.w.device)
+    if needed > free:
+        raise MemoryError(
+            f"{pairs} eigenpairs of {entries:,} entries need {capacity(pairs)} vectors, {needed / 2**30:,.1f} GiB, but "
+            f"{free / 2**30:,.1f} GiB are free; choose fewer weights by a narrower pattern, or fewer `pairs`."
+        )
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(entries, BLOCK, generator=generator, dtype=torch.float64).to(curvature.w)
     with progress_bar(max_products, "Hessian, at most", curvature.function.progress) as bar:
@@ -137,3 +170,7 @@ def eigenpairs(curvature: Curvature, pairs: int, *, tolerance: float, max_produc
             return curvature.products(vectors)
 
         return lanczos(products, start, pairs, tolerance=tolerance, max_products=max_products)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -11,6 +11,7 @@ from mechsvd.decomposition import eigh_or_again
 from mechsvd.subspace import at_least_single, signs
 
 Products = Callable[[Float[Tensor, "entry n"]], Float[Tensor, "entry n"]]
+PROBE = 5  # blocks that look for copies of what was found
 BLOCK = 4  # vectors a step: their products share a pass, and few enough that the subspace grows where it should
 
 
@@ -45,27 +46,33 @@ def lanczos(
     """The eigenpairs largest in size, from both ends of the spectrum: block Lanczos, fully reorthogonalised, with thick restart.
 
     Every new block is made orthogonal to all before it, so no eigenvalue comes back as a ghost; when the subspace is full, it
-    restarts from the best Ritz vectors. It stops when each residual ‖Hu − λu‖ is at most `tolerance`·|λ|, or what rounding
-    allows, or when the products are spent.
+    restarts from the best Ritz vectors. It is done when each residual ‖Hu − λu‖ is at most `tolerance`·|λ|, or what rounding
+    allows. Of an eigenvalue that many directions share, a block sees one direction for each of its vectors: so random blocks are
+    added, until one brings no new eigenvalue among the largest; or the products are spent.
 
     Args:
         start: random vectors; their number is the size of a block.
+        max_products: at least one for each pair is used.
 
     Reference: Wu, Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, 2000,
     doi:10.1137/S0895479898334605.
     """
     entries, block = start.shape
     space = _Krylov(start.new_empty(capacity(pairs, block), entries), block)
-    following, used = torch.linalg.qr(start).Q.mT, 0
+    following, used, settled, probed = torch.linalg.qr(start).Q.mT, 0, None, 0
     while True:
         following, coupling = space.extend(following, products)
         used += block
         values, vectors = space.ritz()
         residuals = (coupling @ vectors[space.size - block : space.size]).norm(dim=0)[:pairs]
         floor = 10 * torch.finfo(start.dtype).eps * values[0].abs()
-        done = space.size >= pairs and bool((residuals <= (tolerance * values[:pairs].abs()).clamp(min=floor)).all())
-        if done or used + block > max_products:
+        allowed = (tolerance * values[:pairs].abs()).clamp(min=floor)
+        done = space.size >= pairs and bool((residuals <= allowed).all()) and used >= probed
+        is_new = settled is None or bool(((values[:pairs] - settled).abs() > allowed).any())
+        if (done and not is_new) or (used + block > max_products and space.size >= pairs):
             return _largest(values, space.combine(vectors).mT, pairs, used)
+        if done:
+            settled, probed, following = values[:pairs], used + PROBE * block, space.random_block()
         if space.size + block > len(space.rows):
             space.restart(values, vectors, keep=2 * pairs)
 
@@ -82,7 +89,7 @@ class _Krylov:
         self.rows, self.block, self.size = rows, block, 0
         self.matrix = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         self.coupled = 0  # the product of the next block has parts along the rows from here on, and elsewhere only rounding
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator().manual_seed(0x5EED)  # not the seed that the start may have come from
 
     def extend(self, following: Tensor, products: Products) -> tuple[Tensor, Tensor]:
         """Add a block; give the next one, and the triangle by which the product of this one reaches into it."""
@@ -98,19 +105,34 @@ class _Krylov:
         self.matrix[first : self.size, : self.size] = inside.cpu().double()
         self.matrix[: self.size, first : self.size] = inside.mT.cpu().double()
         self.coupled = first
-        return self._orthonormal(rest, basis)
+        return self._orthonormal(rest)
 
-    def _orthonormal(self, rest: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    def _orthonormal(self, rest: Tensor) -> tuple[Tensor, Tensor]:
         following, coupling = torch.linalg.qr(rest.mT)
         coupling = coupling.cpu().double()
-        spent = coupling.diagonal().abs() <= 100 * torch.finfo(rest.dtype).eps * self.matrix.abs().max()
+        sizes, scale, eps = coupling.diagonal().abs(), self.matrix.abs().max(), torch.finfo(rest.dtype).eps
+        spent = sizes <= 100 * eps * scale
         if spent.any():  # some products stay inside, up to rounding: go on from random vectors in their place
-            random = torch.randn(len(following), int(spent.sum()), generator=self.generator, dtype=torch.float64)
-            following[:, spent.to(following.device)] = random.to(following)
+            following[:, spent.to(following.device)] = self.random(int(spent.sum())).to(following)
             coupling[spent] = 0
-            for _ in range(2):
-                following = torch.linalg.qr(following - basis.mT @ (basis @ following)).Q
+        if (sizes <= eps**0.5 * scale).any():  # what is left is small beside its rounding, which points anywhere
+            following = self.outside(following)
         return following.mT, coupling
+
+    def random_block(self) -> Float[Tensor, "block entry"]:
+        """Random directions outside the space."""
+        return self.outside(self.random(self.block).to(self.rows)).mT
+
+    def random(self, count: int) -> Float[Tensor, "entry count"]:
+        """Random vectors, the same ones in the same run."""
+        return torch.randn(self.rows.shape[1], count, generator=self.generator, dtype=torch.float64)
+
+    def outside(self, vectors: Float[Tensor, "entry n"]) -> Float[Tensor, "entry n"]:
+        """Orthonormal vectors that span what of these lies outside the space."""
+        basis = self.rows[: self.size]
+        for _ in range(2):
+            vectors = torch.linalg.qr(vectors - basis.mT @ (basis @ vectors)).Q
+        return vectors
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Eigenpairs of the matrix in the basis, by falling size."""

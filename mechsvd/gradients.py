@@ -12,7 +12,7 @@ from mechsvd.batches import halving, rows_a_pass, run_batches
 from mechsvd.decomposition import Decomposition, decompose_groups
 from mechsvd.models import provenance_of
 from mechsvd.objective import Over, Part, Where, objective_over
-from mechsvd.results import Provenance, load_result, require_kind, result, save_result
+from mechsvd.results import Provenance, load_result, require_kind, result, save_result, with_notes
 from mechsvd.runs import evaluation
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model
@@ -27,12 +27,14 @@ class Gradients:
         values: one row a scored token.
         task_index: which task each row belongs to.
         tokens: the token that each row scores.
+        over: what w is, in a line.
         parts: what the entries of w are, in their order.
     """
 
     values: Float[Tensor, "sample entry"]
     task_index: Int[Tensor, " sample"]
     tokens: Int[Tensor, " sample"]
+    over: str
     parts: tuple[Part, ...]
     source: Provenance | None = None
 
@@ -57,7 +59,7 @@ class Gradients:
     def __repr__(self) -> str:
         return (
             f"Gradients of the log-probabilities of {len(self)} tokens in {int(self.task_index.max()) + 1} task(s)\n"
-            f"  with respect to {self.values.shape[1]:,} entries\n"
+            f"  with respect to {self.values.shape[1]:,} entries: {self.over[:80]}\n"
             f"  on {self.source.model if self.source else 'an unnamed model'}"
         )
 
@@ -104,7 +106,8 @@ def collect_gradients(
             w = f.point.clone().requires_grad_()
             rows.append(_jacobian(f.log_probs(w[None])[0], w, max(1, rows_a_pass(model, task) // 4), halving(model, task)))
     index = torch.cat([torch.full_like(task.continuation, i) for i, task in enumerate(chosen)])
-    return Gradients(torch.cat(rows).cpu(), index, torch.cat([task.continuation for task in chosen]), parts[0], source)
+    scored = torch.cat([task.continuation for task in chosen])
+    return Gradients(torch.cat(rows).cpu(), index, scored, f.over, parts[0], source)
 
 
 def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> Decomposition:
@@ -126,10 +129,15 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> Decomposition:
         raise ValueError("There are no gradients: the list is empty; give those of at least one model.")
     for each in several:
         require_kind(each, Gradients)
-        if each.parts != several[0].parts:
-            raise ValueError("The gradients are with respect to different w; collect them with the same `over` and `positions`.")
-    values = torch.cat([each.values for each in several])
-    return decompose_groups(values[None, None], source=several[0].source)[0]
+        if (each.over, each.parts) != (several[0].over, several[0].parts):
+            raise ValueError(
+                f"The gradients are with respect to different w: {several[0].over[:60]}, and {each.over[:60]}; collect them "
+                "with the same `over`, sites and positions."
+            )
+    if not any(each.values.any() for each in several):
+        raise ValueError(f"The gradients are all zero, so they have no directions: nothing depends on {several[0].over[:60]}.")
+    source = several[0].source and with_notes(several[0].source, f"gradients with respect to {several[0].over}")
+    return decompose_groups(torch.cat([each.values for each in several])[None, None], source=source)[0]
 
 
 def _jacobian(log_probs: Float[Tensor, " scored"], w: Tensor, size: int, halve: Any) -> Float[Tensor, "scored entry"]:

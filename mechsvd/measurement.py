@@ -277,13 +277,19 @@ def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]
 
 
 def _noise_floor(setup: _Setup, clean: Measurement) -> float:
+    """See `measure`. Where a float64 model computes inside in float32, as norms do, so small moves vanish: then as in float32."""
+    precision = torch.finfo(next(setup.model.parameters()).dtype).eps
+    return _spread(setup, clean, precision) or _spread(setup, clean, torch.finfo(torch.float32).eps)
+
+
+def _spread(setup: _Setup, clean: Measurement, precision: float) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def rounded(x: Tensor, hook: Any = None) -> Tensor:
         """One row as it is, and others whose entries move by up to what a product of many terms loses: some units."""
         units = torch.empty(NOISE_ROWS, *x.shape[1:]).uniform_(-8, 8, generator=generator)
         units[0] = 0
-        return torch.addcmul(x, x, units.to(x), value=torch.finfo(x.dtype).eps)
+        return torch.addcmul(x, x, units.to(x), value=precision)
 
     values = joined([clean, setup.forward(rounded, NOISE_ROWS)]).log_prob
     return float(values.max() - values.min())

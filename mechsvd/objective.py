@@ -1,5 +1,7 @@
 """What is differentiated: the log-probability of a task as a function of a vector w — gains, writes or weights."""
 
+import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from mechsvd.results import Provenance
 from mechsvd.selfcheck import SelfCheck
 from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites, find_weights
 from mechsvd.subspace import at_least_single, complete
+from mechsvd.sweeps import warn_other_sites
 from mechsvd.tasks import Positions, Task, valid_positions
 
 Over = Decomposition | Site | str | Sequence[Site] | Sequence[str]
@@ -41,14 +44,21 @@ class Objective:
     Attributes:
         log_probs: rows of w to the natural-log probability of each continuation token; differentiable in the rows.
         point: w of the model as it is.
+        over: what w is, in a line that is the same for the same w of another task or checkpoint, and for no other.
         parts: what the entries of w are, in their order: name and shape of each piece.
         hooks: names of the hook points where it acts.
     """
 
     log_probs: Callable[[Float[Tensor, "row entry"]], Float[Tensor, "row scored"]]
     point: Float[Tensor, " entry"]
+    over: str
     parts: tuple[Part, ...]
     hooks: tuple[str, ...] = ()
+
+    def log_prob(self, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
+        """Of the whole continuation."""
+        log_probs = self.log_probs(rows)
+        return log_probs.to(torch.float32 if log_probs.device.type == "mps" else torch.float64).sum(dim=-1)
 
 
 def objective_over(
@@ -68,21 +78,40 @@ def objective_over(
     if isinstance(listed, Decomposition):
         return _over_gains(model, task, listed, where, check, source)
     if isinstance(listed, Sequence) and listed and all(isinstance(one, str) for one in listed):
-        _require_unset(where, "layers", "components", "positions")
+        _require_unset(where, "weights", "layers", "components", "positions")
         return _over_weights(model, task, [str(one) for one in listed], check)
     if isinstance(listed, Sequence) and listed and all(isinstance(one, Site) for one in listed):
-        _require_unset(where, "layers", "components")
+        _require_unset(where, "sites", "layers", "components")
         return _over_writes(model, task, [one for one in listed if isinstance(one, Site)], where, check)
+    several = isinstance(listed, Sequence) and any(isinstance(one, Decomposition) for one in listed)
     raise TypeError(
         "`over` must be a decomposition (its gains), sites of the model (`mechsvd.find_sites`, their writes), or patterns of "
-        f"weights ('blocks.2.mlp.*'), but is {over!r:.60}; of a `per_layer` tuple, take one."
+        f"weights ('blocks.2.mlp.*'), but is {type(over).__name__}{': take one of them' if several else ''}."
     )
 
 
-def _require_unset(where: Where, *names: str) -> None:
+def by_rows(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Apply a function of one vector to rows: by `vmap` where it goes through, and else one after the other."""
+    goes_through = True
+
+    def run(rows: Tensor) -> Tensor:
+        nonlocal goes_through
+        if len(rows) > 1 and goes_through:
+            try:
+                return vmap(one)(rows)
+            except RuntimeError as error:  # Bloom's activation, an `.item()`, an `if`; or memory ran out
+                if is_out_of_memory(error):
+                    raise
+                goes_through = False
+        return torch.stack([one(row) for row in rows])
+
+    return run
+
+
+def _require_unset(where: Where, what: str, *names: str) -> None:
     """Refuse choices of writes that would be passed over in silence."""
     if wrong := [name for name in names if getattr(where, name) != getattr(Where(), name)]:
-        raise ValueError(f"`{wrong[0]}` says where gains act, but `over` already names sites or weights; choose them there.")
+        raise ValueError(f"`{wrong[0]}` says where gains act, but `over` names {what}, for which it means nothing; leave it out.")
 
 
 def _over_gains(
@@ -96,6 +125,7 @@ def _over_gains(
     unseen = svd.d_model - svd.rank
     basis = complete(basis) if unseen else basis
     sites = find_sites(model, where.layers, where.components, where.missing)
+    warn_other_sites(svd, sites, stacklevel=6)
     positions = valid_positions(where.positions, len(task.tokens))
 
     def log_probs(rows: Tensor) -> Tensor:
@@ -105,8 +135,10 @@ def _over_gains(
         return score(model, task, check, hooks, len(rows))[0]
 
     parts: tuple[Part, ...] = (("gain", (svd.rank,)), *([("gain of the rest", (1,))] if unseen else []))
-    point = torch.ones(svd.rank + bool(unseen), device=device, dtype=dtype)
-    return Objective(log_probs, point, parts, tuple(site.hook_name for site in sites))
+    point, hooks = torch.ones(svd.rank + bool(unseen), device=device, dtype=dtype), tuple(site.hook_name for site in sites)
+    digest = hashlib.sha256(svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
+    over = f"gains of {svd.rank} directions ({digest}) at {_at(hooks, positions)}"
+    return Objective(log_probs, point, over, parts, hooks)
 
 
 def _over_writes(model: Model, task: Task, chosen: Sequence[Site], where: Where, check: SelfCheck) -> Objective:
@@ -129,7 +161,8 @@ def _over_writes(model: Model, task: Task, chosen: Sequence[Site], where: Where,
         return score(model, task, check, hooks, len(rows))[0]
 
     parts = tuple((site.hook_name, tuple(clean.shape[1:])) for site in sites)
-    return Objective(log_probs, clean.flatten(), parts, tuple(site.hook_name for site in sites))
+    hooks = tuple(site.hook_name for site in sites)
+    return Objective(log_probs, clean.flatten(), f"writes at {_at(hooks, positions)}", parts, hooks)
 
 
 def _added(site: Site, shifts: Float[Tensor, "row pos d_model"]) -> Hook:
@@ -152,21 +185,26 @@ def _over_weights(model: Model, task: Task, patterns: Sequence[str], check: Self
         # a bridge reaches a module by several paths: torch's search for tied weights would take the new ones for the old
         return functional_call(run, replaced, (), tie_weights=False)
 
-    goes_through_vmap = True
-
-    def log_probs(rows: Tensor) -> Tensor:
-        nonlocal goes_through_vmap
-        if len(rows) > 1 and goes_through_vmap:
-            try:
-                return vmap(one)(rows)
-            except RuntimeError as error:  # the model's own code does not (Bloom's activation), or memory ran out
-                if is_out_of_memory(error):
-                    raise
-                goes_through_vmap = False
-        return torch.stack([one(row) for row in rows])
-
     point = torch.cat([weight.detach().flatten() for _, weight in weights.values()]).to(dtype)
-    return Objective(log_probs, point, tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items()))
+    _require_used(model, weights, run)
+    parts = tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items())
+    return Objective(by_rows(one), point, f"weights {', '.join(weights)}", parts)
+
+
+def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run: nn.Module) -> None:
+    """Warn of named weights on which f does not depend; refuse them where the model computes with copies of its weights."""
+    pieces = {name: weight.detach().clone().requires_grad_() for name, (_, weight) in weights.items()}
+    replaced = {f"model.{own}": pieces[name] for name, (names, _) in weights.items() for own in names}
+    total = functional_call(run, replaced, (), tie_weights=False).sum()
+    slopes = torch.autograd.grad(total, list(pieces.values()), allow_unused=True) if total.requires_grad else [None] * len(pieces)
+    unused = [name for name, slope in zip(pieces, slopes, strict=True) if slope is None]
+    if unused and getattr(model, "compatibility_mode", False):
+        raise ValueError(
+            f"In compatibility mode this model computes with copies of {len(unused)} of the weights, {unused[0]} and others, so "
+            "they cannot be moved; take the model as it was loaded."
+        )
+    if unused:
+        warnings.warn(f"f does not depend on {len(unused)} of {len(pieces)} weights: {', '.join(unused[:4])}.", stacklevel=6)
 
 
 class _Run(nn.Module):
@@ -178,6 +216,10 @@ class _Run(nn.Module):
 
     def forward(self) -> Float[Tensor, " scored"]:
         return score(self.model, self.task, self.check)[0][0]
+
+
+def _at(hooks: Sequence[str], positions: Sequence[int] | None) -> str:
+    return f"{', '.join(hooks)}, {'all positions' if positions is None else f'positions {list(positions)}'}"
 
 
 def _like(model: Model) -> tuple[torch.device, torch.dtype]:

@@ -102,7 +102,7 @@ def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Any
     require_decomposition(svd)
     gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
     measured = measure(model, task, Gate(svd.directions, gains, 1.0, svd.source), noise_floor=True, **options)
-    warn_other_sites(svd, measured)
+    warn_other_sites(svd, measured.sites)
     return Ranking(svd.singular_values.cpu(), measured)
 
 

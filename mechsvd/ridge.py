@@ -72,7 +72,8 @@ def sweep_ridge(
     """Shrink every write by `shrink(svd, alpha)` while the model runs, for each strength alpha.
 
     Args:
-        alphas: strengths; by default 64 whose effective numbers of directions are evenly spaced, the last one 0, which keeps all.
+        alphas: strengths; by default 64 whose effective numbers of directions are evenly spaced, the last one 0, which keeps all
+            that the decomposition saw. What it did not see is dropped, as in `sweep_rank`.
         options: passed on to `measure` (layers, components, positions, batch_size, progress, …).
 
     Raises:
@@ -83,7 +84,7 @@ def sweep_ridge(
     chosen = _evenly_spaced(svd) if alphas is None else _valid_alphas(alphas)
     gains = torch.stack([shrink(svd, alpha).gains for alpha in chosen.tolist()])
     measured = measure(model, task, cheapest_gate(svd, gains), **options)
-    warn_other_sites(svd, measured)
+    warn_other_sites(svd, measured.sites)
     return RidgeSweep(chosen, effective_directions(svd, chosen), measured, svd.source)
 
 

@@ -115,7 +115,8 @@ def find_weights(model: Any, patterns: str | Sequence[str]) -> dict[str, tuple[l
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     aliases: dict[int, list[str]] = {}
     for name, weight in nn.Module.named_parameters(model, remove_duplicate=False):  # a bridge's own method gives other names
-        aliases.setdefault(id(weight), []).append(name.replace("._original_component", ""))
+        alias = name.replace("._original_component", "").replace("._W_", ".W_").replace("._b_", ".b_")  # grouped keys and values
+        aliases.setdefault(id(weight), []).append(alias)
     found: dict[int, tuple[list[str], Tensor]] = {}
     for path, module in nn.Module.named_modules(model):
         for name, weight in module.named_parameters(path, recurse=False):

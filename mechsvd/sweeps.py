@@ -13,7 +13,7 @@ from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
 from mechsvd.measurement import Measurement, measure
 from mechsvd.results import Provenance, load_result, result, save_result
-from mechsvd.sites import Model
+from mechsvd.sites import Model, Site
 from mechsvd.subspace import complete
 from mechsvd.tasks import Task
 
@@ -92,18 +92,17 @@ def sweep_rank(
     place = permutation.argsort()  # of each direction in the order
     gains = (place[None, :] < chosen[:, None]).to(svd.directions)
     measured = measure(model, task, cheapest_gate(svd, gains), **options)
-    warn_other_sites(svd, measured)
+    warn_other_sites(svd, measured.sites)
     return RankSweep(chosen, permutation, measured, svd.source)
 
 
-def warn_other_sites(svd: Decomposition, measured: Measurement) -> None:
-    """Warn, where the caller's caller stands, when the edited sites are not those whose writes were decomposed."""
-    edited = {site.hook_name for site in measured.sites}
-    if svd.source and edited != set(svd.source.hooks):
+def warn_other_sites(svd: Decomposition, sites: Sequence[Site], stacklevel: int = 4) -> None:
+    """Warn, by default where the caller's caller stands, when the edited sites are not those whose writes were decomposed."""
+    if svd.source and {site.hook_name for site in sites} != set(svd.source.hooks):
         warnings.warn(
-            f"{len(edited)} sites were edited, but the directions are of the writes of {len(svd.source.hooks)} others or fewer; "
+            f"{len(sites)} sites are edited, but the directions are of the writes of {len(svd.source.hooks)} others or fewer; "
             "pass the same `layers` and `components` here as to `collect_writes`.",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

@@ -213,9 +213,11 @@ def test_scores_accumulate_from_the_largest_to_their_sum(attribution):
     assert [shape.y0 for shape in figure.layout.shapes] == [1]
     tiny = dataclasses.replace(attribution, baseline=-1e6)
     assert not figures.accumulated_scores({"far below 1": tiny}).layout.shapes
-    other = dataclasses.replace(attribution, objective="log_prob")
-    with pytest.raises(ValueError, match=r"different functions, probability over \['gain'\] and log_prob"):
-        figures.accumulated_scores({"a": attribution, "b": other})
+    elsewhere = dataclasses.replace(attribution.source, tokens=((1, 2, 3),))
+    others = [{"objective": "log_prob"}, {"over": "gains of others"}, {"source": elsewhere}]
+    for other in others:
+        with pytest.raises(ValueError, match=r"different functions: probability over gains of 64 directions \("):
+            figures.accumulated_scores({"a": attribution, "b": dataclasses.replace(attribution, **other)})
 
 
 def test_clipping_and_ridge_share_an_axis(stories, story_task):

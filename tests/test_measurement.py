@@ -143,8 +143,12 @@ def test_the_noise_floor_is_measured_on_request_and_sees_the_dtype(llama):
     assert 0 <= single < 1e-3
     from tests.conftest import tiny_hf
 
-    double = tiny("Llama", tiny_hf("Llama").double())
-    assert measure(double, tiny_task(), [ms.chain()] * 3, noise_floor=True).noise_floor < 1e-11
+    floors = {}
+    for architecture in ("GPT-2", "Llama"):
+        double = tiny(architecture, tiny_hf(architecture).double())
+        floors[architecture] = measure(double, tiny_task(), [ms.chain()] * 3, noise_floor=True).noise_floor
+    assert 0 < floors["GPT-2"] < 1e-11
+    assert 1e-8 < floors["Llama"] < 1e-4  # transformers computes its norms in float32 even here
 
 
 def test_the_model_is_left_as_it_was_found_after_a_fault(llama):

@@ -126,6 +126,14 @@ def test_attributions_are_the_same(pair, kind):
     torch.testing.assert_close(one.eigenvalues, other.eigenvalues, rtol=1e-3, atol=0)
 
 
+def test_weights_that_a_processed_bridge_keeps_as_copies_are_refused(silent):
+    model = ms.load_model(STORIES, device="cpu") if STORIES.is_dir() else pytest.skip("the real model stories260k is missing")
+    model.enable_compatibility_mode()
+    task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=5)
+    with pytest.raises(ValueError, match="computes with copies of 3 of the weights, blocks.2.mlp.gate.weight and others"):
+        ms.hessian_attribution(model, task, "blocks.2.mlp.*", pairs=2)
+
+
 def test_a_model_without_a_tokenizer_goes_on_from_token_ids(silent):
     model, start = hooked(tiny_hf("GPT-2")), tiny_task().tokens[:5]
     kept = ms.keep(torch.eye(32)[:, :20])
