@@ -126,8 +126,8 @@ def hessian_attribution_of(
         ValueError: w is no float vector, the function's value no differentiable scalar or not finite; as `hessian_attribution`.
 
     Example:
-        >>> hessian_attribution_of(lambda w: w.prod(), torch.tensor([3.0, 2.0])).eigenvalues
-        tensor([ 1., -1.], dtype=torch.float64)
+        >>> hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]).double()).quadratic
+        tensor([ 6.2500, -0.2500], dtype=torch.float64)
     """
     if not callable(function):
         raise TypeError(f"`function` must be a function of one vector, but is {type(function).__name__}.")

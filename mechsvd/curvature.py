@@ -102,8 +102,8 @@ class Curvature:
             return self.hessian @ vectors
         if not self.gradient.requires_grad:  # f is linear in w, or does not depend on it
             return torch.zeros_like(vectors)
-        order, f = torch.arange(vectors.shape[1]), self.function
-        parts = run_batches(lambda rows: self._backward(vectors[:, rows].mT), order, f.backward_size, f.halve, progress, "Hessian")
+        order, f, rows = torch.arange(vectors.shape[1]), self.function, vectors.mT
+        parts = run_batches(lambda some: self._backward(rows[some]), order, f.backward_size, f.halve, progress, "Hessian")
         return torch.cat(parts).mT
 
     @cached_property
@@ -123,7 +123,7 @@ class Curvature:
         )
         if product is None:
             return torch.zeros_like(rows)
-        if not product.isfinite().all():
+        if not product.sum().isfinite():
             raise ValueError("The Hessian of f is not finite at w, so it has no eigenvectors; f must be smooth there.")
         return product.view_as(rows)
 

@@ -11,7 +11,7 @@ from mechsvd.decomposition import eigh_or_again
 from mechsvd.subspace import at_least_single, signs
 
 Products = Callable[[Float[Tensor, "entry n"]], Float[Tensor, "entry n"]]
-PROBE = 5  # blocks that look for copies of what was found
+PROBE = 4  # blocks that look for copies of what was found
 BLOCK = 4  # vectors a step: their products share a pass, and few enough that the subspace grows where it should
 
 
