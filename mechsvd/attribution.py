@@ -2,7 +2,6 @@
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -13,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, valid_size
+from mechsvd.cautions import warn_unconverged, warn_undefined, warn_unlike_values
 from mechsvd.comparison import random_subspace
 from mechsvd.components import HESSIAN, RANDOM, Attribution, described, score_components
-from mechsvd.curvature import DENSE, Curvature, Function, differentiate, eigenpairs
+from mechsvd.curvature import DENSE, Function, differentiate, eigenpairs
 from mechsvd.edits import Basis, directions_of
-from mechsvd.eigenpairs import BLOCK
 from mechsvd.measurement import clean_noise
 from mechsvd.models import provenance_of
 from mechsvd.objective import Over, Where, by_rows, objective_over
@@ -203,15 +202,15 @@ def _attribute(function: Function, choices: _Choices, over: str = "a vector", no
     most = 200 + 20 * pairs if choices.max_products is None else choices.max_products
     curvature = differentiate(function)
     if noise is not None:
-        _warn_unlike_values(curvature, noise)
+        warn_unlike_values(curvature, noise)
     found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
     path = function.path_gradient(choices.path_steps)
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
     beside = tuple((name, score_components(curvature, each, path)) for name, each in {**others, RANDOM: random}.items())
     scored = replace(score_components(curvature, found.vectors.to(function.point), path), beside=beside, products=found.products)
     scored = described(scored, tolerance=choices.tolerance)
-    _warn_unconverged(scored, most if entries > DENSE else None)
-    _warn_undefined(scored, curvature)
+    warn_unconverged(scored, most if entries > DENSE else None)
+    warn_undefined(scored, curvature)
     return scored
 
 
@@ -222,53 +221,6 @@ def _probability(log_prob: float) -> float:
             'underflows); shorten the continuation, or attribute the logarithm by `objective="log_prob"`.'
         )
     return math.exp(log_prob)
-
-
-def _warn_unlike_values(curvature: Curvature, noise: float) -> None:
-    """Warn where f, run a step along its gradient, does not rise as the gradient says: something in the model hides its slope."""
-    gradient = curvature.gradient.detach()
-    size = float(gradient.norm())
-    if size == 0:
-        return
-    step = 0.01 / size  # f, relative to its clean value or in nats, should rise by 0.02
-    rise = curvature.function.rise(gradient / size, step)
-    if abs(rise - 0.02) > 0.004 + 10 * noise:
-        warnings.warn(
-            f"The gradient says that f rises by 0.02 along itself, but running the model says {rise:.4f}: something in it hides "
-            "the slope, such as a hook that detaches, or half precision. What is measured is right; eigenvalues and estimates are "
-            "not.",
-            stacklevel=4,
-        )
-
-
-def _warn_unconverged(scored: Attribution, most: int | None) -> None:
-    """Warn of pairs that Lanczos left unconverged (`most` are the products it might use), or of a Hessian that is all rounding."""
-    missed = int((~scored.converged).sum())
-    if missed if most is not None else missed == len(scored) and scored.eigenvalues.any():
-        more = " Allow more `max_products`, or ask for fewer `pairs`; or" if most and scored.products + BLOCK > most else " Perhaps"
-        warnings.warn(
-            f"{missed} of {len(scored)} eigenpairs did not converge to a residual of {scored.tolerance:g}·|λ| in {scored.products} "
-            f"products; the table marks them.{more} rounding allows no better: a model in dtype=torch.float64 rounds less.",
-            stacklevel=4,
-        )
-
-
-def _warn_undefined(scored: Attribution, curvature: Curvature) -> None:
-    """Warn of an f without derivatives, or that is not finite where components are removed, and of a rough path integral."""
-    said = ""
-    if not curvature.gradient.any() and not scored.eigenvalues.any():
-        hidden = "though removing components changes it: something hides its slope, such as a hook that detaches"
-        nothing = "so there is nothing to attribute"
-        said = (
-            f"f does not depend on w here: its gradient and its Hessian are zero, {hidden if scored.measured.any() else nothing}."
-        )
-    elif not math.isfinite(scored.baseline) or not scored.measured.isfinite().all():
-        said = "f is not finite at w = 0, or where some components are removed; shares and the path integral are undefined there."
-    elif scored.path_error > 0.05 * abs(scored.value - scored.baseline):
-        missed = scored.path_error / abs(scored.value - scored.baseline)
-        said = f"The path integral misses f(w) − f(0) by {missed:.0%}; take more `path_steps`."
-    if said:
-        warnings.warn(said, stacklevel=4)
 
 
 def _is_whole(value: Any, least: int) -> bool:

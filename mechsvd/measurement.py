@@ -15,6 +15,7 @@ from mechsvd.batches import halving, rows_a_pass, run_batches, valid_size
 from mechsvd.edits import Each, Edit, Gate, chain
 from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
+from mechsvd.noise import NOISE_ROWS, spread_by_rounding
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.runs import evaluation, run_model
 from mechsvd.selfcheck import SelfCheck, require_sound
@@ -22,7 +23,6 @@ from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites
 from mechsvd.subspace import at_least_single
 from mechsvd.tasks import Positions, Task, require_fitting, valid_positions
 
-NOISE_ROWS = 8  # of the pass that measures the noise floor
 _BY_EDIT = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
 
 
@@ -170,7 +170,7 @@ def measure(
         source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, (*notes, *users))
         stack = as_stack(model, edits, source if check else None)
         rows = _run_all(setup, stack, size, progress)
-        floor = _noise_floor(setup, rows[:1]) if noise_floor else None
+        floor = setup.noise_floor(rows[:1]) if noise_floor else None
     edited, clean = rows[1:], rows[:1]
     _warn_not_finite(edited)
     return replace(edited, clean=replace(clean, source=source), source=source, noise_floor=floor)
@@ -216,7 +216,7 @@ def clean_noise(model: Model, task: Task, check: SelfCheck) -> float:
     """How far the clean log-probability moves for no reason, in nats; see `noise_floor` of `measure`."""
     setup = _Setup(model, task, find_sites(model, missing="skip"), None, check)
     with torch.no_grad():
-        return _noise_floor(setup, setup.forward(chain(), 1))
+        return setup.noise_floor(setup.forward(chain(), 1))
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,14 @@ class _Setup:
         scored, is_greedy = score(self.model, self.task, self.check, hooks, count)
         orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
         return Measurement(scored.cpu(), is_greedy.cpu(), orig_deltas, kept_deltas, self.sites)
+
+    def noise_floor(self, clean: Measurement) -> float:
+        """How far the clean log-probability moves for no reason; see `measure`."""
+
+        def log_probs(rows: Edit) -> Tensor:
+            return joined([clean, self.forward(rows, NOISE_ROWS)]).log_prob
+
+        return spread_by_rounding(log_probs, next(self.model.parameters()).dtype)
 
 
 @dataclass(frozen=True)
@@ -274,25 +282,6 @@ def _run_all(setup: _Setup, edits: Gate | Each, size: int, progress: bool | None
 
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
     return torch.linalg.vector_norm(writes, dim=(-2, -1), dtype=at_least_single(writes.dtype)) / writes.shape[1] ** 0.5
-
-
-def _noise_floor(setup: _Setup, clean: Measurement) -> float:
-    """See `measure`. Where a float64 model computes inside in float32, as norms do, so small moves vanish: then as in float32."""
-    precision = torch.finfo(next(setup.model.parameters()).dtype).eps
-    return _spread(setup, clean, precision) or _spread(setup, clean, torch.finfo(torch.float32).eps)
-
-
-def _spread(setup: _Setup, clean: Measurement, precision: float) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def rounded(x: Tensor, hook: Any = None) -> Tensor:
-        """One row as it is, and others whose entries move by up to what a product of many terms loses: some units."""
-        units = torch.empty(NOISE_ROWS, *x.shape[1:]).uniform_(-8, 8, generator=generator)
-        units[0] = 0
-        return torch.addcmul(x, x, units.to(x), value=precision)
-
-    values = joined([clean, setup.forward(rounded, NOISE_ROWS)]).log_prob
-    return float(values.max() - values.min())
 
 
 def _warn_not_finite(edited: Measurement) -> None:

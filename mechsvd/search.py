@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsvd.decomposition import Decomposition, require_decomposition
-from mechsvd.measurement import NOISE_ROWS, Measurement, joined
+from mechsvd.measurement import Measurement, joined
+from mechsvd.noise import NOISE_ROWS
 from mechsvd.results import Provenance, load_result, require_kind, result, save_result
 from mechsvd.sites import Model
 from mechsvd.sweeps import RankSweep, sweep_rank
