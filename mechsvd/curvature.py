@@ -52,8 +52,10 @@ class Function:
     def at(self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int) -> Float[Tensor, " row"]:
         """The function at so many points, which are made when they are needed from their numbers."""
         with torch.no_grad():
-            run = lambda rows: self.f(self.values(row(rows)))  # noqa: E731
-            return torch.cat(run_batches(run, torch.arange(count), self.forward_size, self.halve, False))
+            found = run_batches(
+                lambda rows: self.f(self.values(row(rows))), torch.arange(count), self.forward_size, self.halve, False
+            )
+        return torch.cat(found)
 
     def rise(self, direction: Float[Tensor, " entry"], step: float) -> float:
         """How much f rises from one step behind the point to one before it: its slope, from values alone."""

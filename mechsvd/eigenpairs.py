@@ -70,7 +70,7 @@ def lanczos(
         done = space.size >= pairs and bool((residuals <= allowed).all()) and used >= probed
         is_new = settled is None or bool(((values[:pairs] - settled).abs() > allowed).any())
         if (done and not is_new) or (used + block > max_products and space.size >= pairs):
-            return _largest(values, space.combine(vectors).mT, pairs, used)
+            return _largest(values[:pairs], space.combine(vectors[:, :pairs]).mT, pairs, used)
         if done:
             settled, probed, following = values[:pairs], used + PROBE * block, space.random_block()
         if space.size + block > len(space.rows):
