@@ -176,13 +176,14 @@ class Attribution:
 def score_components(curvature: Curvature, vectors: Float[Tensor, "entry component"], path: Float[Tensor, " entry"]) -> Attribution:
     """All scores of some directions, in float64 from what the model's dtype gave."""
     w, f = curvature.w.detach(), curvature.function
-    baseline = float(f.at(lambda rows: torch.zeros_like(w)[None], 1))
-    some = torch.cat([torch.zeros_like(vectors[:, :1]), vectors], dim=1)  # first nothing is removed: w itself, in the same batch
-    values = f.at(lambda rows: w - (some[:, rows] * (w @ some[:, rows])).mT, some.shape[1]).cpu().double()
-    value, removed = float(values[0]), values[1:]
-    product, exact = curvature.products(vectors).cpu().double(), vectors.cpu().double()
     point, slope, path = (each.detach().cpu().double() for each in (w, curvature.gradient, path))
+    product, exact = curvature.products(vectors).cpu().double(), vectors.cpu().double()
     eigenvalues, projections = (exact * product).sum(dim=0), point @ exact
+    parts = vectors * projections.to(w)  # from projections in float64: f is steep along some directions
+    some = torch.cat([torch.zeros_like(parts[:, :1]), parts], dim=1)  # first nothing is removed: w itself, in the same batch
+    values = f.at(lambda rows: w - some[:, rows].mT, some.shape[1]).cpu().double()
+    value, removed = float(values[0]), values[1:]
+    baseline = float(f.at(lambda rows: torch.zeros_like(w)[None], 1))
     return Attribution(
         objective="value of a function",
         over="a vector",
