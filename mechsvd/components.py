@@ -38,7 +38,7 @@ class Attribution:
         measured: f(w) − f(w − u uᵀw), what removing the component costs.
         value, baseline: f(w) and f(0).
         path_error: by how much the path integral of the whole gradient misses f(w) − f(0): its quadrature's error.
-        noise_floor: how far f(w) moves for no reason.
+        noise_floor: how far f(w) moves for no reason; measured scores are good to about this.
         tolerance: a pair is converged when its residual is at most this times |λ|.
         products: Hessian-vector products that finding the directions took.
         beside: the same function's components in other bases, by name: those that were given, and random directions.
