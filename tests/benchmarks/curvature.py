@@ -94,7 +94,12 @@ def products(model, task):
     def gradient():
         return torch.autograd.grad(function.values(point[None])[0], point)[0]
 
+    def forward_over_reverse():
+        slope = torch.func.grad(lambda w: function.values(w[None])[0])
+        return torch.func.jvp(slope, (function.point,), (vectors[:, 0],))[1]
+
     ways = {"a gradient": gradient, "the graph of the gradient": lambda: differentiate(function).gradient.detach()}
+    ways |= {"a product, forward over reverse": forward_over_reverse}
     ways |= {"a product on the kept graph": lambda: curvature.products(vectors[:, :1])}
     ways |= {f"{n} products together": lambda n=n: curvature.products(vectors[:, :n]) for n in (4, 16)}
     seconds, _ = in_turn(ways, repeats=15)
