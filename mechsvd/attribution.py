@@ -4,14 +4,14 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
-from typing import Any, Literal
+from numbers import Real
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.batches import halving, rows_a_pass, valid_size
+from mechsvd.batches import halving, is_whole, rows_a_pass, valid_size
 from mechsvd.cautions import warn_unconverged, warn_undefined, warn_unlike_values
 from mechsvd.comparison import random_subspace
 from mechsvd.components import HESSIAN, RANDOM, Attribution, described, score_components
@@ -19,7 +19,7 @@ from mechsvd.curvature import DENSE, Function, differentiate, eigenpairs
 from mechsvd.edits import Basis, directions_of
 from mechsvd.measurement import clean_noise
 from mechsvd.models import provenance_of
-from mechsvd.objective import Over, Where, by_rows, objective_over
+from mechsvd.objective import GRADIENTS, Over, Where, by_rows, objective_over
 from mechsvd.runs import evaluation
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model
@@ -133,7 +133,6 @@ def hessian_attribution_of(
     if not isinstance(w, Tensor) or w.ndim != 1 or not w.is_floating_point() or len(w) == 0:
         what = f"{w.dtype} of shape {list(w.shape)}" if isinstance(w, Tensor) else f"{type(w).__name__}"
         raise ValueError(f"`w` must be a float tensor with one axis, but is {what}.")
-
     value = function(w)
     if not isinstance(value, Tensor) or value.ndim != 0:
         what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.20}"
@@ -160,14 +159,14 @@ class _Choices:
             raise ValueError(f"`tolerance` is {self.tolerance!r}, but must be a number above 0 and below 1.")
         for name, least in (("path_steps", 1), ("max_products", 1), ("seed", 0)):
             value = getattr(self, name)
-            if (value is not None or name == "seed") and not _is_whole(value, least):
+            if (value is not None or name == "seed") and not is_whole(value, least):
                 raise ValueError(f"`{name}` is {value!r}, but must be a whole number from {least}.")
 
     def count(self, entries: int) -> int:
         """Eigenpairs that are wanted."""
         if self.pairs is None:
             return entries if entries <= DENSE else PAIRS
-        if not _is_whole(self.pairs, 1) or self.pairs > entries:
+        if not is_whole(self.pairs, 1) or self.pairs > entries:
             raise ValueError(f"`pairs` is {self.pairs!r}, but w has {entries} entries; choose 1 to {entries}.")
         return int(self.pairs)
 
@@ -186,8 +185,8 @@ class _Choices:
                 raise ValueError(
                     f"The basis {name!r} has columns of {len(directions)} entries, but w has {len(point)}: {over[:80]}."
                 )
-            made_for = [note for note in (source.notes if source else ()) if note.startswith("gradients with respect to ")]
-            if made_for and made_for[-1] != f"gradients with respect to {over}":
+            made_for = [note for note in (source.notes if source else ()) if note.startswith(GRADIENTS)]
+            if made_for and made_for[-1] != f"{GRADIENTS}{over}":
                 raise ValueError(
                     f"The basis {name!r} is of {made_for[-1][:90]}, but w is {over[:60]}; collect the gradients over it."
                 )
@@ -204,10 +203,12 @@ def _attribute(function: Function, choices: _Choices, over: str = "a vector", no
     if noise is not None:
         warn_unlike_values(curvature, noise)
     found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
-    path = function.path_gradient(choices.path_steps)
+    from_zero = function.path_gradient(choices.path_steps), function.at_zero
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
-    beside = tuple((name, score_components(curvature, each, path)) for name, each in {**others, RANDOM: random}.items())
-    scored = replace(score_components(curvature, found.vectors.to(function.point), path), beside=beside, products=found.products)
+    beside = tuple((name, score_components(curvature, each, *from_zero)) for name, each in {**others, RANDOM: random}.items())
+    scored = replace(
+        score_components(curvature, found.vectors.to(function.point), *from_zero), beside=beside, products=found.products
+    )
     scored = described(scored, tolerance=choices.tolerance)
     warn_unconverged(scored, most if entries > DENSE else None)
     warn_undefined(scored, curvature)
@@ -221,10 +222,6 @@ def _probability(log_prob: float) -> float:
             'underflows); shorten the continuation, or attribute the logarithm by `objective="log_prob"`.'
         )
     return math.exp(log_prob)
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
 def _halve(size: int) -> int:

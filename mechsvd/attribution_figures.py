@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import torch
 
 from mechsvd.components import Attribution
-from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, MANY_POINTS, empty_figure, line, with_clean
+from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, empty_figure, line, scatter, with_clean
 from mechsvd.results import require_kind, require_same_model
 from mechsvd.ridge import RidgeSweep
 from mechsvd.sweeps import RankSweep
@@ -21,7 +21,7 @@ def hessian_spectrum(found: Attribution) -> go.Figure:
     figure = empty_figure("Eigenvalues of the Hessian", "component", f"eigenvalue (of the {found.objective})")
     hover = "component %{x}<br>λ = %{y:.4g}<br>residual %{customdata[0]:.1e}<br>u·w = %{customdata[1]:.3g}<extra></extra>"
     figure.add_trace(
-        (go.Scattergl if len(found) > MANY_POINTS else go.Scatter)(
+        scatter(len(found))(
             y=found.eigenvalues.numpy(),
             error_y={"array": found.residuals.numpy(), "thickness": 1, "width": 0},
             mode="markers",
@@ -44,7 +44,7 @@ def estimate_errors(found: Attribution) -> go.Figure:
     figure = empty_figure("Estimates against what is measured", x, "relative error of the estimate", log_x=True, log_y=True)
     for name, colour in ESTIMATES.items():
         figure.add_trace(
-            (go.Scattergl if len(found) > MANY_POINTS else go.Scatter)(
+            scatter(len(found))(
                 x=found.measured[loud].abs().numpy(),
                 y=found.error(name)[loud].numpy(),
                 customdata=loud.nonzero()[:, 0].numpy(),

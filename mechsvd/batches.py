@@ -32,6 +32,11 @@ def rows_a_pass(model: Model, task: Task) -> int:
     return max(1, min(fitting, busy // length, _LARGEST.get(model, fitting * length) // length))
 
 
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number, not a bool, from `least`."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
+
+
 def valid_size(batch_size: int | None, default: int) -> int:
     """The rows of a pass that are asked for, or the default.
 
@@ -40,7 +45,7 @@ def valid_size(batch_size: int | None, default: int) -> int:
     """
     if batch_size is None:
         return default
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+    if not is_whole(batch_size, 1):
         raise ValueError(f"`batch_size` is {batch_size!r}, but a forward pass needs a whole number of rows, at least one.")
     return int(batch_size)
 

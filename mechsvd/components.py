@@ -173,8 +173,15 @@ class Attribution:
         )
 
 
-def score_components(curvature: Curvature, vectors: Float[Tensor, "entry component"], path: Float[Tensor, " entry"]) -> Attribution:
-    """All scores of some directions, in float64 from what the model's dtype gave."""
+def score_components(
+    curvature: Curvature, vectors: Float[Tensor, "entry component"], path: Float[Tensor, " entry"], baseline: float
+) -> Attribution:
+    """All scores of some directions, in float64 from what the model's dtype gave.
+
+    Args:
+        path: the mean gradient on the way from 0.
+        baseline: f(0).
+    """
     w, f = curvature.w.detach(), curvature.function
     point, slope, path = (each.detach().cpu().double() for each in (w, curvature.gradient, path))
     product, exact = curvature.products(vectors).cpu().double(), vectors.cpu().double()
@@ -183,7 +190,6 @@ def score_components(curvature: Curvature, vectors: Float[Tensor, "entry compone
     some = torch.cat([torch.zeros_like(parts[:, :1]), parts], dim=1)  # first nothing is removed: w itself, in the same batch
     values = f.at(lambda rows: w - some[:, rows].mT, some.shape[1]).cpu().double()
     value, removed = float(values[0]), values[1:]
-    baseline = float(f.at(lambda rows: torch.zeros_like(w)[None], 1))
     return Attribution(
         objective="value of a function",
         over="a vector",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechsvd.batches import free_bytes, progress_bar, run_batches
 from mechsvd.eigenpairs import BLOCK, Eigenpairs, capacity, dense_eigenpairs, lanczos
+from mechsvd.subspace import widest
 
 DENSE = 2048  # entries up to which the whole Hessian is made
 VECTOR_ENTRIES = 4_000_000  # of all vectors whose products share a pass: more leaves the cache and takes fresh pages
@@ -37,7 +38,7 @@ class Function:
         """Of `values`, f itself."""
         if self.relative_to is None:
             return values
-        return (values.to(_widest(values.device)) - self.relative_to).exp()
+        return (values.to(widest(values.device)) - self.relative_to).exp()
 
     @property
     def backward_size(self) -> int:
@@ -48,6 +49,11 @@ class Function:
     def forward_size(self) -> int:
         """Rows that fit into one forward pass, each with a w of its own."""
         return max(1, min(self.size, VECTOR_ENTRIES // len(self.point)))
+
+    @property
+    def at_zero(self) -> float:
+        """The function at w = 0."""
+        return float(self.at(lambda rows: torch.zeros_like(self.point)[None], 1))
 
     def at(self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int) -> Float[Tensor, " row"]:
         """The function at so many points, which are made when they are needed from their numbers."""
@@ -76,9 +82,9 @@ class Function:
             with torch.enable_grad():
                 values = self.values(points)
             if not values.requires_grad:
-                return torch.zeros_like(self.point, dtype=_widest(points.device))
+                return torch.zeros_like(self.point, dtype=widest(points.device))
             (slopes,) = torch.autograd.grad(values.sum(), points, materialize_grads=True)
-            wide = slopes.to(_widest(points.device))
+            wide = slopes.to(widest(points.device))
             outer = torch.ones_like(values) if self.relative_to is None else self.f(values.detach())  # df/dvalues
             return (weights[rows] * outer).to(wide) @ wide
 
@@ -116,20 +122,26 @@ class Curvature:
         return self.products(torch.eye(len(self.w), dtype=self.w.dtype, device=self.w.device), self.function.progress)
 
     def _backward(self, rows: Float[Tensor, "n entry"]) -> Float[Tensor, "n entry"]:
-        one = len(rows) == 1  # a batched backward pass costs more than a plain one
-        (product,) = torch.autograd.grad(
-            self.gradient,
-            self.w,
-            rows[0] if one else rows,
-            retain_graph=True,
-            is_grads_batched=not one,
-            allow_unused=True,
-        )
-        if product is None:
-            return torch.zeros_like(rows)
-        if not product.sum().isfinite():
+        products = backward(self.gradient, self.w, rows)
+        if not products.sum().isfinite():
             raise ValueError("The Hessian of f is not finite at w, so it has no eigenvectors; f must be smooth there.")
-        return product.view_as(rows)
+        return products
+
+
+def backward(
+    outputs: Float[Tensor, " output"], w: Float[Tensor, " entry"], rows: Float[Tensor, "n output"]
+) -> Float[Tensor, "n entry"]:
+    """The gradient with respect to w of each combination of the outputs, several in one backward pass; the graph is kept."""
+    one = len(rows) == 1  # a batched backward pass costs more than a plain one
+    (slopes,) = torch.autograd.grad(
+        outputs,
+        w,
+        rows[0] if one else rows,
+        retain_graph=True,
+        is_grads_batched=not one,
+        allow_unused=True,
+    )
+    return w.new_zeros(len(rows), len(w)) if slopes is None else slopes.view(len(rows), len(w))
 
 
 def differentiate(function: Function) -> Curvature:
@@ -174,7 +186,3 @@ def eigenpairs(curvature: Curvature, pairs: int, *, tolerance: float, max_produc
             return curvature.products(vectors)
 
         return lanczos(products, start, pairs, tolerance=tolerance, max_products=max_products)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -30,12 +30,17 @@ def empty_figure(title: str, x: str, y: str, *, log_x: bool = False, log_y: bool
 
 def line(x: Any, y: Tensor, name: str, colour: str, *, hover: str) -> Any:
     """A line, with markers where there are few points, drawn by WebGL where there are very many."""
-    draw = go.Scattergl if len(y) > MANY_POINTS else go.Scatter
+    draw = scatter(len(y))
     marker = {"size": 4} if len(y) <= 40 else None
     mode = "lines+markers" if marker else "lines"
     values = y.cpu().double().numpy()
     style = {"color": colour, "width": 1.8}
     return draw(x=_numbers(x), y=values, name=name, mode=mode, marker=marker, line=style, hovertemplate=hover + "<extra></extra>")
+
+
+def scatter(points: int) -> Any:
+    """The kind of trace for so many points: drawn by WebGL where there are very many."""
+    return go.Scattergl if points > MANY_POINTS else go.Scatter
 
 
 def heat_map(title: str, x: str, z: Tensor, columns: Any, sites: Any, unit: str, hover: str, labels: Any = None) -> go.Figure:

@@ -192,8 +192,13 @@ def shrink(svd: Decomposition, alpha: float) -> Gate:
     """
     if not math.isfinite(alpha) or alpha < 0:
         raise ValueError(f"`alpha` is {alpha}, but must be finite and at least 0.")
-    squares = svd.singular_values.square()
-    return gate(svd, squares / (squares + alpha), rest=0.0)
+    return gate(svd, ridge_gains(svd.singular_values, torch.tensor(alpha)), rest=0.0)
+
+
+def ridge_gains(singular_values: Float[Tensor, " rank"], alpha: Float[Tensor, "*edit"]) -> Float[Tensor, "*edit rank"]:
+    """The gains s²/(s² + alpha) of `shrink`, for each strength."""
+    squares = singular_values.square()
+    return squares / (squares + alpha[..., None].to(squares))
 
 
 def shift(vector: Float[Tensor, " d_model"]) -> Edit:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mechsvd.attribution_figures import accumulated_scores, clip_and_ridge, estimate_errors, hessian_spectrum
 from mechsvd.comparison import Overlap, Pool
 from mechsvd.decomposition import Decomposition
-from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, MANY_POINTS, UNITS, empty_figure, heat_map, line, shades, with_clean
+from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, UNITS, empty_figure, heat_map, line, scatter, shades, with_clean
 from mechsvd.ranking import Ranking
 from mechsvd.results import require_kind, require_same_model
 from mechsvd.search import CriticalRank
@@ -122,7 +122,7 @@ def direction_effects(ranking: Ranking) -> go.Figure:
     groups = [("damage", EDITED, (effect > 0) & ~noise), ("gain", ATTEMPTED, (effect <= 0) & ~noise), ("noise", "#bbb", noise)]
     for name, colour, chosen in groups:
         figure.add_trace(
-            (go.Scattergl if len(sizes) > MANY_POINTS else go.Scatter)(
+            scatter(len(sizes))(
                 x=sizes[chosen],
                 y=abs(effect[chosen]),
                 customdata=chosen.nonzero()[0],

@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, run_batches
+from mechsvd.curvature import Function, backward
 from mechsvd.decomposition import Decomposition, decompose_groups
 from mechsvd.models import provenance_of
-from mechsvd.objective import Over, Part, Where, objective_over
+from mechsvd.objective import GRADIENTS, Objective, Over, Part, Where, objective_over
 from mechsvd.results import Provenance, load_result, require_kind, result, save_result, with_notes
 from mechsvd.runs import evaluation
 from mechsvd.selfcheck import require_sound
@@ -103,8 +104,7 @@ def collect_gradients(
                 raise ValueError(
                     f"The tasks' w differ in shape: {parts[0][0]} and {f.parts[0]}; pass `positions` that all tasks have."
                 )
-            w = f.point.clone().requires_grad_()
-            rows.append(_jacobian(f.log_probs(w[None])[0], w, max(1, rows_a_pass(model, task) // 4), halving(model, task)))
+            rows.append(_jacobian(f, Function(f.log_prob, f.point, rows_a_pass(model, task), halving(model, task))))
     index = torch.cat([torch.full_like(task.continuation, i) for i, task in enumerate(chosen)])
     scored = torch.cat([task.continuation for task in chosen])
     return Gradients(torch.cat(rows).cpu(), index, scored, f.over, parts[0], source)
@@ -136,17 +136,15 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> Decomposition:
             )
     if not any(each.values.any() for each in several):
         raise ValueError(f"The gradients are all zero, so they have no directions: nothing depends on {several[0].over[:60]}.")
-    source = several[0].source and with_notes(several[0].source, f"gradients with respect to {several[0].over}")
+    source = several[0].source and with_notes(several[0].source, f"{GRADIENTS}{several[0].over}")
     return decompose_groups(torch.cat([each.values for each in several])[None, None], source=source)[0]
 
 
-def _jacobian(log_probs: Float[Tensor, " scored"], w: Tensor, size: int, halve: Any) -> Float[Tensor, "scored entry"]:
+def _jacobian(f: Objective, function: Function) -> Float[Tensor, "scored entry"]:
+    w = f.point.clone().requires_grad_()
+    log_probs = f.log_probs(w[None])[0]
     if not log_probs.requires_grad:
         return w.new_zeros(len(log_probs), len(w))
-    pick = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
-
-    def backward(rows: Tensor) -> Tensor:
-        (slopes,) = torch.autograd.grad(log_probs, w, pick[rows], retain_graph=True, is_grads_batched=True)
-        return slopes
-
-    return torch.cat(run_batches(backward, torch.arange(len(log_probs)), size, halve, False))
+    each = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
+    order, size = torch.arange(len(each)), function.backward_size
+    return torch.cat(run_batches(lambda some: backward(log_probs, w, each[some]), order, size, function.halve, False))

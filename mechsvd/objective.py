@@ -19,11 +19,12 @@ from mechsvd.measurement import score
 from mechsvd.results import Provenance
 from mechsvd.selfcheck import SelfCheck
 from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites, find_weights
-from mechsvd.subspace import at_least_single, complete
+from mechsvd.subspace import at_least_single, complete, widest
 from mechsvd.sweeps import warn_other_sites
 from mechsvd.tasks import Positions, Task, valid_positions
 
 Over = Decomposition | Site | str | Sequence[Site] | Sequence[str]
+GRADIENTS = "gradients with respect to "  # and what w is: the note of a basis that is made of them
 Part = tuple[str, tuple[int, ...]]  # a piece of w: what it is, and its shape
 
 
@@ -58,7 +59,7 @@ class Objective:
     def log_prob(self, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
         """Of the whole continuation."""
         log_probs = self.log_probs(rows)
-        return log_probs.to(torch.float32 if log_probs.device.type == "mps" else torch.float64).sum(dim=-1)
+        return log_probs.to(widest(log_probs.device)).sum(dim=-1)
 
 
 def objective_over(

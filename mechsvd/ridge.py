@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.decomposition import Decomposition, require_decomposition
-from mechsvd.edits import shrink
+from mechsvd.edits import ridge_gains
 from mechsvd.measurement import Measurement, measure
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.sites import Model
@@ -82,8 +82,8 @@ def sweep_ridge(
     """
     require_decomposition(svd)
     chosen = _evenly_spaced(svd) if alphas is None else _valid_alphas(alphas)
-    gains = torch.stack([shrink(svd, alpha).gains for alpha in chosen.tolist()])
-    measured = measure(model, task, cheapest_gate(svd, gains), **options)
+    gains = ridge_gains(svd.singular_values, chosen.to(svd.singular_values.device))
+    measured = measure(model, task, cheapest_gate(svd, gains.to(svd.directions)), **options)
     warn_other_sites(svd, measured.sites)
     return RidgeSweep(chosen, effective_directions(svd, chosen), measured, svd.source)
 
@@ -93,8 +93,7 @@ def effective_directions(svd: Decomposition, alphas: Float[Tensor, " edit"]) -> 
 
     Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed., eq. 3.50.
     """
-    squares = svd.singular_values.cpu().double().square()
-    return (squares / (squares + alphas.double()[:, None])).sum(dim=-1)
+    return ridge_gains(svd.singular_values.cpu().double(), alphas).sum(dim=-1)
 
 
 def _evenly_spaced(svd: Decomposition) -> Float[Tensor, " edit"]:

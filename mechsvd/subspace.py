@@ -91,6 +91,11 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float dtype of a device: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def signs(directions: Float[Tensor, "d_model rank"]) -> Float[Tensor, " rank"]:
     """The sign of each column's entry largest in size; multiplied by it, that entry is positive."""
     largest = directions.abs().argmax(dim=0, keepdim=True)
