@@ -17,10 +17,10 @@ from mechsvd.comparison import random_subspace
 from mechsvd.components import HESSIAN, RANDOM, Attribution, described, score_components
 from mechsvd.curvature import DENSE, Function, differentiate, eigenpairs
 from mechsvd.edits import Basis, directions_of
+from mechsvd.evaluation import evaluation
 from mechsvd.measurement import clean_noise
 from mechsvd.models import provenance_of
 from mechsvd.objective import GRADIENTS, Over, Where, by_rows, objective_over
-from mechsvd.runs import evaluation
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model
 from mechsvd.tasks import Positions, Task, require_fitting
@@ -48,6 +48,7 @@ def hessian_attribution(
     batch_size: int | None = None,
     seed: int = 0,
     check: bool = True,
+    batched_hooks: bool = False,
     progress: bool | None = None,
 ) -> Attribution:
     """Attribute the probability of a continuation to the components of a vector w in the eigenbasis of its Hessian.
@@ -73,6 +74,7 @@ def hessian_attribution(
             the size of the model.
         seed: of Lanczos's start and of the random directions.
         check: refuse a model whose hooks are not its writes, and a decomposition of another model.
+        batched_hooks: hooks of yours that are on the model act on every row of a batch; see `measure`.
 
     Returns:
         One row a component, by falling |eigenvalue|; the other bases, in their own order, in `.bases`.
@@ -88,14 +90,15 @@ def hessian_attribution(
     choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
     size = valid_size(batch_size, rows_a_pass(model, task))
     found, notes = require_sound(model, check, missing)
-    with evaluation(model, gradients=True) as users:
-        source = provenance_of(model, (tuple(task.tokens.tolist()),), (), (*notes, *users))
+    with evaluation(model, gradients=True, batched_hooks=batched_hooks) as others:
+        size = 1 if others.one_row else size
+        source = provenance_of(model, (tuple(task.tokens.tolist()),), (), (*notes, *others.notes))
         f = objective_over(model, task, over, Where(layers, components, positions, missing), found, source if check else None)
         clean = float(f.log_prob(f.point[None]).detach())
         unit = 1.0 if objective == "log_prob" else _probability(clean)
         relative_to = None if objective == "log_prob" else clean
         function = Function(f.log_prob, f.point, size, halving(model, task), progress, relative_to)
-        noise = clean_noise(model, task, found)
+        noise = clean_noise(model, task, found, size)
         scored = _attribute(function, choices, f.over, noise)
     about = {"objective": objective, "over": f.over, "parts": f.parts, "noise_floor": noise}
     source = replace(source, hooks=f.hooks, seed=choices.seed)

@@ -1,18 +1,17 @@
 """How many edits run in one forward pass: from the memory that is free, halved when it runs out."""
 
 import sys
-import warnings
 from collections.abc import Callable
 from numbers import Integral
-from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechsvd.checks import warn
+from mechsvd.memory import free_bytes, is_out_of_memory
 from mechsvd.sites import Model
 from mechsvd.tasks import Task
 
@@ -20,7 +19,7 @@ SHARE_OF_MEMORY = 0.4
 GPU_TOKENS = 65_536  # a pass; enough to keep the matrix products busy
 CPU_TOKENS = 1024  # a pass; enough to read the weights seldom
 CPU_ENTRIES = 1_500_000  # of the widest activation a pass, for small models: more leaves the cache and takes fresh pages
-_LARGEST: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()  # tokens a pass that were left after running out of memory
+PATIENCE = 8  # passes that must go well before more rows are tried again
 Part = TypeVar("Part")
 
 
@@ -29,7 +28,7 @@ def rows_a_pass(model: Model, task: Task) -> int:
     device, length = next(model.parameters()).device, len(task.tokens)
     fitting = int(SHARE_OF_MEMORY * free_bytes(device) / bytes_a_row(model, task))
     busy = max(CPU_TOKENS, CPU_ENTRIES // _d_mlp(model)) if device.type == "cpu" else GPU_TOKENS
-    return max(1, min(fitting, busy // length, _LARGEST.get(model, fitting * length) // length))
+    return max(1, min(fitting, busy // length))
 
 
 def is_whole(value: Any, least: int) -> bool:
@@ -65,7 +64,7 @@ def run_batches(
     progress: bool | None,
     what: str = "edits",
 ) -> list[Part]:
-    """Run all rows, `size` at a time in the order given, and fewer whenever memory runs out.
+    """Run all rows, `size` at a time in the order given; fewer when memory runs out, and more again when it has come back.
 
     Args:
         halve: gives the next smaller size, or raises; see `halving`.
@@ -75,20 +74,22 @@ def run_batches(
         MemoryError: one row alone does not fit.
     """
     parts: list[Part] = []
-    done = 0
+    done, good, patience, now = 0, 0, PATIENCE, size
     with progress_bar(len(order), what, progress) as bar:
         while done < len(order):
-            rows = order[done : done + size]
+            if now < size and good >= patience:  # memory may have run out for a moment only
+                now, good = min(size, 2 * now), 0
+            rows = order[done : done + now]
             if not _fits(forward, rows, parts):
-                size = halve(size)
+                now, good, patience = halve(len(rows)), 0, 2 * patience
                 continue
-            done += len(rows)
+            done, good = done + len(rows), good + 1
             bar.update(len(rows))
     return parts
 
 
 def halving(model: Model, task: Task) -> Callable[[int], int]:
-    """Make the function that halves the rows of a pass, remembers the model's limit, and says so.
+    """Make the function that halves the rows of a pass, and says so.
 
     It raises a MemoryError with the bytes needed where one row alone does not fit.
     """
@@ -99,8 +100,7 @@ def halving(model: Model, task: Task) -> Callable[[int], int]:
                 f"One edit alone does not fit into memory: about {bytes_a_row(model, task) / 2**20:,.0f} MiB are needed beside the "
                 "model. Shorten the task, or load the model in a smaller dtype."
             )
-        _LARGEST[model] = size // 2 * len(task.tokens)
-        warnings.warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.", stacklevel=5)
+        warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.")
         return size // 2
 
     return halve
@@ -125,24 +125,8 @@ def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) ->
     return False
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-
-
 def _d_mlp(model: Model) -> int:
     return getattr(model.cfg, "d_mlp", None) or 4 * model.cfg.d_model
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device, as far as the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return 4 * 2**30
 
 
 def _is_seen() -> bool:

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.batches import free_bytes, progress_bar, run_batches
+from mechsvd.batches import progress_bar, run_batches
 from mechsvd.eigenpairs import BLOCK, Eigenpairs, capacity, dense_eigenpairs, lanczos
+from mechsvd.memory import free_bytes
 from mechsvd.subspace import widest
 
 DENSE = 2048  # entries up to which the whole Hessian is made

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,15 @@ from mechsvd.subspace import Subspace, at_least_single, require_orthonormal
 
 Edit = Callable[..., Tensor]  # edit(x) and, as a TransformerLens hook, edit(x, hook=hook_point)
 Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"]
+
+
+@runtime_checkable
+class Stack(Protocol):
+    """Edits side by side: `stack[rows]` is one edit that treats row i of a batch as edit `rows[i]` does."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Int[Tensor, " row"]) -> Edit: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,9 +257,38 @@ class Each:
         return len(self.edits)
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        """Edit each row of the writes `x` by its own."""
-        rows = x.expand(len(self), -1, -1)
-        return torch.cat([edit(rows[i : i + 1], hook=hook) for i, edit in enumerate(self.edits)])
+        """Edit each row of the writes `x` by its own.
+
+        Raises:
+            EditError: an edit that gives another shape than it got, though others may make up for its rows.
+        """
+        rows = x.expand(len(self), -1, -1).split(1)
+        edited = [(edit, edit(row, hook=hook)) for edit, row in zip(self.edits, rows, strict=True)]
+        return torch.cat([require_same_shape(y, x[:1], edit, hook).to(x) for edit, y in edited])
+
+
+class EditError(ValueError):
+    """An edit gave something else than writes of the shape that it got."""
+
+
+def require_same_shape(edited: Any, x: Tensor, edit: Any, hook: Any = None, rows: int | None = None) -> Tensor:
+    """Refuse what an edit returned if it is no tensor of the shape of the writes `x`.
+
+    Args:
+        edit, hook: what returned it, and where; None where that is not known.
+        rows: how many rows there must be; as many as in `x` by default.
+
+    Raises:
+        EditError: with both shapes.
+    """
+    if not isinstance(edited, Tensor) or edited.shape != (rows or x.shape[0], *x.shape[1:]):
+        returned = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        which, where = "" if edit is None else f" {edit!r:.80}", "" if hook is None else f" at {hook}"
+        raise EditError(
+            f"The edit{which}{where} returned {returned} for writes of shape {list(x.shape)}; an edit must return a new tensor of "
+            "the same shape."
+        )
+    return edited
 
 
 def gates_of(edit: Edit) -> list[Gate]:

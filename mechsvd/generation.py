@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, run_batches
 from mechsvd.edits import Edit, Gate, chain
-from mechsvd.hooks import as_stack, bind
+from mechsvd.evaluation import evaluation
+from mechsvd.hooks import as_stack, hooks_at
 from mechsvd.models import provenance_of
-from mechsvd.runs import continue_tokens, end_tokens, evaluation
+from mechsvd.runs import continue_tokens, end_tokens
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model, Site, find_sites, require_model
 from mechsvd.tasks import Positions, Task, require_known, valid_positions
@@ -65,6 +66,7 @@ def generate_tasks(
     truncate: Literal["left"] | None = None,
     use_kv_cache: bool = True,
     check: bool = True,
+    batched_hooks: bool = False,
     progress: bool | None = None,
 ) -> list[Task]:
     """As `generate`, but as tasks: what each edit wrote, ready to be measured, collected or decomposed.
@@ -76,6 +78,7 @@ def generate_tasks(
         positions: absolute positions to edit, in the prompt and in what follows; all by default.
         truncate: "left" drops the oldest prompt tokens when prompt and new tokens do not fit into the context.
         use_kv_cache: reuse keys and values of earlier positions; the text is the same without, but slower.
+        batched_hooks: hooks of yours that are on the model act on every row of a batch; see `measure`.
 
     Raises:
         TypeError: a prompt that is not a string, edits that are none.
@@ -86,7 +89,7 @@ def generate_tasks(
     sites = find_sites(model, layers, components, missing)
     chosen = valid_positions(positions, len(start) + max_new_tokens)
     require_sound(model, check, missing)
-    with evaluation(model):
+    with evaluation(model, batched_hooks=batched_hooks) as others:
         wanted = [chain() if e is None else e for e in edits] if isinstance(edits, list | tuple) else edits
         stack = as_stack(model, wanted, provenance_of(model) if check else None)
         extend = partial(continue_tokens, temperature=temperature, seed=seed, use_kv_cache=use_kv_cache)
@@ -97,12 +100,11 @@ def generate_tasks(
             broken[site] = ~kept.isfinite().all() | broken.get(site, False)
 
         def forward(rows: Int[Tensor, " row"]) -> list[Tensor]:
-            some = stack[rows]
-            hooks = [(site.hook_name, bind(some, site, chosen, observe)) for site in sites]  # fresh: they count the positions
+            hooks = hooks_at(model, stack[rows], sites, chosen, observe)
             return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
 
         longest = _longest(start, max_new_tokens)
-        size = rows_a_pass(model, longest) if temperature == 0 else 1
+        size = 1 if others.one_row or temperature > 0 else rows_a_pass(model, longest)
         parts = run_batches(forward, torch.arange(len(stack)), size, halving(model, longest), progress)
     if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
         warnings.warn(f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing.", stacklevel=2)

@@ -11,10 +11,10 @@ from torch import Tensor
 from mechsvd.batches import halving, rows_a_pass, run_batches
 from mechsvd.curvature import Function, backward
 from mechsvd.decomposition import Decomposition, decompose_groups
+from mechsvd.evaluation import evaluation
 from mechsvd.models import provenance_of
 from mechsvd.objective import GRADIENTS, Objective, Over, Part, Where, objective_over
 from mechsvd.results import Provenance, load_result, require_kind, result, save_result, with_notes
-from mechsvd.runs import evaluation
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model
 from mechsvd.tasks import Positions, Task, as_tasks, require_fitting
@@ -75,6 +75,7 @@ def collect_gradients(
     positions: Positions = None,
     missing: Literal["error", "skip"] = "error",
     check: bool = True,
+    batched_hooks: bool = False,
 ) -> Gradients:
     """Collect the gradient of every continuation token's log-probability, with one backward graph a task.
 
@@ -83,6 +84,7 @@ def collect_gradients(
             same w.
         check: refuse a model whose hooks are not its writes, and a decomposition of another model: of a checkpoint of the same
             model, pass False.
+        batched_hooks: hooks of yours that are on the model act on every row of a batch; see `measure`.
 
     Raises:
         TypeError, KeyError, ValueError: as `hessian_attribution`; tasks with a w of different shapes.
@@ -94,9 +96,9 @@ def collect_gradients(
     where = Where(layers, components, positions, missing)
     parts: list[tuple[Part, ...]] = []
     rows = []
-    with evaluation(model, gradients=True) as users:
+    with evaluation(model, gradients=True, batched_hooks=batched_hooks) as others:
         tokens = tuple(tuple(task.tokens.tolist()) for task in chosen)
-        source = provenance_of(model, tokens, (), (*notes, *users))
+        source = provenance_of(model, tokens, (), (*notes, *others.notes))
         for task in chosen:
             f = objective_over(model, task, over, where, found, source if check else None)
             parts.append(f.parts)
@@ -104,7 +106,8 @@ def collect_gradients(
                 raise ValueError(
                     f"The tasks' w differ in shape: {parts[0][0]} and {f.parts[0]}; pass `positions` that all tasks have."
                 )
-            rows.append(_jacobian(f, Function(f.log_prob, f.point, rows_a_pass(model, task), halving(model, task))))
+            size = 1 if others.one_row else rows_a_pass(model, task)
+            rows.append(_jacobian(f, Function(f.log_prob, f.point, size, halving(model, task))))
     index = torch.cat([torch.full_like(task.continuation, i) for i, task in enumerate(chosen)])
     scored = torch.cat([task.continuation for task in chosen])
     return Gradients(torch.cat(rows).cpu(), index, scored, f.over, parts[0], source)

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
-from mechsvd.edits import Each, Edit, Gate, gates_of
+from mechsvd.checks import once
+from mechsvd.edits import Each, Edit, EditError, Gate, gates_of, require_same_shape
 from mechsvd.models import provenance_of
+from mechsvd.reading import Reading
 from mechsvd.results import Provenance, require_same_model
 from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites
 from mechsvd.tasks import Positions, valid_positions
@@ -32,13 +33,14 @@ def fwd_hooks(
         edit: a gate, a chain, or any function `edit(x, hook)` of the writes "batch pos d_model" that returns a new tensor of
             that shape.
         layers, components: which sites; all by default.
-        positions: absolute positions to edit, all by default. While decoding with a KV cache the hooks count the one-token
-            steps, so bind fresh hooks for each new text.
+        positions: absolute positions to edit, all by default. Where a run begins is read off the KV cache that the model is
+            given, so a text may be read in chunks.
         missing: whether a layer without the hook is refused or left out.
         check: refuse a basis that comes from another model or processing state.
 
     Returns:
-        One `(hook name, function)` a site, in the order of writing.
+        One `(hook name, function)` per site, in the order of writing; with `positions`, one more before them, which sees how
+        much of the text is cached.
 
     Raises:
         KeyError: an unknown layer or component.
@@ -49,7 +51,22 @@ def fwd_hooks(
     if isinstance(edit, Gate) and edit.is_stack:
         raise ValueError(f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, or measure all by `measure`.")
     require_fitting_edit(model, edit, provenance_of(model) if check and gates_of(edit) else None)
-    return [(site.hook_name, bind(edit, site, chosen)) for site in sites]
+    return hooks_at(model, edit, sites, chosen)
+
+
+def hooks_at(
+    model: Model, edit: Edit, sites: Sequence[Site], positions: Sequence[int] | None, observe: Observer | None = None
+) -> list[Hook]:
+    """Bind an edit to sites for runs that may begin anywhere in a text, as those with a KV cache do.
+
+    Raises:
+        ValueError: positions at a first layer without attention.
+    """
+    if positions is None:
+        return [(site.hook_name, bind(edit, site, observe=observe)) for site in sites]
+    reading = Reading(model, sites[0].layer)
+    hooks = [(site.hook_name, bind(edit, site, positions, observe, reading=reading)) for site in sites]
+    return [reading.hook, *hooks]
 
 
 def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) -> None:
@@ -77,6 +94,7 @@ def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | Each
         device = next(model.parameters()).device
         stacked = edits.gains if edits.is_stack else edits.gains[None]
         return Gate(edits.basis.to(device), stacked.to(device), edits.rest, edits.source)
+    edits = once(edits)
     if not isinstance(edits, Sequence) or not edits:
         what = "is empty" if isinstance(edits, Sequence) else f"is {type(edits).__name__}"
         raise TypeError(f"`edits` must be a stack of gates or a list of edits, at least one, but {what}.")
@@ -93,27 +111,28 @@ def bind(
     positions: Sequence[int] | None = None,
     observe: Observer | None = None,
     rows: int | None = None,
+    reading: Reading | None = None,
 ) -> Callable[..., Tensor]:
     """Make the hook function of one site: edit, check the shape, restore dtype and device, spare the other positions.
 
     Args:
         observe: is shown the attempted and the kept write, at the edited positions.
         rows: how many rows the edit returns; as many as it gets by default.
+        reading: knows where in the text a run begins; at its beginning by default.
     """
-    seen = 0
+    chosen = None if positions is None else torch.tensor(sorted(positions))
 
     def hook_function(x: Tensor, hook: Any = None) -> Tensor:
-        nonlocal seen
-        if x.ndim == 2 and positions is None:  # OPT's MLP sees [batch·pos, d_model]; positions cannot be told apart there
-            return _checked(_run(edit, x[None], hook, site), x[None], rows, site)[0]
-        start = seen if x.shape[1] == 1 else 0  # a one-token step continues the text before it
-        seen = start + x.shape[1]
-        edited = _checked(_run(edit, x, hook, site), x, rows, site)
-        if positions is None:
+        if x.ndim == 2:  # OPT's MLP sees [batch·pos, d_model]
+            shape = (reading.rows, reading.length, x.shape[-1]) if reading else (1, *x.shape)
+            return hook_function(x.reshape(shape), hook).flatten(0, 1)
+        edited = _run(edit, x, SitePoint(site, hook), rows)
+        if chosen is None:
             if observe:
                 observe(site, x, edited)
             return edited
-        mask = _mask(positions, start, x)
+        start = reading.start(site) if reading else 0
+        mask = torch.isin(torch.arange(start, start + x.shape[1]), chosen).to(x.device)
         if observe:
             observe(site, x[:, mask], edited[:, mask])
         return torch.where(mask[:, None], edited, x)
@@ -121,31 +140,35 @@ def bind(
     return hook_function
 
 
-def _run(edit: Edit, x: Tensor, hook: Any, site: Site) -> Any:
+class SitePoint:
+    """TransformerLens's hook point under the name of `find_sites`, which differs between versions; the rest is the point's own."""
+
+    def __init__(self, site: Site, point: Any):
+        self.name = site.hook_name
+        self._site, self._point = site, point
+
+    def layer(self) -> int:
+        """The layer of the site."""
+        return self._site.layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._point, name)
+
+    def __str__(self) -> str:
+        return f"layer {self._site.layer} {self._site.component}"
+
+
+def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:
     before = None if x.is_inference() else x._version
     try:
-        edited = edit(x, hook=hook)
-    except (torch.OutOfMemoryError, MemoryError):
+        edited = edit(x, hook=point)
+    except (torch.OutOfMemoryError, MemoryError, EditError):
         raise
     except Exception as error:
-        raise RuntimeError(f"The edit failed at layer {site.layer} {site.component}: {error}") from error
+        raise RuntimeError(f"The edit failed at {point}: {error}") from error
     if before is not None and x._version != before:
         raise ValueError(
-            f"The edit at layer {site.layer} {site.component} changed its input in place, which would change the clean run and "
-            "other edits too; return a new tensor, `x = x.clone()` first."
+            f"The edit at {point} changed its input in place, which would change the clean run and other edits too; return a new "
+            "tensor, `x = x.clone()` first."
         )
-    return edited
-
-
-def _checked(edited: Any, x: Tensor, rows: int | None, site: Site) -> Tensor:
-    if not isinstance(edited, Tensor) or edited.shape != (rows or x.shape[0], *x.shape[1:]):
-        returned = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        raise ValueError(
-            f"The edit at layer {site.layer} {site.component} returned {returned} for writes of shape {list(x.shape)}; an edit "
-            "must return a new tensor of the same shape."
-        )
-    return edited.to(x)
-
-
-def _mask(positions: Sequence[int], start: int, x: Tensor) -> Bool[Tensor, " pos"]:
-    return torch.tensor([start + i in positions for i in range(x.shape[1])], device=x.device)
+    return require_same_shape(edited, x, None, point, rows).to(x)

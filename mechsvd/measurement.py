@@ -8,16 +8,17 @@ from os import PathLike
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, run_batches, valid_size
-from mechsvd.edits import Each, Edit, Gate, chain
+from mechsvd.edits import Each, Edit, Gate, Stack, chain
+from mechsvd.evaluation import evaluation
 from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
-from mechsvd.noise import NOISE_ROWS, spread_by_rounding
+from mechsvd.noise import spread_by_rounding
 from mechsvd.results import Provenance, load_result, result, save_result
-from mechsvd.runs import evaluation, run_model
+from mechsvd.runs import run_model
 from mechsvd.selfcheck import SelfCheck, require_sound
 from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites
 from mechsvd.subspace import at_least_single
@@ -140,6 +141,7 @@ def measure(
     batch_size: int | None = None,
     check: bool = True,
     noise_floor: bool = False,
+    batched_hooks: bool = False,
     progress: bool | None = None,
 ) -> Measurement:
     """Run a task under many edits, several in each forward pass as rows of its batch, and under none.
@@ -154,6 +156,8 @@ def measure(
         check: refuse a model whose hooks are not its writes, and a basis that comes from another model.
         noise_floor: measure it too, by one more pass: the spread in nats of the clean log-probability over two batch sizes, and
             over writes whose entries are moved at random by up to eight times the precision of the model's dtype.
+        batched_hooks: hooks of yours that are on the model act on every row of a batch. By default they may act on a single
+            row, so while there are any, each edit runs alone, and so does the clean run.
         progress: a bar with an estimate; by default only where it is seen.
 
     Raises:
@@ -165,11 +169,12 @@ def measure(
     size = valid_size(batch_size, rows_a_pass(model, task))
     sites = find_sites(model, layers, components, missing)
     checked, notes = require_sound(model, check, missing)
-    setup = _Setup(model, task, sites, valid_positions(positions, len(task.tokens)), checked)
-    with evaluation(model) as users:
-        source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, (*notes, *users))
+    chosen = valid_positions(positions, len(task.tokens))
+    with evaluation(model, batched_hooks=batched_hooks) as others:
+        source = provenance_of(model, (tuple(task.tokens.tolist()),), sites, (*notes, *others.notes))
         stack = as_stack(model, edits, source if check else None)
-        rows = _run_all(setup, stack, size, progress)
+        setup = _Setup(model, task, sites, chosen, checked, 1 if others.one_row else size)
+        rows = _run_all(setup, stack, progress)
         floor = setup.noise_floor(rows[:1]) if noise_floor else None
     edited, clean = rows[1:], rows[:1]
     _warn_not_finite(edited)
@@ -212,22 +217,33 @@ def score(
     return log_probs.gather(-1, target[..., None])[..., 0], log_probs.argmax(dim=-1) == target
 
 
-def clean_noise(model: Model, task: Task, check: SelfCheck) -> float:
-    """How far the clean log-probability moves for no reason, in nats; see `noise_floor` of `measure`."""
-    setup = _Setup(model, task, find_sites(model, missing="skip"), None, check)
+def clean_noise(model: Model, task: Task, check: SelfCheck, size: int) -> float:
+    """How far the clean log-probability moves for no reason, in nats; see `noise_floor` of `measure`.
+
+    Args:
+        size: rows that may share a forward pass.
+    """
+    setup = _Setup(model, task, find_sites(model, missing="skip"), None, check, size)
     with torch.no_grad():
         return setup.noise_floor(setup.forward(chain(), 1))
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """All that the forward passes of one measurement have in common."""
+    """All that the forward passes of one measurement have in common; `size` is how many rows may share one."""
 
     model: Model
     task: Task
     sites: tuple[Site, ...]
     positions: tuple[int, ...] | None
     check: SelfCheck
+    size: int
+
+    def run(self, edits: Stack, order: Tensor, progress: bool | None = False) -> list[Measurement]:
+        """Some edits of a stack, as many in each forward pass as may share one."""
+        return run_batches(
+            lambda rows: self.forward(edits[rows], len(rows)), order, self.size, halving(self.model, self.task), progress
+        )
 
     def forward(self, rows: Edit, count: int) -> Measurement:
         """One forward pass with an edit that makes so many rows of the batch, each edited in its own way."""
@@ -246,10 +262,25 @@ class _Setup:
     def noise_floor(self, clean: Measurement) -> float:
         """How far the clean log-probability moves for no reason; see `measure`."""
 
-        def log_probs(rows: Edit) -> Tensor:
-            return joined([clean, self.forward(rows, NOISE_ROWS)]).log_prob
+        def log_probs(moved: Stack) -> Tensor:
+            return joined([clean, *self.run(moved, torch.arange(len(moved)))]).log_prob
 
         return spread_by_rounding(log_probs, next(self.model.parameters()).dtype)
+
+
+@dataclass(frozen=True)
+class _WithClean:
+    """A stack of edits with the clean run as its first row."""
+
+    edits: Gate | Each
+
+    def __len__(self) -> int:
+        return 1 + len(self.edits)
+
+    def __getitem__(self, rows: Int[Tensor, " row"]) -> Edit:
+        if rows[0] != 0:
+            return self.edits[rows - 1]
+        return _BehindClean(self.edits[rows[1:] - 1]) if len(rows) > 1 else chain()
 
 
 @dataclass(frozen=True)
@@ -262,19 +293,13 @@ class _BehindClean:
         return torch.cat([x[:1], self.edits(x if len(x) == 1 else x[1:], hook=hook).to(x)])
 
 
-def _run_all(setup: _Setup, edits: Gate | Each, size: int, progress: bool | None) -> Measurement:
+def _run_all(setup: _Setup, edits: Gate | Each, progress: bool | None) -> Measurement:
     """All edits, of like cost together, in the order given; the clean run is row 0, and so is every edit that changes nothing."""
     order = torch.arange(len(edits))
     if isinstance(edits, Gate):
         order = edits.like_together().cpu()
-        different = order[~edits.changes_nothing.cpu()[order]]
-        order = different if len(different) else order[:1]  # something must run
-
-    def forward(rows: Tensor) -> Measurement:
-        is_first = bool(rows[0] == order[0])
-        return setup.forward(_BehindClean(edits[rows]) if is_first else edits[rows], len(rows) + is_first)
-
-    parts = run_batches(forward, order, size, halving(setup.model, setup.task), progress)
+        order = order[~edits.changes_nothing.cpu()[order]]
+    parts = setup.run(_WithClean(edits), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), progress)
     row = torch.zeros(1 + len(edits), dtype=torch.long)
     row[1 + order] = torch.arange(1, 1 + len(order))
     return joined(parts)[row]

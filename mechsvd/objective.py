@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from mechsvd.batches import is_out_of_memory
+from mechsvd.checks import once
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
 from mechsvd.hooks import bind, require_fitting_edit
 from mechsvd.measurement import score
+from mechsvd.memory import is_out_of_memory
 from mechsvd.results import Provenance
 from mechsvd.selfcheck import SelfCheck
 from mechsvd.sites import COMPONENTS, Hook, Model, Site, find_sites, find_weights
@@ -36,6 +37,10 @@ class Where:
     components: Sequence[str] = COMPONENTS
     positions: Positions = None
     missing: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "components", "positions"):
+            object.__setattr__(self, name, once(getattr(self, name)))
 
 
 @dataclass(frozen=True)

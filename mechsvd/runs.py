@@ -1,8 +1,6 @@
-"""Running a model: once, or on and on, with hooks of which each must fire; and leaving the model as it was found."""
+"""Running a model: once, or on and on, with hooks of which each must fire."""
 
 import difflib
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,8 +8,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mechsvd.evaluation import has_other_hooks
 from mechsvd.sites import Hook, Model, before_unembedding
 
 
@@ -39,7 +37,7 @@ def run_model(
     """
     _require_points(model, hooks)
     ours, fired = _counted(hooks, (-1, tokens.shape[1]))
-    cut_early = cut_early and scored is not None and not users_hooks(model)
+    cut_early = cut_early and scored is not None and not has_other_hooks(model)
     if cut_early:
         ours.append((before_unembedding(model), lambda x, hook=None: x[:, scored]))
     logits = model.run_with_hooks(tokens, fwd_hooks=ours, return_type="logits")
@@ -106,65 +104,6 @@ def end_tokens(model: Model) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-@contextmanager
-def evaluation(model: Model, *, gradients: bool = False) -> Iterator[tuple[str, ...]]:
-    """Evaluate without dropout, and leave the model as it was, also after an exception.
-
-    Args:
-        gradients: allow them, to the second order: the parameters themselves are frozen meanwhile, and attention runs on
-            torch's plain kernels, for the fused ones have no second derivative. By default there are none.
-
-    Yields:
-        Notes for the provenance: whose hooks took part.
-    """
-    notes: tuple[str, ...] = ()
-    if names := users_hooks(model):
-        notes = (f"hooks of the user at {', '.join(names)}",)
-        warnings.warn(f"The model already has hooks at {', '.join(names)}; they are kept, and results include them.", stacklevel=4)
-    training = [module for module in _modules(model) if module.training]
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad] if gradients else []
-    if training:
-        warnings.warn("The model is in train mode: it is evaluated in eval mode here and put back afterwards.", stacklevel=4)
-    try:
-        for module in training:
-            module.training = False
-        for parameter in wanting:
-            parameter.requires_grad = False
-        with _differentiable() if gradients else torch.no_grad():
-            yield notes
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad = True
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def without_users_hooks(model: Model) -> Iterator[None]:
-    """Set the user's hooks aside for a while; they come back as they were, in their order."""
-    points = {id(point): point for point in model.hook_dict.values() if point.fwd_hooks}
-    theirs = [(point, point.fwd_hooks, point._forward_hooks) for point in points.values()]
-    try:
-        for point in points.values():
-            point.fwd_hooks, point._forward_hooks = [], OrderedDict()
-        yield
-    finally:
-        for point, handles, functions in theirs:
-            point.fwd_hooks, point._forward_hooks = handles, functions
-
-
-def users_hooks(model: Model) -> list[str]:
-    """Names of the hook points that carry somebody's forward hooks."""
-    points = {id(point): point for point in model.hook_dict.values()}
-    return [str(point.name) for point in points.values() if point.fwd_hooks]
-
-
-@contextmanager
-def _differentiable() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
 def _require_points(model: Model, hooks: Sequence[Hook]) -> None:
     points = model.hook_dict
     for name, _ in hooks:
@@ -180,7 +119,7 @@ def _counted(hooks: Sequence[Hook], shape: tuple[int, int]) -> tuple[list[Hook],
     def counted(index: int, hook_function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def run(x: Tensor, hook: Any = None) -> Tensor | None:
             fired[index] += 1
-            if x.ndim == 3:
+            if x.ndim != 2:
                 return hook_function(x, hook=hook)
             rows = hook_function(x.reshape(*shape, x.shape[-1]), hook=hook)  # OPT's MLP sees [batch·pos, d_model]
             return None if rows is None else rows.flatten(0, 1)
@@ -193,9 +132,3 @@ def _counted(hooks: Sequence[Hook], shape: tuple[int, int]) -> tuple[list[Hook],
 def _until_its_end(model: Model, row: Tensor, start: int) -> Tensor:
     ends = torch.isin(row[start:], torch.tensor(end_tokens(model), dtype=row.dtype)).nonzero()
     return row[: start + int(ends[0]) + 1] if len(ends) else row
-
-
-def _modules(model: Any) -> list[Any]:
-    """All modules, those of the wrapped Hugging Face model too, whose mode can be set apart from the bridge's."""
-    roots = [model, getattr(model, "original_model", None)]
-    return list({id(module): module for root in roots if root is not None for module in root.modules()}.values())

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechsvd.checks import once
 from mechsvd.decomposition import Decomposition, require_decomposition
+from mechsvd.evaluation import evaluation
 from mechsvd.measurement import Measurement, joined
 from mechsvd.noise import NOISE_ROWS
 from mechsvd.results import Provenance, load_result, require_kind, result, save_result
@@ -155,12 +157,14 @@ def critical_rank(
     """
     require_decomposition(svd)
     bar, found = _bar(tolerance, criterion), None
+    order, options = once(order), {name: once(value) for name, value in options.items()}  # each round needs them
     ranks = [*range(svd.rank + 1)] if exhaustive else _evenly(0, svd.rank, PROBES + 1)
-    while ranks:
-        sweep = sweep_rank(model, task, svd, ranks, order, noise_floor=found is None, **options)
-        spent = len(ranks) + 1 + (NOISE_ROWS if found is None else found.evaluations)  # each round runs the clean model too
-        found = replace(critical_rank_of(_together(found.sweep, sweep) if found else sweep, criterion=bar), evaluations=spent)
-        ranks = _next_ranks(found)
+    with evaluation(model, batched_hooks=options.get("batched_hooks", False)):  # so that the rounds warn once
+        while ranks:
+            sweep = sweep_rank(model, task, svd, ranks, order, noise_floor=found is None, **options)
+            spent = len(ranks) + 1 + (NOISE_ROWS if found is None else found.evaluations)  # each round runs the clean model too
+            found = replace(critical_rank_of(_together(found.sweep, sweep) if found else sweep, criterion=bar), evaluations=spent)
+            ranks = _next_ranks(found)
     assert found is not None  # the first round is never empty
     return found
 

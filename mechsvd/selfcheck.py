@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.evaluation import evaluation, other_hooks, without_hook_points
 from mechsvd.results import load_result, result, save_result
-from mechsvd.runs import evaluation, run_model, without_users_hooks
+from mechsvd.runs import run_model
 from mechsvd.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
 
 _CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
@@ -86,18 +87,20 @@ class SelfCheck:
 
 
 def self_check(model: Model) -> SelfCheck:
-    """Measure on six tokens whether the model's hooks are its writes; remembered for each model, dtype and processing mode.
+    """Measure on six tokens whether the model's hooks are its writes; remembered for each model, dtype and
+    processing mode.
 
     A clean run (`resid_pre + writes == resid_post` in every block, every hook fires once), one with all writes zeroed (the
     stream stays constant and the output changes), and short ones for what the engine would like to do: unembed some positions
-    only, and let the rows of a batch part at the first write. The user's hooks are set aside meanwhile.
+    only, and let the rows of a batch part at the first write. The user's hooks at hook points are set aside meanwhile; torch's
+    own hooks and patched forwards are part of the model that is measured.
 
     Raises:
         KeyError: a model without the hooks of the residual stream.
         RuntimeError: a hook that does not fire exactly once.
     """
     require_model(model)
-    state = (next(model.parameters()).dtype, getattr(model, "compatibility_mode", False))
+    state = (next(model.parameters()).dtype, getattr(model, "compatibility_mode", False), *_torch_hooks(model))
     known = _CHECKED.setdefault(model, {})
     if state not in known:
         known[state] = _measure(model)
@@ -112,12 +115,20 @@ def require_sound(model: Model, check: bool = True, missing: str = "error") -> t
     """
     found = self_check(model)
     if found.failure and check:
+        hooks = _torch_hooks(model)
+        cause = f", perhaps because of what is on it at {', '.join(hooks)}" if hooks else ""
         raise ValueError(
-            f"mechsvd cannot use this model: {found.failure}. Results would be wrong without a sign of it; `check=False` goes on "
-            "all the same, and every result records it."
+            f"mechsvd cannot use this model: {found.failure}{cause}. Results would be wrong without a sign of it; `check=False` "
+            "goes on all the same, and every result records it."
         )
     skipped = [f"layers without all hooks: {list(found.unchecked)}"] if missing == "skip" and found.unchecked else []
     return found, (*([] if check else ["self-check skipped"]), *skipped)
+
+
+def _torch_hooks(model: Model) -> list[str]:
+    """Where hooks and patches are that cannot be set aside."""
+    with without_hook_points(model):
+        return other_hooks(model)
 
 
 def _measure(model: Model) -> SelfCheck:
@@ -128,7 +139,7 @@ def _measure(model: Model) -> SelfCheck:
     def store(name: str) -> Any:
         return name, lambda x, hook=None: stored.__setitem__(name, x.detach().cpu().double())
 
-    with without_users_hooks(model), evaluation(model):
+    with without_hook_points(model), evaluation(model, quiet=True):
         logits = run_model(model, tokens, [store(n) for n in [*(s.hook_name for s in sites), *sum(names, ())]])
         clean = dict(stored)
         zero = [(s.hook_name, lambda x, hook=None: torch.zeros_like(x)) for s in sites]

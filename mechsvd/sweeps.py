@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.checks import once
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
 from mechsvd.measurement import Measurement, measure
@@ -137,6 +138,7 @@ def _valid_order(svd: Decomposition, order: Any) -> Int[Tensor, " rank"]:
 def _whole_numbers(name: str, numbers: Any) -> Int[Tensor, " n"]:
     if not isinstance(numbers, Iterable):
         raise TypeError(f"`{name}` must be a list of whole numbers, but is {type(numbers).__name__}.")
+    numbers = once(numbers)
     if isinstance(numbers, str) or (not isinstance(numbers, Tensor) and any(isinstance(n, bool | str) for n in numbers)):
         raise ValueError(f"`{name}` must be a list of whole numbers, but is {numbers!r:.60}.")
     found = numbers if isinstance(numbers, Tensor) else torch.tensor([*numbers])

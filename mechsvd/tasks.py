@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechsvd.evaluation import evaluation
 from mechsvd.results import load_result, result, save_result
-from mechsvd.runs import continue_tokens, evaluation
+from mechsvd.runs import continue_tokens
 from mechsvd.sites import Model, require_model
 from mechsvd.tokenization import continuation_tokens, fit_context, pieces_of, prompt_tokens, require_text, warn_unusual_start
 
@@ -116,10 +117,14 @@ class Task:
         """Positions whose logits predict the continuation: each is one before the token it predicts."""
         return slice(self.prompt_length - 1, len(self.tokens) - 1)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each token, or `[id]` where it is not known."""
+        return self.pieces or tuple(f"[{i}]" for i in self.tokens.tolist())
+
     def text(self) -> tuple[str, str]:
         """The prompt and the continuation as text, from the pieces."""
-        pieces = self.pieces or tuple(f"[{i}]" for i in self.tokens.tolist())
-        return "".join(pieces[: self.prompt_length]), "".join(pieces[self.prompt_length :])
+        return "".join(self.texts[: self.prompt_length]), "".join(self.texts[self.prompt_length :])
 
     def to_pandas(self) -> Any:
         """One row a token."""

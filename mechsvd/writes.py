@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, run_batches
+from mechsvd.evaluation import evaluation
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
-from mechsvd.runs import evaluation, run_model
+from mechsvd.runs import run_model
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model, Site, find_sites
 from mechsvd.tasks import Positions, Task, as_tasks, require_fitting, valid_positions
@@ -25,7 +26,7 @@ class Writes:
         values: in the units of the residual stream.
         sites: what the first axis is.
         tokens, positions, task_index: what the second axis is: token id, absolute position, and number of the text.
-        pieces: the text of each token, where the tasks know it.
+        pieces: the text of each token; `[id]` for tokens of a task that does not know it, and empty where none does.
     """
 
     values: Float[Tensor, "site pos d_model"]
@@ -83,6 +84,7 @@ def collect_writes(
     skip_bos: bool = False,
     missing: Literal["error", "skip"] = "error",
     check: bool = True,
+    batched_hooks: bool = False,
 ) -> Writes:
     """Collect what attention and MLP layers write to the residual stream, in one forward pass a text length, or more
     where memory asks for it.
@@ -96,6 +98,7 @@ def collect_writes(
         skip_bos: leave out the BOS token.
         missing: whether a layer without a hook is refused or left out.
         check: refuse a model whose hooks are not its writes; see `self_check`.
+        batched_hooks: hooks of yours that are on the model act on every row of a batch; see `measure`.
 
     Returns:
         Writes with the positions of all tasks one after the other, in the order given.
@@ -109,24 +112,28 @@ def collect_writes(
         require_fitting(model, task)
     sites = find_sites(model, layers, components, missing)
     _, notes = require_sound(model, check, missing)
-    kept = [_kept_positions(model, task, positions, skip_bos) for task in chosen]
-    with evaluation(model) as users:
-        values = _run_by_length(model, chosen, sites)
+    wanted = valid_positions(positions)
+    kept = [_kept_positions(model, task, wanted, skip_bos) for task in chosen]
+    with evaluation(model, batched_hooks=batched_hooks) as others:
+        values = _run_by_length(model, chosen, sites, others.one_row)
     values = [value[:, keep] for value, keep in zip(values, kept, strict=True)]
     for number, (value, keep) in enumerate(zip(values, kept, strict=True)):
         _require_finite(value, sites, keep, number)
+    any_text = any(task.pieces for task in chosen)
     return Writes(
         values=torch.cat(values, dim=1),
         sites=sites,
         tokens=torch.cat([task.tokens[keep] for task, keep in zip(chosen, kept, strict=True)]),
         positions=torch.cat(kept),
         task_index=torch.cat([torch.full_like(keep, i) for i, keep in enumerate(kept)]),
-        pieces=tuple(task.pieces[i] for task, keep in zip(chosen, kept, strict=True) if task.pieces for i in keep.tolist()),
-        source=provenance_of(model, tuple(tuple(t.tokens.tolist()) for t in chosen), sites, (*notes, *users)),
+        pieces=tuple(task.texts[i] for task, keep in zip(chosen, kept, strict=True) for i in keep.tolist()) if any_text else (),
+        source=provenance_of(model, tuple(tuple(t.tokens.tolist()) for t in chosen), sites, (*notes, *others.notes)),
     )
 
 
-def _run_by_length(model: Model, tasks: Sequence[Task], sites: Sequence[Site]) -> list[Float[Tensor, "site pos d_model"]]:
+def _run_by_length(
+    model: Model, tasks: Sequence[Task], sites: Sequence[Site], one_row: bool
+) -> list[Float[Tensor, "site pos d_model"]]:
     device = next(model.parameters()).device
     found: dict[int, Tensor] = {}
 
@@ -139,7 +146,8 @@ def _run_by_length(model: Model, tasks: Sequence[Task], sites: Sequence[Site]) -
     for length in {len(task.tokens) for task in tasks}:
         same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
         one = tasks[same[0]]
-        run_batches(forward, torch.tensor(same), rows_a_pass(model, one), halving(model, one), progress=False)
+        size = 1 if one_row else rows_a_pass(model, one)
+        run_batches(forward, torch.tensor(same), size, halving(model, one), progress=False)
     return [found[i] for i in range(len(tasks))]
 
 

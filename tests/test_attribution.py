@@ -12,8 +12,8 @@ import mechsvd as ms
 from mechsvd.attribution import CONTROLS
 from mechsvd.curvature import DENSE
 from mechsvd.edits import Gate
+from mechsvd.evaluation import evaluation
 from mechsvd.objective import Where, objective_over
-from mechsvd.runs import evaluation
 from tests.conftest import ACCEPTED, STORIES, tiny, tiny_hf, tiny_task
 
 
@@ -28,9 +28,13 @@ def exact():
 
 def in_double(raw):
     """The model in float64, its norms too, which transformers computes in float32 whatever the model's dtype."""
+
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
     for module in raw.double().modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = lambda x, m=module: m.weight * x * (x.square().mean(-1, keepdim=True) + m.variance_epsilon).rsqrt()
+        if type(module).__name__ == "LlamaRMSNorm":  # another class, for a patched forward would be somebody's
+            module.__class__ = type("LlamaRMSNorm", (type(module),), {"forward": forward})
     return raw
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.runs import continue_tokens, users_hooks
+from mechsvd.evaluation import other_hooks
+from mechsvd.runs import continue_tokens
 from tests.conftest import ACCEPTED, tiny, tiny_task
 
 PROMPT = ms.SHORTFORM_PROMPTS["meaning"]
@@ -108,11 +109,11 @@ def test_text_ends_at_the_end_of_text_which_is_not_shown(embedded, monkeypatch):
 def test_every_architecture_generates_what_a_loop_does(architecture, silent):
     model, start = tiny(architecture), tiny_task(length=5, prompt_length=4).tokens
     kept = torch.linalg.qr(torch.randn(32, 20, generator=torch.Generator().manual_seed(0)))[0]
-    hooks, theirs = ms.fwd_hooks(model, ms.keep(kept), positions=[1, 3, 6, 7]), users_hooks(model)
+    hooks, theirs = ms.fwd_hooks(model, ms.keep(kept), positions=[1, 3, 6, 7]), other_hooks(model)
     longer = continue_tokens(model, start[None], 6, hooks)[0]
     expected = slow_greedy(model, start, lambda x, i: kept @ (kept.T @ x) if i in (1, 3, 6, 7) else x, len(longer) - 5)
     assert longer.tolist() == expected.tolist()
-    assert users_hooks(model) == theirs
+    assert other_hooks(model) == theirs
 
 
 def test_token_ids_are_gone_on_from_as_they_are(embedded, meaning):
@@ -159,7 +160,7 @@ def test_an_exception_leaves_no_hook_and_the_mode(embedded):
 
     with pytest.raises(KeyboardInterrupt):
         ms.generate(embedded, PROMPT, fail)
-    assert not users_hooks(embedded)
+    assert not other_hooks(embedded)
     assert torch.is_grad_enabled()
 
 

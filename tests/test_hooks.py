@@ -3,7 +3,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.edits import Gate
-from mechsvd.runs import users_hooks
+from mechsvd.evaluation import other_hooks
 from tests.conftest import tiny, tiny_task
 from tests.test_subspace import orthonormal
 
@@ -42,7 +42,7 @@ def test_our_hooks_compose_with_anybody_elses_in_any_nesting(llama):
         nested = logits(llama, ms.fwd_hooks(llama, ms.keep(subspace), layers=0))
     torch.testing.assert_close(both, nested)
     assert (both - logits(llama, ms.fwd_hooks(llama, ms.keep(subspace), layers=0))).abs().max() > 1e-3
-    assert not users_hooks(llama)
+    assert not other_hooks(llama)
 
 
 def test_an_edit_is_itself_a_hook_function(llama):
@@ -82,7 +82,7 @@ def test_positions_are_absolute_while_decoding_with_a_cache(embedded):
 def test_a_wrong_shape_is_an_error_with_its_site(llama, wrong):
     with pytest.raises(ValueError, match=r"The edit at layer 1 mlp returned .* for writes of shape \[1, 9, 32\]"):
         logits(llama, ms.fwd_hooks(llama, wrong, layers=1, components=["mlp"]))
-    assert not users_hooks(llama)
+    assert not other_hooks(llama)
 
 
 def test_a_wrong_dtype_is_put_right(llama):
@@ -94,7 +94,7 @@ def test_an_error_inside_an_edit_is_raised_once_more_with_its_site(llama):
     with pytest.raises(RuntimeError, match="The edit failed at layer 0 attn: division by zero") as caught:
         logits(llama, ms.fwd_hooks(llama, lambda x, hook: x * (1 / 0)))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    assert not users_hooks(llama)
+    assert not other_hooks(llama)
 
 
 def test_a_basis_of_another_model_size_and_bad_positions_are_refused(llama):

@@ -2,10 +2,9 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.batches import rows_a_pass
 from mechsvd.edits import Gate
+from mechsvd.evaluation import other_hooks
 from mechsvd.measurement import _Setup, measure
-from mechsvd.runs import users_hooks
 from tests.conftest import loop_log_prob, tiny, tiny_task
 from tests.test_subspace import orthonormal
 
@@ -106,7 +105,7 @@ def test_many_edits_share_few_forward_passes(llama, monkeypatch):
     assert all(shape == (1, 9) for shape in runs)  # rows part at the first write
 
 
-def test_out_of_memory_halves_the_batch_remembers_it_and_loses_nothing(llama, monkeypatch):
+def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
     model, task = tiny("Llama"), tiny_task()
     expected = measure(model, task, STACKS["ranks"])
     forward, sizes = _Setup.forward, []
@@ -122,8 +121,7 @@ def test_out_of_memory_halves_the_batch_remembers_it_and_loses_nothing(llama, mo
         measured = measure(model, task, STACKS["ranks"], batch_size=33)
     assert str(said[0].message) == "Out of memory with 33 edits a forward pass; going on with 16."
     torch.testing.assert_close(measured.log_probs, expected.log_probs, rtol=0, atol=1e-4)
-    assert sizes[:5] == [33, 17, 9, 5, 4]  # the clean run in the first; at full rank it is the clean run
-    assert rows_a_pass(model, task) == 4
+    assert sizes[:5] == [33, 16, 8, 4, 4]  # the clean run in the first; at full rank it is the clean run
 
 
 def test_out_of_memory_with_one_edit_says_how_much_is_needed(monkeypatch):
@@ -156,10 +154,10 @@ def test_the_model_is_left_as_it_was_found_after_a_fault(llama):
         raise ValueError("no")
 
     llama.train(True)
-    with pytest.warns(UserWarning, match="train mode"), pytest.raises(RuntimeError, match="failed at layer 0 attn: no"):
+    with pytest.raises(RuntimeError, match="failed at layer 0 attn: no"):
         measure(llama, tiny_task(), [fail])
     assert llama.training
-    assert not users_hooks(llama)
+    assert not other_hooks(llama)
     assert torch.is_grad_enabled()
     llama.train(False)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import mechsvd as ms
+from mechsvd.evaluation import other_hooks
 from mechsvd.models import processing_state
-from mechsvd.runs import users_hooks
 from mechsvd.selfcheck import require_sound
 from tests.conftest import STORIES, loop_log_prob, tiny_hf, tiny_task
 
@@ -98,7 +98,7 @@ def test_rankings_critical_ranks_and_texts_are_the_same(pair):
         critical = ms.critical_rank(model, task, svd, 1.0, exhaustive=True)
         greedy = ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text)
         found.append((ms.rank_directions(model, task, svd).effect, critical.rank, greedy.rank, texts, drawn))
-        assert not users_hooks(model)
+        assert not other_hooks(model)
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-3)
     assert found[0][1:] == found[1][1:]
 
@@ -161,7 +161,7 @@ def test_hooks_compose_and_positions_are_absolute_with_a_cache(pair):
             with model.hooks(fwd_hooks=ms.fwd_hooks(model, lambda x, hook: -3 * x, positions=[tokens.shape[1] + 1])):
                 texts.append(model.generate(tokens, use_past_kv_cache=cached, **options).tolist())
         assert texts[0] == texts[1]
-        assert not users_hooks(model)
+        assert not other_hooks(model)
 
 
 def test_gpt2_with_biases_gives_the_sweep_of_the_loop(silent):
@@ -190,7 +190,7 @@ def test_the_users_hooks_and_train_mode_survive(pair):
     try:
         with pytest.warns(UserWarning, match="train mode|already has hooks"):
             ms.collect_writes(model, tiny_task())
-        assert users_hooks(model) == ["blocks.0.hook_mlp_out"]
+        assert other_hooks(model) == ["blocks.0.hook_mlp_out"]
         assert model.training
     finally:
         model.reset_hooks()

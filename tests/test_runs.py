@@ -3,7 +3,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mechsvd.runs import continue_tokens, evaluation, run_model, users_hooks
+from mechsvd.runs import continue_tokens, run_model
 from tests.conftest import tiny, tiny_task
 
 
@@ -36,50 +36,3 @@ def test_scored_positions_get_the_logits_that_they_get_in_a_full_run(llama):
     tokens = tiny_task().tokens[None]
     with torch.no_grad():
         torch.testing.assert_close(run_model(llama, tokens, scored=slice(3, 6)), run_model(llama, tokens)[:, 3:6])
-
-
-def test_train_mode_is_left_for_the_call_and_restored_with_a_warning(llama):
-    llama.train(True)
-    with pytest.warns(UserWarning, match="train mode"), evaluation(llama):
-        assert not llama.training
-        assert not torch.is_grad_enabled()
-    assert llama.training
-    assert torch.is_grad_enabled()
-    llama.train(False)
-
-
-def test_the_mode_of_every_module_is_restored_the_wrapped_models_too(llama, silent):
-    llama.original_model.train(True)  # which does not show in `llama.training`
-    llama.blocks[0].eval()
-    before = [module.training for module in llama.modules()]
-    with evaluation(llama):
-        assert not any(module.training for module in llama.original_model.modules())
-    assert [module.training for module in llama.modules()] == before
-    llama.original_model.train(False)
-
-
-def test_an_exception_leaves_no_hook_and_restores_the_mode(llama):
-    def fail(x, hook=None):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), evaluation(llama):
-        run_model(llama, tiny_task().tokens[None], [("blocks.0.hook_attn_out", fail)])
-    assert not users_hooks(llama)
-    assert torch.is_grad_enabled()
-
-
-def test_the_users_hooks_are_kept_take_part_and_are_noted(llama):
-    tokens = tiny_task().tokens[None]
-    llama.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x * 0)
-    try:
-        with (
-            pytest.warns(UserWarning, match=r"already has hooks at blocks.0.mlp.hook_out.*results include them"),
-            evaluation(llama) as notes,
-        ):
-            with_theirs = run_model(llama, tokens, [("blocks.1.hook_mlp_out", lambda x, hook=None: x)], scored=slice(2, 4))
-        assert notes == ("hooks of the user at blocks.0.mlp.hook_out",)
-        assert users_hooks(llama) == ["blocks.0.mlp.hook_out"]
-    finally:
-        llama.reset_hooks()
-    with torch.no_grad():
-        assert (with_theirs - run_model(llama, tokens, scored=slice(2, 4))).abs().max() > 1e-3

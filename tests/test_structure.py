@@ -9,6 +9,7 @@ import mechsvd as ms
 
 PACKAGE = Path(ms.__file__).parent
 ORDER = [
+    "checks",
     "results",
     "subspace",
     "comparison",
@@ -16,13 +17,16 @@ ORDER = [
     "eigenpairs",
     "edits",
     "sites",
+    "evaluation",
     "runs",
     "selfcheck",
     "demo",
     "models",
     "tokenization",
     "tasks",
+    "reading",
     "hooks",
+    "memory",
     "batches",
     "writes",
     "noise",

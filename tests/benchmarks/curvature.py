@@ -21,8 +21,8 @@ from speed import STORIES, cpu_name, timed
 
 import mechsvd as ms
 from mechsvd.curvature import Function, differentiate, eigenpairs
+from mechsvd.evaluation import evaluation
 from mechsvd.objective import Where, objective_over
-from mechsvd.runs import evaluation
 
 PAIRS, TOLERANCE = 20, 1e-4
 
