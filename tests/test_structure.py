@@ -19,6 +19,7 @@ ORDER = [
     "runs",
     "selfcheck",
     "demo",
+    "checkpoints",
     "models",
     "tokenization",
     "tasks",
