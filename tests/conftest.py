@@ -9,7 +9,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network; a hub name must fail at once
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 

@@ -44,6 +44,7 @@ ORDER = [
     "figures",
     "study",
     "findings",
+    "folders",
     "tables",
     "page",
     "sections",
