@@ -109,24 +109,50 @@ def test_a_report_killed_at_any_moment_leaves_the_old_run_whole_or_the_new_one(s
 
 @pytest.mark.skipif(FORK is None, reason="takes a fork, and locks of files")
 def test_every_step_of_taking_over_can_be_the_last(tmp_path):
-    """The same with small files, killed before every single step, and the next run clears up."""
-    replace_run(tmp_path, lambda folder, name: fill(folder, name))
+    """The same with small files, killed before every single step; the next run clears up."""
+    base = tmp_path / "base"
+    replace_run(base, fill)
     for event in range(30):
-        child = FORK.Process(target=take_over, args=(tmp_path, event))
+        out = shutil.copytree(base, tmp_path / str(event))
+        child = FORK.Process(target=take_over, args=(out, event))
         child.start()
         child.join()
-        name = (tmp_path / "report.html").read_text()
-        assert sorted(json.loads((tmp_path / "report-data" / name / ".written.json").read_text())["sha256"]) == ["a/x", "b/y"]
-        assert (
-            (tmp_path / "report-data" / name / "a" / "x").read_text()
-            == name
-            == (tmp_path / "report-data" / name / "b" / "y").read_text()
-        )
+        is_whole(out)
+        replace_run(out, fill)
+        assert names(out / "report-data") == [(out / "report.html").read_text()]
+        assert names(out) == ["report-data", "report.html"]
         if child.exitcode == 0:
             break
     assert 10 < event < 29
-    assert names(tmp_path / "report-data") == [name]
-    assert names(tmp_path) == ["report-data", "report.html"]
+
+
+@pytest.mark.skipif(FORK is None, reason="takes a fork, and locks of files")
+@pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN], ids=["killed", "disk full"])
+def test_a_page_cut_off_half_way_is_not_the_page(tmp_path, action):
+    replace_run(tmp_path, fill)
+    before = (tmp_path / "report.html").read_text()
+    child = FORK.Process(target=cut_off, args=(tmp_path, action))
+    child.start()
+    child.join()
+    assert child.exitcode != 0
+    is_whole(tmp_path)
+    assert (tmp_path / "report.html").read_text() == before
+
+
+def cut_off(out, action):
+    import resource
+
+    os.close(2)  # nobody needs the traceback
+    signal.signal(signal.SIGXFSZ, action)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    replace_run(out, lambda folder, name: fill(folder, name) + " " * 100_000)
+
+
+def is_whole(out):
+    name = (out / "report.html").read_text()
+    run = out / "report-data" / name
+    assert [*json.loads((run / ".written.json").read_text())["sha256"]] == ["a/x", "b/y"]
+    assert (run / "a" / "x").read_text() == (run / "b" / "y").read_text() == name
 
 
 def fill(folder, name):
