@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from mechsvd import findings
+from mechsvd.display import escape
 from mechsvd.folders import DATA, replace_run, require_writable
 from mechsvd.measurement import estimate_seconds
-from mechsvd.page import escape, page, table
+from mechsvd.page import page, table
 from mechsvd.results import Provenance
 from mechsvd.sections import SECTIONS, prompt_text, section, several, texts
 from mechsvd.selfcheck import SelfCheck, self_check
@@ -118,7 +119,7 @@ def _page(
     titles = {s.name: s.title for s in SECTIONS} | {"texts": "Text from inside", "prompts": "Several prompts"}
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles.items() if comparison or name != "prompts")
     body = "\n".join([*(section(part, studies) for part in SECTIONS), texts(studies), several(comparison) if comparison else ""])
-    content = f"""<h1>What {escape(source.model)} writes to its residual stream</h1>
+    content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
 <p>The shortform's experiments on Llama-3-8B, on this model. Each section says what the shortform saw and, in bold, what was
 measured here.</p>
 <nav>{links}</nav>

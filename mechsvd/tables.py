@@ -1,13 +1,16 @@
 """The report's numbers as files: tables as CSV, results as safetensors, a folder for each prompt."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mechsvd.display import file_name
 from mechsvd.results import write_atomically
 from mechsvd.study import Comparison, Study
 
-TOGETHER = "_all"  # the folder of what concerns all prompts; no prompt's name begins so
+TOGETHER = "_all"  # the folder of what concerns all prompts; no prompt's begins so
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how cells begin that spreadsheets compute
 
 
 def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder: Path) -> None:
@@ -17,7 +20,7 @@ def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder
         OSError: the folder cannot be written.
     """
     for found in studies:
-        _write(folder / found.name, _tables(found), _results(found))
+        _write(folder / file_name(found.name), _tables(found), _results(found))
     if comparison:
         results = {"overlap": comparison.overlap, "pool": comparison.pool}
         _write(folder / TOGETHER, _tables_together(comparison), results)
@@ -26,9 +29,21 @@ def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder
 def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> None:
     folder.mkdir()
     for name, table in tables.items():
-        write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
+        write_atomically(folder / f"{name}.csv", _csv(table))
     for name, result in results.items():
         result.save(folder / f"{name}.safetensors")
+
+
+def _csv(table: Any) -> bytes:
+    """A table as CSV in which text stays text: a spreadsheet would compute it where it begins like a formula."""
+    texts = table.select_dtypes(exclude="number")
+    guarded = {name: texts[name].map(_as_text) for name in texts.columns}
+    text = table.assign(**guarded).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # a bare \r would end a row
+    return bytes(text.encode())
+
+
+def _as_text(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _results(found: Study) -> dict[str, Any]:

@@ -39,6 +39,7 @@ ORDER = [
     "cautions",
     "attribution",
     "gradients",
+    "display",
     "drawing",
     "attribution_figures",
     "figures",
