@@ -15,6 +15,7 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
 _LOADING = threading.RLock()
+Door = Callable[..., Any]
 
 
 def require_checkpoint(directory: Path, allow_pickle: bool) -> None:
@@ -87,9 +88,7 @@ def require_all_weights(directory: Path, shards: list[str]) -> None:
     there, wanted = sum(held.values()), sum(needed.values())
     if there < wanted:
         missing = sorted(needed.keys() - held.keys())[:3] or "some"
-        raise ValueError(
-            f"{directory} holds {there:,} weights in its safetensors, but its model has {wanted:,}; missing: {missing}."
-        )
+        raise ValueError(f"{directory} holds {there:,} weights, but its model has {wanted:,}; missing: {missing}.")
 
 
 @contextmanager
@@ -130,7 +129,7 @@ def only_trusted(name: str, *, pickles: bool, code: bool) -> Iterator[None]:
         raise ValueError(refused[0])
 
 
-def _refusing(original: Callable[..., Any], sentence: str, refused: list[str]) -> Callable[..., Any]:
+def _refusing(original: Door, sentence: str, refused: list[str]) -> Door:
     """The function for all other threads, a refusal for this one."""
     owner = threading.get_ident()
 
@@ -152,7 +151,7 @@ def _on_hub(name: str, revision: str | None) -> tuple[set[str], Callable[[str], 
 
     try:
         files = set(list_repo_files(name, revision=revision))
-    except Exception:  # offline, gated, unknown: loading says which; what is in the cache still loads
+    except Exception:  # offline, gated, unknown: loading says which; the cache still loads
         known = ("config.json", ADAPTER, *SAFETENSORS, *PICKLES)
         paths = {file: try_to_load_from_cache(name, file, revision=revision) for file in known}
         files = {file for file, path in paths.items() if isinstance(path, str)}

@@ -1,15 +1,15 @@
-"""Text from outside, such as prompts, tokens and names, made harmless where it is shown or names a file."""
+"""Text from outside, such as prompts and names, made harmless where it is shown or names a file."""
 
 import html
 import re
 import unicodedata
 
 JOINERS = "\u200c\u200d"  # which letters and emoji need
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: controls, formats, surrogates, separators
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # in Unicode: controls, formats, surrogates, separators
 
 
 def visible(text: str) -> str:
-    r"""Text with its control characters written out, such as those that turn the direction of what follows.
+    r"""Text with its control characters written out, such as those that turn its direction.
 
     Line breaks, tabs and joiners stay.
 
@@ -27,11 +27,12 @@ def escape(text: str) -> str:
 
 def label(text: str) -> str:
     """Text that a plotly figure shows as it is: no tags, no links, no values filled in."""
-    return html.escape(visible(text), quote=False).replace("%{", "%&#123;")  # plotly knows no &quot;
+    shown = html.escape(visible(text), quote=False)  # plotly knows no &quot;
+    return shown.replace("%{", "%&#123;")
 
 
 def file_name(name: str) -> str:
-    """A name as a single file name, which is another one for every other name; the usual ones stay."""
+    """A name as a single file name, another one for every other name; usual names stay."""
     return re.sub(r"^_|[^\w-]", lambda found: f"%{ord(found[0]):02X}", name) or "%"
 
 

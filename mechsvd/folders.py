@@ -1,4 +1,4 @@
-"""A run's files on disk: written whole into a folder of their own, before the page that names it takes its place.
+"""A run's files on disk: whole in a folder of their own before the page that names it is in place.
 
 The page is what counts: whenever a run is killed, the page is there with every file of its folder.
 """
@@ -44,7 +44,7 @@ def require_writable(out: Path) -> None:
 
 
 def replace_run(out: Path, write: Callable[[Path, str], str]) -> Path:
-    """Write a run beside the earlier one, put its page in place, and only then remove the earlier one.
+    """Write a run beside the earlier one, put its page in place, then remove the earlier one.
 
     A second run that comes to write here waits for the first, and then takes its place.
 
@@ -79,7 +79,7 @@ def replace_run(out: Path, write: Callable[[Path, str], str]) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Wait until no other run writes here; False where the system cannot tell. A killed run waits for nobody."""
+    """Wait until no other run writes here; False where the system cannot tell. A lock dies with its run."""
     if fcntl is None:
         yield False
         return
@@ -105,7 +105,7 @@ def _names(data: Path) -> Iterator[Path]:
 
 
 def _clear_unfinished(out: Path) -> None:
-    """Remove what runs left that were killed: hidden files and folders, and a run's folder that they had emptied."""
+    """Remove what killed runs left: hidden files and folders, and a folder that they had emptied."""
     for file in out.glob(f".{PAGE}.*{UNFINISHED}"):
         file.unlink()
     for folder in (out / DATA).iterdir():
@@ -117,12 +117,17 @@ def _clear_unfinished(out: Path) -> None:
 
 def _write_listing(folder: Path, name: str) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    write_atomically(folder / LISTING, json.dumps({"run": name, "sha256": digests}, indent=1).encode())
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    content = {"run": name, "sha256": digests}
+    write_atomically(folder / LISTING, json.dumps(content, indent=1).encode())
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _written(folder: Path) -> list[str]:
-    """The files that a run wrote into this folder; none where it is no run's, such as a copy under another name."""
+    """The files that a run wrote into this folder; none where it is no run's, such as a copy's."""
     listing = _read(folder)
     digests = listing.get("sha256")
     is_run = re.fullmatch(NAME, folder.name) and listing.get("run") == folder.name
@@ -138,7 +143,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _remove(folder: Path, files: Iterable[str]) -> None:
-    """Remove these files and the folders that are empty then, and the listing last; what lies elsewhere stays."""
+    """Remove these files, the folders that are empty then, and the listing; what lies elsewhere stays."""
     paths = [folder / file for file in files]
     paths = [path for path in paths if path.parent.resolve().is_relative_to(folder.resolve())]
     for path in paths:
@@ -157,13 +162,20 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _remove_first_layout(out: Path) -> None:
-    """What mechsvd 0.1.0 wrote: a folder for each prompt, one listing for all of them, temporary files without a mark."""
+    """What was written before runs had folders: one for each prompt, one listing for all of them."""
     data = out / DATA
-    files = {name: files for name, files in _read(data).items() if isinstance(files, list)}
-    if not files:
+    listing = {n: f for n, f in _read(data).items() if isinstance(f, list) and Path(n).name == n}
+    if not listing:
         return
-    written = {f"{name}/{file}" for name, listed in files.items() for file in listed}
-    unmarked = [path.relative_to(data).as_posix() for name in files for path in (data / name).glob(".*.????????")]
-    _remove(data, [*written, *(file for file in unmarked if file.replace("/.", "/")[:-9] in written)])
-    for file in [*data.glob(".writable*"), *data.glob(f"{LISTING}.????????"), *out.glob(f".{PAGE}.????????")]:
+    written = [f"{name}/{file}" for name, files in listing.items() for file in files]
+    unfinished = [
+        f"{name}/{path.name}"
+        for name, files in listing.items()
+        for path in (data / name).glob(".*.????????")  # a point, the file's name, a point, eight letters
+        if path.name[1:-9] in files
+    ]
+    _remove(data, [*written, *unfinished])
+    places = [(data, ".writable"), (data, "..writable.????????"), (data, f".{LISTING}.????????")]
+    places.append((out, f".{PAGE}.????????"))
+    for file in [file for folder, pattern in places for file in folder.glob(pattern)]:
         file.unlink()

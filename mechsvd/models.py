@@ -37,11 +37,12 @@ def load_model(
         device: TransformerLens's choice by default, which is CUDA where there is one.
         dtype: of the weights; projections are computed in float32 or wider whatever it is.
         allow_pickle: accept weights that are not safetensors.
-        options: passed on to `TransformerBridge.boot_transformers` (revision, n_ctx, …). Code of the checkpoint runs only
-            with `trust_remote_code=True`, whatever its configuration says.
+        options: passed on to `TransformerBridge.boot_transformers` (revision, n_ctx, …). Code of the
+            checkpoint runs only with `trust_remote_code=True`, whatever its configuration says.
 
     Raises:
-        ValueError: a directory that is no model, weights that are not safetensors or do not fit, or code that is not trusted.
+        ValueError: a directory that is no model, weights that are not safetensors or do not fit, or
+            code that is not trusted.
         OSError: a hub model that is unknown, gated, or out of reach.
         ImportError: TransformerLens is missing or of a version that is not supported.
     """

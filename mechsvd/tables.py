@@ -35,11 +35,11 @@ def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> Non
 
 
 def _csv(table: Any) -> bytes:
-    """A table as CSV in which text stays text: a spreadsheet would compute it where it begins like a formula."""
+    """A table as CSV in which text stays text where a spreadsheet would take it for a formula."""
     texts = table.select_dtypes(exclude="number")
     guarded = {name: texts[name].map(_as_text) for name in texts.columns}
-    text = table.assign(**guarded).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)  # a bare \r would end a row
-    return bytes(text.encode())
+    quoting = csv.QUOTE_NONNUMERIC  # a bare carriage return would end a row
+    return bytes(table.assign(**guarded).to_csv(index=False, quoting=quoting).encode())
 
 
 def _as_text(value: Any) -> Any:

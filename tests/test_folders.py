@@ -24,6 +24,7 @@ from mechsvd.study import study_task
 
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 KILLS = 20
+forks = pytest.mark.skipif(FORK is None, reason="takes a fork, and locks of files")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def write(study, check, out, event=None):
     os._exit(0)
 
 
-@pytest.mark.skipif(FORK is None, reason="takes a fork, and locks of files")
+@forks
 def test_a_report_killed_at_any_moment_leaves_the_old_run_whole_or_the_new_one(studies, check, tmp_path):
     write_report([studies["old"]], check, tmp_path, cdn=True)
     started = time.perf_counter()
@@ -107,7 +108,7 @@ def test_a_report_killed_at_any_moment_leaves_the_old_run_whole_or_the_new_one(s
     assert names(tmp_path / "report-data") == [folder.name]
 
 
-@pytest.mark.skipif(FORK is None, reason="takes a fork, and locks of files")
+@forks
 def test_every_step_of_taking_over_can_be_the_last(tmp_path):
     """The same with small files, killed before every single step; the next run clears up."""
     base = tmp_path / "base"
@@ -126,7 +127,7 @@ def test_every_step_of_taking_over_can_be_the_last(tmp_path):
     assert 10 < event < 29
 
 
-@pytest.mark.skipif(FORK is None, reason="takes a fork, and locks of files")
+@forks
 @pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN], ids=["killed", "disk full"])
 def test_a_page_cut_off_half_way_is_not_the_page(tmp_path, action):
     replace_run(tmp_path, fill)
@@ -168,7 +169,7 @@ def take_over(out, event):
     os._exit(0)
 
 
-@pytest.mark.skipif(FORK is None, reason="takes a fork, and locks of files")
+@forks
 def test_a_second_run_waits_for_one_that_is_alive_and_then_takes_its_place(tmp_path):
     (tmp_path / "report-data").mkdir()
     first = FORK.Process(target=linger, args=(tmp_path,))
@@ -241,14 +242,14 @@ def test_a_listing_removes_nothing_elsewhere(tmp_path):
     (run / "a").mkdir(parents=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for name in ("one", "two", "three"):
+    for name in ("one", "two", "three", ".three.12345678"):
         (elsewhere / name).write_text("kept")
     (run / "link").symlink_to(elsewhere)
     files = ["../../elsewhere/one", str(elsewhere / "two"), "link/three"]
     (run / ".written.json").write_text(json.dumps({"run": run.name, "sha256": dict.fromkeys(files, "")}))
     (data / ".written.json").write_text(json.dumps({"../elsewhere": ["one", "two"], str(elsewhere): ["three"]}))
     replace_run(tmp_path, fill)
-    assert names(elsewhere) == ["one", "three", "two"]
+    assert names(elsewhere) == [".three.12345678", "one", "three", "two"]
 
 
 @pytest.mark.parametrize("listing", ["", "{", "[]", '{"run": 3}', '{"a": "b"}', '{"a": {"b": 1}}'])
@@ -266,7 +267,12 @@ def test_the_layout_of_the_first_release_is_cleared(tmp_path):
     data = tmp_path / "report-data"
     written = {"prompt-1": ["sweep.csv", "task.safetensors"], "_all": ["overlap.csv"]}
     files = [data / name / file for name, listed in written.items() for file in listed]
-    unfinished = [data / "prompt-1" / ".sweep.csv.ab3_9xyz", data / ".writable", tmp_path / ".report.html.k2j4h5_a"]
+    unfinished = [
+        data / "prompt-1" / ".sweep.csv.ab3_9xyz",
+        data / ".writable",
+        data / "..written.json.ab3_9xyz",
+        tmp_path / ".report.html.k2j4h5_a",
+    ]
     mine = [data / "_all" / "notes.txt", data / "_all" / ".notes.original"]
     for file in [*files, *unfinished, *mine]:
         file.parent.mkdir(parents=True, exist_ok=True)

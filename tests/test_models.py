@@ -82,7 +82,7 @@ def test_missing_weights_are_refused_and_not_filled_with_random_numbers(checkpoi
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         ValueError,
-        match=r"holds 1,193,600 weights in its safetensors, but its model has 1,238,656; missing: \['model.layers.2.mlp.up_proj",
+        match=r"holds 1,193,600 weights, but its model has 1,238,656; missing: \['model.layers.2.mlp.up_proj",
     ):
         ms.load_model(checkpoint, device="cpu")
 
