@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 import torch
 
 from mechsvd.components import Attribution
+from mechsvd.display import label
 from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, empty_figure, line, scatter, with_clean
 from mechsvd.results import require_kind, require_same_model
 from mechsvd.ridge import RidgeSweep
@@ -18,7 +19,7 @@ ESTIMATES = {"linear": ATTEMPTED, "quadratic": EDITED, "integrated": "#a0a0a0"}
 def hessian_spectrum(found: Attribution) -> go.Figure:
     """Eigenvalues in the order of the table, with their residuals as error bars; pairs that did not converge are hollow."""
     require_kind(found, Attribution)
-    figure = empty_figure("Eigenvalues of the Hessian", "component", f"eigenvalue (of the {found.objective})")
+    figure = empty_figure("Eigenvalues of the Hessian", "component", f"eigenvalue (of the {label(found.objective)})")
     hover = "component %{x}<br>λ = %{y:.4g}<br>residual %{customdata[0]:.1e}<br>u·w = %{customdata[1]:.3g}<extra></extra>"
     figure.add_trace(
         scatter(len(found))(
@@ -40,7 +41,7 @@ def estimate_errors(found: Attribution) -> go.Figure:
     """
     require_kind(found, Attribution)
     loud = ~found.is_noise
-    x = f"|measured score| (of the {found.objective})"
+    x = f"|measured score| (of the {label(found.objective)})"
     figure = empty_figure("Estimates against what is measured", x, "relative error of the estimate", log_x=True, log_y=True)
     for name, colour in ESTIMATES.items():
         figure.add_trace(
@@ -80,8 +81,8 @@ def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
             mine, theirs = (f"{each.objective} over {each.over[:60]}" for each in (first, found))
             raise ValueError(f"The attributions are of different functions: {mine}; {theirs}; or of different texts.")
         sums = found.share.sort(descending=True).values.cumsum(0)
-        hover = f"{name}<br>first %{{x}} components<br>%{{y:.3f}} of f(w) − f(0)"
-        figure.add_trace(line(range(1, len(found) + 1), sums, name, colour, hover=hover))
+        hover = f"{label(name)}<br>first %{{x}} components<br>%{{y:.3f}} of f(w) − f(0)"
+        figure.add_trace(line(range(1, len(found) + 1), sums, label(name), colour, hover=hover))
     if max(max(trace.y) for trace in figure.data) > 1 / 3:
         figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
     return figure.update_layout(showlegend=True)

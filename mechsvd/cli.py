@@ -71,7 +71,8 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from mechsvd.report import reproduce, require_writable  # plotly and pandas are needed only here
+    from mechsvd.folders import require_writable
+    from mechsvd.report import reproduce  # plotly and pandas are needed only here
 
     texts = _texts(options)
     require_writable(options.out)

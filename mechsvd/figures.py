@@ -1,7 +1,6 @@
 """Results → plotly figures, one function each; nothing is shown, nothing global is set, no model is touched."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import cycle
 from os import PathLike
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from mechsvd.attribution_figures import accumulated_scores, clip_and_ridge, estimate_errors, hessian_spectrum
 from mechsvd.comparison import Overlap, Pool
 from mechsvd.decomposition import Decomposition
+from mechsvd.display import label
 from mechsvd.drawing import ATTEMPTED, CLEAN, DISTINCT, EDITED, UNITS, empty_figure, heat_map, line, scatter, shades, with_clean
 from mechsvd.ranking import Ranking
 from mechsvd.results import require_kind, require_same_model
@@ -64,7 +64,7 @@ def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Fig
             f"{list(writes.values.shape[:2])}; pass the writes that it was made from."
         )
     require_same_model(svd.source, writes.source, "The decomposition and the writes")
-    labels = [f"{at}: {escape(piece)}" for at, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)]
+    labels = [f"{at}: {label(piece)}" for at, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)]
     shares = 100 * svd.writer_map(direction)
     title = f"Who writes direction {direction} (σ = {float(svd.singular_values[direction]):.3g})"
     hover = "%{y}<br>%{customdata}<br>%{z:.2f} %<extra></extra>"
@@ -150,8 +150,8 @@ def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
     figure = empty_figure("Race of the orders", "kept directions", "−log-probability of the continuation (nats)", log_y=True)
     for colour, (name, sweep) in zip(cycle(DISTINCT), sweeps.items(), strict=False):
         require_same_model(first.source, sweep.source, "The sweeps")
-        hover = f"{name}<br>k = %{{x}}<br>%{{y:.4g}} nats"
-        figure.add_trace(line(sweep.ranks, -sweep.measurement.log_prob, name, colour, hover=hover))
+        hover = f"{label(name)}<br>k = %{{x}}<br>%{{y:.4g}} nats"
+        figure.add_trace(line(sweep.ranks, -sweep.measurement.log_prob, label(name), colour, hover=hover))
     return with_clean(figure, -first.measurement.against.log_prob).update_layout(showlegend=True)
 
 
@@ -169,7 +169,7 @@ def margins(found: CriticalRank) -> go.Figure:
         return figure
     figure.update_xaxes(range=[max(0, found.rank - len(found.sweep.order) // 4), len(found.sweep.order) + 1])
     figure.add_vline(x=found.rank, line={"color": ATTEMPTED, "width": 1.5})
-    text = f"k = {found.rank} for {found.criterion}; {len(found.crossings)} crossing(s), {int(tie.sum())} tie(s)"
+    text = f"k = {found.rank} for {label(found.criterion)}; {len(found.crossings)} crossing(s), {int(tie.sum())} tie(s)"
     return figure.add_annotation(x=found.rank, y=1, yref="paper", text=text, showarrow=False, yanchor="bottom")
 
 
@@ -184,7 +184,7 @@ def overlap_map(found: Overlap, names: Sequence[str] | None = None) -> go.Figure
     given = [f"subspace {i}" for i in range(len(ranks))] if names is None else names
     if len(given) != len(ranks):
         raise ValueError(f"`names` has {len(given)} entries for {len(ranks)} subspaces; give one for each.")
-    labels = [f"{name}<br>(rank {rank})" for name, rank in zip(given, ranks, strict=True)]
+    labels = [f"{label(name)}<br>(rank {rank})" for name, rank in zip(given, ranks, strict=True)]
     ratio = found.ratio.masked_fill(torch.eye(len(ranks), dtype=torch.bool), torch.nan)
     figure = heat_map("Overlap relative to random subspaces", "", ratio, labels, labels, "× random", "")
     widest = max(0.05, float((ratio - 1).abs().nan_to_num().max()))

@@ -1,7 +1,7 @@
 """Getting a model, and saying which one it is. TransformerLens is imported here, when a model is loaded: it takes seconds."""
 
 import hashlib
-import math
+import os
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechsvd.checkpoints import only_trusted, require_all_weights, require_checkpoint, safe_weights
 from mechsvd.demo import WEIGHTS
 from mechsvd.results import Provenance
 from mechsvd.sites import Model, Site
 
 EMBEDDED = "embedded"
 OLDEST, NEWEST = (3, 9), (5, 0)  # of transformer-lens: from the first, below the second
-SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 INSTALL = "pip install 'transformer-lens>=3.9,<5'"
 
 
@@ -38,10 +37,12 @@ def load_model(
         device: TransformerLens's choice by default, which is CUDA where there is one.
         dtype: of the weights; projections are computed in float32 or wider whatever it is.
         allow_pickle: accept weights that are not safetensors.
-        options: passed on to `TransformerBridge.boot_transformers` (revision, trust_remote_code, …).
+        options: passed on to `TransformerBridge.boot_transformers` (revision, n_ctx, …). Code of the
+            checkpoint runs only with `trust_remote_code=True`, whatever its configuration says.
 
     Raises:
-        ValueError: a directory that is no model, or weights that are not safetensors or do not fit.
+        ValueError: a directory that is no model, weights that are not safetensors or do not fit, or
+            code that is not trusted.
         OSError: a hub model that is unknown, gated, or out of reach.
         ImportError: TransformerLens is missing or of a version that is not supported.
     """
@@ -56,24 +57,35 @@ def load_model(
     name = str(WEIGHTS if model == EMBEDDED else Path(model).expanduser() if str(model).startswith("~") else model)
     is_local = Path(name).is_dir()
     if is_local:
-        _require_checkpoint(Path(name), allow_pickle)
-    elif isinstance(model, Path) or name.startswith((".", "/", "~")):
+        name = os.path.abspath(name)  # a relative one may be an alias for a hub model
+    elif isinstance(model, Path) or name.startswith((".", "/", "~")) or Path(name).exists():
         raise ValueError(f"There is no directory {name}.")
-    elif not allow_pickle:
-        _require_hub_safetensors(name)
     from safetensors import SafetensorError
-    from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        if is_local and not allow_pickle and not options:
-            _require_all_weights(Path(name))
-        return TransformerBridge.boot_transformers(name, device=device, dtype=dtype, **options)
+        return _load(name, {"device": device, "dtype": dtype, **options}, allow_pickle)
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         if not is_local and not isinstance(error, OSError):
             raise
         if str(error).startswith(name):  # our own sentence already
             raise
         raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
+
+
+def _load(name: str, options: dict[str, Any], allow_pickle: bool) -> Any:
+    """Load a directory or a hub model: the one gate for both, whatever the options."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    is_local, trusted = Path(name).is_dir(), bool(options.get("trust_remote_code"))
+    if is_local:
+        require_checkpoint(Path(name), allow_pickle)
+    with only_trusted(name, pickles=allow_pickle, code=trusted):
+        if not allow_pickle:
+            shards = safe_weights(name, options.get("revision"))
+            has_weights = options.get("hf_model") is None and options.get("load_weights", True)
+            if is_local and has_weights and not trusted:
+                require_all_weights(Path(name), shards)
+        return TransformerBridge.boot_transformers(name, **options)
 
 
 def provenance_of(
@@ -98,7 +110,7 @@ def provenance_of(
 def model_name(model: Model) -> str:
     """The model's name; of a local directory its last part only, for results travel and paths of a machine should not."""
     name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
-    if name == str(WEIGHTS):
+    if name == os.path.abspath(WEIGHTS):
         return "mechsvd embedded"
     return Path(name).name if Path(name).is_dir() else name
 
@@ -166,52 +178,6 @@ def _require_placement(device: str | torch.device | None, dtype: torch.dtype) ->
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(":")[0].splitlines()[0]
         raise ValueError(f"Device {str(device)!r} cannot be used here ({reason}); 'cpu' always can.") from error
-
-
-def _require_checkpoint(directory: Path, allow_pickle: bool) -> None:
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is not a Hugging Face model: config.json is missing there.")
-    if any((directory / name).is_file() for name in SAFETENSORS):
-        return
-    pickles = sorted(path.name for path in directory.glob("*.bin"))
-    if not pickles:
-        raise ValueError(f"{directory} has a config.json but no weights: model.safetensors is missing there.")
-    if not allow_pickle:
-        raise ValueError(
-            f"{directory} holds its weights as pickles ({pickles[0]}), which can run code when opened; convert them to "
-            "safetensors, or pass `allow_pickle=True` if you trust them."
-        )
-
-
-def _require_all_weights(directory: Path) -> None:
-    """Refuse a checkpoint with fewer weights than its model: transformers would fill the rest with random numbers."""
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    needed = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    held: dict[str, int] = {}
-    for path in sorted(directory.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            held |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if sum(held.values()) < sum(needed.values()):
-        raise ValueError(
-            f"{directory} holds {sum(held.values()):,} weights in model*.safetensors, but its model has {sum(needed.values()):,}; "
-            f"missing: {sorted(needed.keys() - held.keys())[:3] or 'some'}."
-        )
-
-
-def _require_hub_safetensors(name: str) -> None:
-    from huggingface_hub import list_repo_files, try_to_load_from_cache
-
-    try:
-        files = list_repo_files(name)
-    except Exception:  # offline, gated, unknown: loading says which, and what is in the cache still loads
-        known = [file for file in (*SAFETENSORS, *PICKLES) if isinstance(try_to_load_from_cache(name, file), str)]
-        files = known or list(SAFETENSORS)
-    if not set(SAFETENSORS) & set(files):
-        raise ValueError(f"{name} has no safetensors weights on the hub; pass `allow_pickle=True` if you trust its pickles.")
 
 
 def _damaged(name: str, error: Exception) -> ValueError:

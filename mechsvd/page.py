@@ -1,14 +1,15 @@
 """A page of HTML that needs nothing beside it: headings, figures in a grid, tables."""
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from mechsvd.display import escape, file_name, label
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222}
 h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:3rem;border-bottom:1px solid #ccc;padding-bottom:.3rem}
 .text{white-space:pre-wrap;background:#f6f6f4;border-left:4px solid #1f5fa8;padding:.6rem .9rem;border-radius:3px;margin:.6rem 0}
-.text b{font-weight:400;background:#dcebfa}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:1rem}
+.text b{font-weight:400;background:#dcebfa;unicode-bidi:isolate}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:1rem}
 .plot{height:400px;min-width:0;overflow:hidden}.then{color:#555;margin:.3rem 0}.now{font-weight:600;margin:.3rem 0 1rem}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top}
 tr+tr{border-top:1px solid #e5e5e5}td{font-variant-numeric:tabular-nums}nav a{margin-right:1rem}
@@ -43,11 +44,12 @@ def grid(plots: Sequence[str]) -> str:
 
 
 def plot(name: str, prompt: str, figure: Any) -> str:
-    """One figure under its own name; its title begins with the prompt's."""
+    """One figure under its own name and the prompt's, with which its title begins."""
     from plotly.io import to_html
 
     if prompt:
-        figure.update_layout(title_text=f"{prompt}: {figure.layout.title.text}")
+        figure.update_layout(title_text=f"{label(prompt)}: {figure.layout.title.text}")
+        name = f"{file_name(prompt)}-{name}"
     body = to_html(figure, include_plotlyjs=False, full_html=False, div_id=name, config={"displaylogo": False, "responsive": True})
     return f'<div class="plot">{body}</div>'
 
@@ -58,8 +60,3 @@ def table(rows: Mapping[str, Sequence[str]]) -> str:
         f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for key, values in rows.items()
     )
     return f"<table>{body}</table>"
-
-
-def escape(text: str) -> str:
-    """Text that is safe in HTML."""
-    return html.escape(text)

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from mechsvd import findings
+from mechsvd.display import escape
+from mechsvd.folders import DATA, replace_run, require_writable
 from mechsvd.measurement import estimate_seconds
-from mechsvd.page import escape, page, table
-from mechsvd.results import Provenance, write_atomically
+from mechsvd.page import page, table
+from mechsvd.results import Provenance
 from mechsvd.sections import SECTIONS, prompt_text, section, several, texts
 from mechsvd.selfcheck import SelfCheck, self_check
 from mechsvd.sites import COMPONENTS, Model
@@ -30,7 +32,9 @@ def write_report(
     cdn: bool = False,
     seconds: float | None = None,
 ) -> Path:
-    """Write `report.html`, and beside it in `report-data/` the tables as CSV and the results.
+    """Write `report.html`, and its tables (CSV) and results into a folder of `report-data/` that it links.
+
+    They take an earlier run's place at once: a run that is killed leaves that one whole, or is whole.
 
     Args:
         comparison: of the prompts, where there are several.
@@ -43,10 +47,12 @@ def write_report(
     Raises:
         OSError: the folder cannot be written.
     """
-    write_tables(studies, comparison, out / "report-data")
-    path = out / "report.html"
-    write_atomically(path, _page(studies, comparison, check, cdn, seconds).encode())
-    return path
+
+    def write(folder: Path, name: str) -> str:
+        write_tables(studies, comparison, folder)
+        return _page(studies, comparison, check, cdn, seconds, f"{DATA}/{name}/")
+
+    return replace_run(out, write)
 
 
 def reproduce(
@@ -81,20 +87,6 @@ def reproduce(
     return path
 
 
-def require_writable(out: Path) -> None:
-    """Make the report's folders, and refuse where that fails.
-
-    Raises:
-        OSError: saying which folder.
-    """
-    try:
-        (out / "report-data").mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "report-data" / ".writable", b"")
-        (out / "report-data" / ".writable").unlink()
-    except OSError as error:
-        raise OSError(f"The report cannot be written to {out}: {error.strerror or error}; choose another folder.") from error
-
-
 def _cost(model: Model, task: Task) -> str:
     edits = SWEEPS * (min(model.cfg.d_model, len(task.tokens) * 2 * model.cfg.n_layers) + 1)
     return f"at most {edits} edits in six sweeps, about {max(1, round(estimate_seconds(model, task, edits)))} s"
@@ -114,13 +106,20 @@ def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, tor
     return starts if bos is None else starts | {"no prompt": torch.tensor([bos])}
 
 
-def _page(studies: Sequence[Study], comparison: Comparison | None, check: SelfCheck, cdn: bool, seconds: float | None) -> str:
+def _page(
+    studies: Sequence[Study],
+    comparison: Comparison | None,
+    check: SelfCheck,
+    cdn: bool,
+    seconds: float | None,
+    data: str,
+) -> str:
     source = studies[0].sweep.source
     assert source is not None  # `measure` always says it
     titles = {s.name: s.title for s in SECTIONS} | {"texts": "Text from inside", "prompts": "Several prompts"}
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles.items() if comparison or name != "prompts")
     body = "\n".join([*(section(part, studies) for part in SECTIONS), texts(studies), several(comparison) if comparison else ""])
-    content = f"""<h1>What {escape(source.model)} writes to its residual stream</h1>
+    content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
 <p>The shortform's experiments on Llama-3-8B, on this model. Each section says what the shortform saw and, in bold, what was
 measured here.</p>
 <nav>{links}</nav>
@@ -129,8 +128,9 @@ measured here.</p>
 {body}
 <h2>Where this comes from</h2>
 {table({key: [value] for key, value in _provenance_rows(source, check, seconds).items()})}
-<footer>Tables (CSV) and results (safetensors) are in <code>report-data/</code>. Probabilities are of the whole continuation;
-logarithms are natural; sizes are root-mean-square L2 norms over sites and positions.</footer>"""
+<footer>The tables (CSV) and results (safetensors) of this run are in <a href="{data}"><code>{data}</code></a>.
+Probabilities are of the whole continuation; logarithms are natural; sizes are root-mean-square L2 norms over sites and
+positions.</footer>"""
     return page(f"Writes of {source.model}", content, cdn=cdn)
 
 

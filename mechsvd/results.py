@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 FORMAT = 1
+UNFINISHED = ".mechsvd"  # ends the hidden names of what is not yet whole
 T = TypeVar("T")
 _CLASSES: dict[str, type] = {}
 
@@ -129,7 +130,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"Cannot write {target}: the folder {target.parent} does not exist; create it first.")
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED, delete=False) as file:
         try:
             file.write(data)
             file.flush()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechsvd import figures, findings
-from mechsvd.page import escape, grid, heading, plot, table
+from mechsvd.display import escape, file_name
+from mechsvd.page import grid, heading, plot, table
 from mechsvd.study import Comparison, Study
 
 
@@ -109,12 +110,12 @@ SECTIONS = (
 def prompt_text(found: Study) -> str:
     """A prompt and its continuation, as text."""
     prompt, continuation = found.task.text()
-    return f'<p class="text" id="{escape(found.name)}">{escape(prompt)}<b>{escape(continuation)}</b></p>'
+    return f'<p class="text" id="{file_name(found.name)}">{escape(prompt)}<b>{escape(continuation)}</b></p>'
 
 
 def section(part: Section, studies: Sequence[Study]) -> str:
     """One of `SECTIONS`, with the figures of every prompt."""
-    plots = [plot(f"{s.name}-{name}", s.name, figure) for s in studies for name, figure in part.figures(s).items()]
+    plots = [plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()]
     return heading(part.name, part.title, part.what, part.then, part.now(studies)) + grid(plots)
 
 

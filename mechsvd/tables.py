@@ -1,48 +1,49 @@
 """The report's numbers as files: tables as CSV, results as safetensors, a folder for each prompt."""
 
-import json
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mechsvd.display import file_name
 from mechsvd.results import write_atomically
 from mechsvd.study import Comparison, Study
 
-TOGETHER = "_all"  # the folder of what concerns all prompts; no prompt's name begins so
+TOGETHER = "_all"  # the folder of what concerns all prompts; no prompt's begins so
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how cells begin that spreadsheets compute
 
 
 def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder: Path) -> None:
-    """Write the tables and results of every prompt, and of all of them together, in place of an earlier run's.
+    """Write the tables and results of every prompt, and of all of them together, into a folder.
 
     Raises:
-        OSError: a folder cannot be written.
+        OSError: the folder cannot be written.
     """
-    written = {found.name: _write(folder / found.name, _tables(found), _results(found)) for found in studies}
+    for found in studies:
+        _write(folder / file_name(found.name), _tables(found), _results(found))
     if comparison:
         results = {"overlap": comparison.overlap, "pool": comparison.pool}
-        written[TOGETHER] = _write(folder / TOGETHER, _tables_together(comparison), results)
-    _remove_stale(folder, written)
+        _write(folder / TOGETHER, _tables_together(comparison), results)
 
 
-def _remove_stale(folder: Path, written: dict[str, list[str]]) -> None:
-    """Remove what an earlier run left for other prompts: only the files that it says it wrote, in `.written.json`."""
-    listing = folder / ".written.json"
-    earlier = json.loads(listing.read_text()) if listing.is_file() else {}
-    for name in earlier.keys() - written.keys():
-        for file in earlier[name]:
-            (folder / name / file).unlink(missing_ok=True)
-        if (folder / name).is_dir() and not any((folder / name).iterdir()):
-            (folder / name).rmdir()
-    write_atomically(listing, json.dumps(written).encode())
-
-
-def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> None:
+    folder.mkdir()
     for name, table in tables.items():
-        write_atomically(folder / f"{name}.csv", table.to_csv(index=False).encode())
+        write_atomically(folder / f"{name}.csv", _csv(table))
     for name, result in results.items():
         result.save(folder / f"{name}.safetensors")
-    return [*(f"{name}.csv" for name in tables), *(f"{name}.safetensors" for name in results)]
+
+
+def _csv(table: Any) -> bytes:
+    """A table as CSV in which text stays text where a spreadsheet would take it for a formula."""
+    texts = table.select_dtypes(exclude="number")
+    guarded = {name: texts[name].map(_as_text) for name in texts.columns}
+    quoting = csv.QUOTE_NONNUMERIC  # a bare carriage return would end a row
+    return bytes(table.assign(**guarded).to_csv(index=False, quoting=quoting).encode())
+
+
+def _as_text(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _results(found: Study) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 import math
 import re
-import shutil
 import warnings
 
 import pandas as pd
@@ -9,6 +8,7 @@ import pytest
 import mechsvd as ms
 from mechsvd.cli import main
 from mechsvd.demo import WEIGHTS
+from mechsvd.report import reproduce
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,11 @@ def report(tmp_path_factory):
     warnings.simplefilter("ignore")  # short texts have fewer writes a layer than dimensions; pytest restores the filters
     assert main(["reproduce", "--out", str(out), "--device", "cpu", "--max-new-tokens", "12"]) == 0
     return out
+
+
+def data(out):
+    """The folder that the page names."""
+    return out / re.search(r'href="(report-data/[^"]+)/"', (out / "report.html").read_text())[1]
 
 
 def test_reproduce_writes_a_page_that_needs_no_network(report):
@@ -36,11 +41,11 @@ def test_the_page_names_the_model_and_its_self_check(report):
 
 def test_tables_and_results_lie_beside_it(report):
     for name in ms.SHORTFORM_PROMPTS:
-        table = pd.read_csv(report / "report-data" / name / "sweep.csv")
+        table = pd.read_csv(data(report) / name / "sweep.csv")
         assert list(table.columns) == ["rank", "log_prob", "probability", "surprise", "orig_delta", "kept_delta"]
-        sweep = ms.RankSweep.load(report / "report-data" / name / "sweep.safetensors")
+        sweep = ms.RankSweep.load(data(report) / name / "sweep.safetensors")
         assert table["log_prob"].tolist() == pytest.approx(sweep.measurement.log_prob.tolist(), rel=1e-6)
-        assert len(pd.read_csv(report / "report-data" / name / "singular_values.csv")) == len(sweep.order)
+        assert len(pd.read_csv(data(report) / name / "singular_values.csv")) == len(sweep.order)
 
 
 def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys, silent):
@@ -61,7 +66,7 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
     assert "float64" in page
     assert len(page) < 500_000
     assert re.search(r'<script src="https://cdn.plot.ly/plotly-[\d.]+.min.js"', page)
-    table = pd.read_csv(tmp_path / "report-data" / "prompt-1" / "sweep_by_site.csv")
+    table = pd.read_csv(data(tmp_path) / "prompt-1" / "sweep_by_site.csv")
     assert set(table["component"]) == {"attn"}
     said = capsys.readouterr().out
     assert re.search(r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 774 edits in six sweeps, about \d+ s", said)
@@ -74,30 +79,27 @@ def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(re
         assert page.count(f'href="#{anchor}"') == page.count(f'<h2 id="{anchor}">') == 1
     assert page.count('<p class="then">') == page.count('<p class="now">') == 9
     assert "1886, 3329, 2696 and 2518 of 4096" in page
-    critical = {
-        name: ms.CriticalRank.load(report / "report-data" / name / "critical_rank.safetensors").rank
-        for name in ms.SHORTFORM_PROMPTS
-    }
+    critical = {name: ms.CriticalRank.load(data(report) / name / "critical_rank.safetensors").rank for name in ms.SHORTFORM_PROMPTS}
     assert f"Here it is {critical['meaning']} (meaning), {critical['relativity']} (relativity)" in page
 
 
 def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
-    data = report / "report-data"
+    folder = data(report)
     for name in ms.SHORTFORM_PROMPTS:
-        effects = pd.read_csv(data / name / "directions.csv")
+        effects = pd.read_csv(folder / name / "directions.csv")
         assert effects["effect"].tolist() == pytest.approx(
-            ms.Ranking.load(data / name / "ranking.safetensors").effect.tolist(), rel=1e-6
+            ms.Ranking.load(folder / name / "ranking.safetensors").effect.tolist(), rel=1e-6
         )
-        orders = pd.read_csv(data / name / "orders.csv")
+        orders = pd.read_csv(folder / name / "orders.csv")
         assert set(orders["order"]) == {"singular value", "effect", "compromise", "random", "reversed"}
         full = orders[orders["rank"] == orders["rank"].max()]["log_prob"]
         assert full.max() - full.min() < 1e-3  # with everything kept, the order is no matter
-        texts = pd.read_csv(data / name / "texts.csv")
+        texts = pd.read_csv(folder / name / "texts.csv")
         assert len(texts) == 3 * 5
         assert texts["rank"].isna().sum() == 3
-    overlaps = pd.read_csv(data / "_all" / "overlap.csv")
+    overlaps = pd.read_csv(folder / "_all" / "overlap.csv")
     assert overlaps[["first", "second"]].iloc[0].tolist() == ["meaning", "relativity"]
-    angles = pd.read_csv(data / "_all" / "principal_angles.csv")
+    angles = pd.read_csv(folder / "_all" / "principal_angles.csv")
     shared = angles.assign(shared=angles["radians"].map(math.cos) ** 2).groupby(["first", "second"], sort=False)["shared"].sum()
     assert shared.tolist() == pytest.approx(overlaps["overlap"].tolist(), rel=1e-6)
 
@@ -114,8 +116,8 @@ def test_prompts_from_a_file(tmp_path, silent, name, content, folders):
     (tmp_path / name).write_text(content)
     options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
     assert main(["reproduce", "--prompts", str(tmp_path / name), *options]) == 0
-    assert sorted(path.name for path in (tmp_path / "report-data").iterdir() if path.is_dir()) == folders
-    assert ms.Task.load(tmp_path / "report-data" / folders[2] / "task.safetensors").text()[1]
+    assert sorted(path.name for path in data(tmp_path).iterdir() if path.is_dir()) == folders
+    assert ms.Task.load(data(tmp_path) / folders[2] / "task.safetensors").text()[1]
 
 
 @pytest.mark.parametrize(
@@ -160,25 +162,20 @@ def test_an_error_is_one_line_and_status_one(arguments, message, capsys, tmp_pat
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_fails_before_anything_is_computed(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_fails_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("mechsvd.cli.load_model", load)
     (tmp_path / "file").write_text("")
     assert main(["reproduce", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 1
-    output = capsys.readouterr()
-    assert "The report cannot be written to" in output.err
-    assert not output.out
+    assert "The report cannot be written to" in capsys.readouterr().err
 
 
-def test_a_run_removes_what_an_earlier_one_left_for_other_prompts_and_nothing_else(tmp_path, silent):
-    options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
-    (tmp_path / "report-data" / "mine").mkdir(parents=True)
-    (tmp_path / "report-data" / "mine" / "notes.txt").write_text("kept")
-    assert main(["reproduce", "--prompt", "I believe", "--prompt", "I think", *options]) == 0
-    data = tmp_path / "report-data"
-    shutil.copytree(data / "prompt-1", data / "backup")
-    (data / "empty").mkdir()
-    (data / "prompt-2" / "notes.txt").write_text("kept")
-    assert main(["reproduce", "--prompt", "I believe", "--prompt", "I think", *options]) == 0  # which must not claim the notes
-    assert main(["reproduce", "--prompt", "We believe", *options]) == 0
-    assert sorted(path.name for path in data.iterdir() if path.is_dir()) == ["backup", "empty", "mine", "prompt-1", "prompt-2"]
-    assert [path.name for path in (data / "prompt-2").iterdir()] == ["notes.txt"]
-    assert len(list((data / "backup").iterdir())) > 10
+def test_a_folder_that_cannot_be_written_fails_before_anything_is_computed(tmp_path, embedded):
+    def make():
+        raise AssertionError("a task was made first")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"The report cannot be written to .*file: .*; choose another folder"):
+        reproduce(embedded, {"a": make}, tmp_path / "file", say=lambda _: None)
