@@ -158,8 +158,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"No file {path}.")
     with open(path, "rb") as file:
-        head = file.read(2)
-    if head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93N"):
+        head = file.read(9)
+    is_foreign = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93N")
+    if is_foreign and head[8:] != b"{":  # a safetensors header of 640 bytes begins like a pickle
         raise ValueError(f"{path} looks like a pickle, .pt or .npy file, which mechsvd never opens; results are safetensors only.")
     try:
         with safe_open(path, framework="pt") as file:
