@@ -25,7 +25,7 @@ class Writes:
         values: in the units of the residual stream.
         sites: what the first axis is.
         tokens, positions, task_index: what the second axis is: token id, absolute position, and number of the text.
-        pieces: the text of each token, where the tasks know it.
+        pieces: the text of each token; empty unless all tasks know it.
     """
 
     values: Float[Tensor, "site pos d_model"]
@@ -115,13 +115,14 @@ def collect_writes(
     values = [value[:, keep] for value, keep in zip(values, kept, strict=True)]
     for number, (value, keep) in enumerate(zip(values, kept, strict=True)):
         _require_finite(value, sites, keep, number)
+    all_known = all(task.pieces for task in chosen)
     return Writes(
         values=torch.cat(values, dim=1),
         sites=sites,
         tokens=torch.cat([task.tokens[keep] for task, keep in zip(chosen, kept, strict=True)]),
         positions=torch.cat(kept),
         task_index=torch.cat([torch.full_like(keep, i) for i, keep in enumerate(kept)]),
-        pieces=tuple(task.pieces[i] for task, keep in zip(chosen, kept, strict=True) if task.pieces for i in keep.tolist()),
+        pieces=tuple(task.pieces[i] for task, keep in zip(chosen, kept, strict=True) for i in keep.tolist()) if all_known else (),
         source=provenance_of(model, tuple(tuple(t.tokens.tolist()) for t in chosen), sites, (*notes, *users)),
     )
 
