@@ -9,6 +9,8 @@ import mechsvd as ms
 
 PACKAGE = Path(ms.__file__).parent
 ORDER = [
+    "fields",
+    "packing",
     "results",
     "subspace",
     "comparison",
