@@ -101,7 +101,7 @@ def hessian_attribution(
         noise = clean_noise(model, task, found, size)
         scored = _attribute(function, choices, f.over, noise)
     about = {"objective": objective, "over": f.over, "parts": f.parts, "noise_floor": noise}
-    source = replace(source, hooks=f.hooks, seed=choices.seed)
+    source = replace(source, hooks=f.hooks, seed=int(choices.seed))
     return described(scored, unit, source=source, **about)
 
 
@@ -212,7 +212,7 @@ def _attribute(function: Function, choices: _Choices, over: str = "a vector", no
     scored = replace(
         score_components(curvature, found.vectors.to(function.point), *from_zero), beside=beside, products=found.products
     )
-    scored = described(scored, tolerance=choices.tolerance)
+    scored = described(scored, tolerance=float(choices.tolerance))
     warn_unconverged(scored, most if entries > DENSE else None)
     warn_undefined(scored, curvature)
     return scored

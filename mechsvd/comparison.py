@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.fields import require_between, require_falling, require_finite
 from mechsvd.results import Provenance, load_result, require_same_model, result, save_result
 from mechsvd.subspace import Subspace
 
@@ -37,6 +38,12 @@ class Overlap:
     def load(cls, path: str | PathLike[str]) -> "Overlap":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def _require_values(self) -> None:
+        require_finite(self, "values", "expected", "deviation")
+        require_between(self, ["values", "expected", "deviation"], 0)
+        if not torch.allclose(self.values, self.values.T):
+            raise ValueError("`values` must be symmetric, for an overlap is that of a pair, but are not.")
 
     @property
     def ratio(self) -> Float[Tensor, "n n"]:
@@ -140,6 +147,15 @@ class Pool:
     def load(cls, path: str | PathLike[str]) -> "Pool":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def _require_values(self) -> None:
+        names = ("singular_values", "random_low", "random_mean", "random_high")
+        require_finite(self, *names)
+        require_between(self, names, 0)
+        require_falling(self, "singular_values")
+        slack = 1e-6 * (1 + self.random_high)  # a mean of equal numbers is rounded
+        if ((self.random_low > self.random_mean + slack) | (self.random_mean > self.random_high + slack)).any():
+            raise ValueError("`random_mean` must lie between `random_low` and `random_high`, but does not.")
 
     def to_pandas(self) -> Any:
         """One row a singular value, beside the random band."""

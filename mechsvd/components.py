@@ -10,8 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsvd.curvature import Curvature
-from mechsvd.objective import Part
+from mechsvd.fields import require_between, require_declared, require_finite
+from mechsvd.objective import Part, require_parts
 from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.subspace import require_orthonormal, rounding
 
 HESSIAN, RANDOM = "Hessian", "random"  # names of the bases that are always there
 _IN_UNITS = (
@@ -69,6 +71,22 @@ class Attribution:
     def load(cls, path: str | PathLike[str]) -> "Attribution":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_parts(self.parts, len(self.vectors))
+        for name, other in self.beside:
+            if len(other.vectors) != len(self.vectors):
+                raise ValueError(
+                    f"`beside` holds directions {name!r:.40} of {len(other.vectors)} entries, but w has {len(self.vectors)}."
+                )
+
+    def _require_values(self) -> None:
+        require_finite(self, "vectors", "eigenvalues", "residuals", "projections", "slopes", "value")
+        # the others are NaN or inf where f is, at w = 0 or without a component
+        require_between(self, ["residuals", "path_error", "noise_floor", "tolerance", "products"], 0)
+        if len(self):
+            require_orthonormal(self.vectors, rounding(self.vectors.dtype), "`vectors`")
 
     def __len__(self) -> int:
         """Number of components."""

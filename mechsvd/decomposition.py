@@ -12,8 +12,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.results import Provenance, load_result, result, save_result, with_notes
-from mechsvd.subspace import Subspace, at_least_single, signs
+from mechsvd.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
 
 
 @result
@@ -40,6 +41,21 @@ class Decomposition:
     def load(cls, path: str | PathLike[str]) -> "Decomposition":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_between(self, ["layer"], 0)
+
+    def _require_values(self) -> None:
+        require_finite(self, "singular_values", "directions", "left")
+        require_between(self, ["singular_values"], 0)
+        require_falling(self, "singular_values")
+        if self.rank:
+            require_orthonormal(self.directions, rounding(self.directions.dtype), "`directions`")
+        lengths = self.left.double().square().sum(dim=(0, 1)).sqrt()
+        wrong = ((lengths - 1).abs() > 0.1) & (lengths > 0)  # at a singular value of zero there is no left vector
+        if wrong.any():
+            raise ValueError(f"`left` must have columns of length 1, but has one of {lengths[wrong][0]:g}.")
 
     @property
     def rank(self) -> int:

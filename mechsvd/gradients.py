@@ -12,8 +12,9 @@ from mechsvd.batches import halving, rows_a_pass, run_batches
 from mechsvd.curvature import Function, backward
 from mechsvd.decomposition import Decomposition, decompose_groups
 from mechsvd.evaluation import evaluation
+from mechsvd.fields import require_between, require_declared, require_finite
 from mechsvd.models import provenance_of
-from mechsvd.objective import GRADIENTS, Objective, Over, Part, Where, objective_over
+from mechsvd.objective import GRADIENTS, Objective, Over, Part, Where, objective_over, require_parts
 from mechsvd.results import Provenance, load_result, require_kind, result, save_result, with_notes
 from mechsvd.selfcheck import require_sound
 from mechsvd.sites import COMPONENTS, Model
@@ -45,6 +46,14 @@ class Gradients:
     def load(cls, path: str | PathLike[str]) -> "Gradients":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_parts(self.parts, self.values.shape[1])
+
+    def _require_values(self) -> None:
+        require_finite(self, "values")
+        require_between(self, ["task_index", "tokens"], 0)
 
     def __len__(self) -> int:
         """Number of gradient vectors."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechsvd.batches import halving, rows_a_pass, run_batches, valid_size
 from mechsvd.edits import Each, Edit, Gate, Stack, chain
 from mechsvd.evaluation import evaluation
+from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.hooks import as_stack, bind
 from mechsvd.models import provenance_of
 from mechsvd.noise import spread_by_rounding
@@ -55,6 +56,19 @@ class Measurement:
     def load(cls, path: str | PathLike[str]) -> "Measurement":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "sites", self.orig_deltas.shape[1], "site of `orig_deltas`")
+        if self.clean is not None and self.clean.log_probs.shape != (1, self.log_probs.shape[1]):
+            raise ValueError(
+                f"`clean` must have one edit and the {self.log_probs.shape[1]} scored tokens of the others, but its `log_probs` "
+                f"have shape {list(self.clean.log_probs.shape)}."
+            )
+
+    def _require_values(self) -> None:
+        require_between(self, ["log_probs"], -float("inf"), 0)  # NaN where an edit made the model overflow
+        require_between(self, ["orig_deltas", "kept_deltas", "noise_floor"], 0)
 
     def __getitem__(self, edits: slice | Tensor) -> "Measurement":
         """Some of the edits, in the order asked for, beside the same clean run."""

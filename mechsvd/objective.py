@@ -1,6 +1,7 @@
 """What is differentiated: the log-probability of a task as a function of a vector w — gains, writes or weights."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,13 @@ class Objective:
         """Of the whole continuation."""
         log_probs = self.log_probs(rows)
         return log_probs.to(widest(log_probs.device)).sum(dim=-1)
+
+
+def require_parts(parts: Sequence[Part], entries: int) -> None:
+    """Refuse pieces of w that do not make up its entries."""
+    sizes = [math.prod(shape) for _, shape in parts]
+    if sum(sizes) != entries or any(size < 0 for _, shape in parts for size in shape):
+        raise ValueError(f"`parts` must make up the {entries} entries of w, but have {sum(sizes)}: {parts!r:.80}.")
 
 
 def objective_over(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
+from mechsvd.fields import require_between, require_declared, require_falling, require_finite, require_length
 from mechsvd.measurement import Measurement, measure
 from mechsvd.results import Provenance, load_result, require_kind, require_same_model, result, save_result
 from mechsvd.sites import Model
@@ -34,6 +35,15 @@ class Ranking:
     def load(cls, path: str | PathLike[str]) -> "Ranking":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "measurement", len(self.singular_values), "direction")
+
+    def _require_values(self) -> None:
+        require_finite(self, "singular_values")
+        require_between(self, ["singular_values"], 0)
+        require_falling(self, "singular_values")
 
     @property
     def effect(self) -> Float[Tensor, " rank"]:

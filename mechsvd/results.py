@@ -5,16 +5,19 @@ A result is a frozen dataclass of tensors, numbers, text and other results; its 
 """
 
 import hashlib
-import json
 import os
+import re
 import tempfile
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, no_type_check
 
 import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
+
+from mechsvd.fields import named, require_declared
+from mechsvd.packing import pack, unpack
 
 FORMAT = 1
 UNFINISHED = ".mechsvd"  # ends the hidden names of what is not yet whole
@@ -24,8 +27,16 @@ _CLASSES: dict[str, type] = {}
 
 @dataclass_transform(frozen_default=True)
 def result(cls: type[T]) -> type[T]:
-    """Make a frozen dataclass that `save_result` and `load_result` know by its name."""
+    """Make a frozen dataclass that `save_result` and `load_result` know by its name.
+
+    Its constructor refuses what the annotations do not declare: a `__post_init__` of its own must
+    call `require_declared` too. Checks that read whole tensors belong in `_require_values`, which
+    `load_result` calls.
+    """
+    if not hasattr(cls, "__post_init__"):
+        cls.__post_init__ = require_declared  # type: ignore[attr-defined]
     cls = dataclass(frozen=True, eq=False, repr=cls.__repr__ is object.__repr__)(cls)
+    no_type_check(cls.__init__)  # the tests' shape checking would come first, in other words
     _CLASSES[cls.__name__] = cls
     return cls
 
@@ -82,8 +93,8 @@ def require_kind(value: Any, kind: type) -> None:
         TypeError: saying which is needed.
     """
     if not isinstance(value, kind):
-        article, shown = "An" if kind.__name__[0] in "AEIOU" else "A", " ".join(repr(value).split())
-        raise TypeError(f"{article} {kind.__name__} is needed here, but this is {type(value).__name__} {shown!r:.50}.")
+        needed, shown = named(kind.__name__), " ".join(repr(value).split())
+        raise TypeError(f"{needed[0].upper()}{needed[1:]} is needed here, but this is {type(value).__name__} {shown!r:.50}.")
 
 
 def save_result(self: Any, path: str | os.PathLike[str]) -> None:
@@ -96,33 +107,34 @@ def save_result(self: Any, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save
 
-    tensors: dict[str, Tensor] = {}
     from mechsvd import __version__
 
-    body = json.dumps({"class": type(self).__name__, "value": _pack(self, "", tensors)}, ensure_ascii=False, sort_keys=True)
+    body, tensors = pack(self)
     metadata = {"mechsvd": body, "version": __version__, "format": str(FORMAT), "sha256": _digest(body, tensors)}
     write_atomically(path, save(tensors, metadata=metadata))
 
 
 def load_result(cls: type[T], path: str | os.PathLike[str]) -> T:
-    """Load what `.save` wrote.
+    """Load what `.save` wrote, and check its types, shapes and values.
 
     Raises:
-        ValueError: the file is not such a file, is truncated or damaged, holds another class, or is of a newer format.
+        ValueError: the file is not such a file, is truncated or damaged, holds another class or
+            values that are impossible, or is of a newer format.
         FileNotFoundError: there is no such file.
     """
     metadata, tensors = _read(Path(path))
-    if int(metadata["format"]) > FORMAT:
-        raise ValueError(
-            f"{path} was written by mechsvd {metadata['version']} in format {metadata['format']}, but this version reads up to "
-            f"format {FORMAT}; update mechsvd."
-        )
+    _require_format(path, metadata)
     if _digest(metadata["mechsvd"], tensors) != metadata["sha256"]:
         raise ValueError(f"{path} is damaged: its contents do not match the SHA-256 in its header. Nothing was loaded.")
-    document = json.loads(metadata["mechsvd"])
-    if document["class"] != cls.__name__:
-        raise ValueError(f"{path} holds a {document['class']}, not a {cls.__name__}; call {document['class']}.load.")
-    return _unpack(document["value"], tensors)
+    try:
+        value = unpack(metadata["mechsvd"], tensors, _CLASSES)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        wrong = _in_words(error).rstrip(".")
+        raise ValueError(f"{path}, of mechsvd {metadata['version']}, cannot be used: {wrong}. Nothing was loaded.") from error
+    if not isinstance(value, cls):
+        held = type(value).__name__
+        raise ValueError(f"{path} holds {named(held)}, not {named(cls.__name__)}; call {held}.load.")
+    return value
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -159,8 +171,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"No file {path}.")
     with open(path, "rb") as file:
-        head = file.read(2)
-    if head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93N"):
+        head = file.read(9)
+    is_foreign = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93N")
+    if is_foreign and head[8:] != b"{":  # a safetensors header of 640 bytes begins like a pickle
         raise ValueError(f"{path} looks like a pickle, .pt or .npy file, which mechsvd never opens; results are safetensors only.")
     try:
         with safe_open(path, framework="pt") as file:
@@ -173,32 +186,26 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
+def _require_format(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
+    written, version = metadata["format"], metadata["version"]
+    if not re.fullmatch("[1-9][0-9]*", written):
+        raise ValueError(f"{path} is damaged: its format is {written!r:.20}, but must be a whole number. Nothing was loaded.")
+    if written not in map(str, range(1, FORMAT + 1)):
+        raise ValueError(
+            f"{path} was written by mechsvd {version} in format {written:.20}, but this version reads up to format {FORMAT}; "
+            "update mechsvd."
+        )
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its header is nested too deeply"
+    return str(error) if isinstance(error, TypeError | ValueError) else "a number in its header is too large"
+
+
 def _digest(body: str, tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256(body.encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return sha.hexdigest()
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
-    if is_dataclass(value) and not isinstance(value, type):
-        packed = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in fields(value)}
-        return {"class": type(value).__name__, "fields": packed}
-    if isinstance(value, (list, tuple)):
-        return [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return tuple(_unpack(item, tensors) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    unpacked = {name: _unpack(item, tensors) for name, item in value["fields"].items()}
-    return _CLASSES[value["class"]](**unpacked)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import ridge_gains
+from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.measurement import Measurement, measure
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.sites import Model
@@ -42,6 +43,14 @@ class RidgeSweep:
     def load(cls, path: str | PathLike[str]) -> "RidgeSweep":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "measurement", len(self.alphas), "strength")
+
+    def _require_values(self) -> None:
+        require_finite(self, "alphas", "effective_directions")
+        require_between(self, ["alphas", "effective_directions"], 0)
 
     def to_pandas(self) -> Any:
         """One row a strength: alpha, effective_directions, log_prob, probability, surprise, orig_delta, kept_delta."""

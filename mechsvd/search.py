@@ -14,6 +14,7 @@ from torch import Tensor
 from mechsvd.checks import once
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.evaluation import evaluation
+from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.measurement import Measurement, joined
 from mechsvd.noise import NOISE_ROWS
 from mechsvd.results import Provenance, load_result, require_kind, result, save_result
@@ -51,6 +52,15 @@ class CriticalRank:
     def load(cls, path: str | PathLike[str]) -> "CriticalRank":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "margins", len(self.sweep.ranks), "rank")
+
+    def _require_values(self) -> None:
+        require_between(self, ["noise_floor", "evaluations"], 0)
+        if (self.sweep.ranks.diff() < 0).any():
+            raise ValueError(f"`sweep` must have rising ranks, but has {self.sweep.ranks.tolist()!s:.60}.")
 
     @property
     def reached(self) -> Bool[Tensor, " edit"]:
@@ -186,7 +196,7 @@ def critical_rank_of(
     name = getattr(bar, "__name__", "a bar of your own")
     rising = sweep.ranks.argsort(stable=True)
     measured = sweep.measurement[rising]
-    clean, floor = measured.against, measured.noise_floor if noise_floor is None else noise_floor
+    clean, floor = measured.against, measured.noise_floor if noise_floor is None else float(noise_floor)
     floor = floor or 0.0 if getattr(bar, "in_nats", False) else 0.0
     if not (best := float(_margins(bar, replace(clean, clean=clean))[0])) >= -floor:
         raise ValueError(

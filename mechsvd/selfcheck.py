@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.evaluation import evaluation, other_hooks, without_hook_points
+from mechsvd.fields import require_between
 from mechsvd.results import load_result, result, save_result
 from mechsvd.runs import run_model
 from mechsvd.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
@@ -46,6 +47,11 @@ class SelfCheck:
     def load(cls, path: str | PathLike[str]) -> "SelfCheck":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def _require_values(self) -> None:
+        errors = ("block_error", "stream_error", "output_change", "scored_error", "sharing_error", "tolerance")
+        require_between(self, errors, 0)  # a model that fails may have NaN or inf among them
+        require_between(self, ["unchecked"], 0, len(self.block_error) - 1)
 
     @property
     def failure(self) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from mechsvd.fields import require_declared
 from mechsvd.results import result
 
 COMPONENTS = ("attn", "mlp")
@@ -39,6 +40,11 @@ class Site:
     layer: int
     component: str
     hook_name: str
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        if self.layer < 0 or self.component not in COMPONENTS:
+            raise ValueError(f"No site {self}: layers count from 0, and components are {list(COMPONENTS)}.")
 
     def __str__(self) -> str:
         return f"{self.layer} {self.component}"

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.fields import require_declared
 from mechsvd.results import Provenance, load_result, result, save_result
 
 
@@ -33,6 +34,7 @@ class Subspace:
         return load_result(cls, path)
 
     def __post_init__(self) -> None:
+        require_declared(self)
         require_orthonormal(self.basis)
 
     @property
@@ -114,7 +116,12 @@ def require_matrix(vectors: Tensor) -> None:
         raise ValueError(f"A basis must be finite, but columns {columns[:5]} hold NaN or inf.")
 
 
-def require_orthonormal(basis: Tensor, tolerance: float = 1e-3) -> None:
+def rounding(dtype: torch.dtype) -> float:
+    """By how much BᵀB may differ from the identity in a basis that was rounded to a dtype."""
+    return max(1e-3, 2 * torch.finfo(dtype).eps)
+
+
+def require_orthonormal(basis: Tensor, tolerance: float = 1e-3, name: str = "A basis") -> None:
     """Refuse a basis whose columns are not orthonormal, naming the worst pair."""
     require_matrix(basis)
     d_model, rank = basis.shape
@@ -128,6 +135,6 @@ def require_orthonormal(basis: Tensor, tolerance: float = 1e-3) -> None:
     if error.max() > tolerance:
         i, j = divmod(int(error.argmax()), rank)
         raise ValueError(
-            f"A basis must have orthonormal columns, but BᵀB differs from the identity by {error.max():.2g} at columns "
+            f"{name} must have orthonormal columns, but BᵀB differs from the identity by {error.max():.2g} at columns "
             f"({i}, {j}) (duplicate, zero or unnormalised vectors?); `mechsvd.span(vectors)` builds a good basis."
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechsvd.checks import once
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
+from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.measurement import Measurement, measure
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.sites import Model, Site
@@ -41,6 +42,15 @@ class RankSweep:
     def load(cls, path: str | PathLike[str]) -> "RankSweep":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "measurement", len(self.ranks), "rank")
+
+    def _require_values(self) -> None:
+        require_between(self, ["ranks"], 0, len(self.order))
+        if not torch.equal(self.order.sort().values, torch.arange(len(self.order))):
+            raise ValueError(f"`order` must name each of the {len(self.order)} directions once, but does not.")
 
     def to_pandas(self) -> Any:
         """One row a rank: rank, log_prob, probability, surprise, orig_delta, kept_delta."""

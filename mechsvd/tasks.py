@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechsvd.evaluation import evaluation
+from mechsvd.fields import require_between, require_declared
 from mechsvd.results import load_result, result, save_result
 from mechsvd.runs import continue_tokens
 from mechsvd.sites import Model, require_model
@@ -64,6 +65,7 @@ class Task:
             raise ValueError(f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row.")
         if isinstance(self.prompt_length, bool) or not isinstance(self.prompt_length, int) or self.prompt_length < 1:
             raise ValueError(f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts).")
+        require_declared(self)
         if self.pieces and len(self.pieces) != len(self.tokens):
             raise ValueError(f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; give one for each, or none.")
         if self.prompt_length >= len(self.tokens):
@@ -71,6 +73,9 @@ class Task:
                 f"Nothing to score: `prompt_length` is {self.prompt_length} of {len(self.tokens)} tokens; the continuation needs "
                 "at least one."
             )
+
+    def _require_values(self) -> None:
+        require_between(self, ["tokens"], 0)
 
     @classmethod
     def from_text(

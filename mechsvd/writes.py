@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, run_batches
 from mechsvd.evaluation import evaluation
+from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.models import provenance_of
 from mechsvd.results import Provenance, load_result, result, save_result
 from mechsvd.runs import run_model
@@ -43,6 +44,16 @@ class Writes:
     def load(cls, path: str | PathLike[str]) -> "Writes":
         """Load what `save` wrote; see `load_result`."""
         return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "sites", self.values.shape[0], "site of `values`")
+        if self.pieces:
+            require_length(self, "pieces", len(self.tokens), "token")
+
+    def _require_values(self) -> None:
+        require_finite(self, "values")
+        require_between(self, ["tokens", "positions", "task_index"], 0)
 
     def __len__(self) -> int:
         """Number of writes: sites × positions."""

@@ -74,10 +74,11 @@ def test_the_orders_are_permutations_with_the_ends_of_the_compromise(meaning_svd
 def test_the_compromise_is_the_mean_of_both_places():
     svd = ms.decompose(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))[None])
     said = torch.ones(4, 1, dtype=torch.bool)
-    measured = ms.Measurement(torch.tensor([[-3.0], [-1.0], [-9.0], [-2.0]]), said, torch.ones(4, 1), torch.ones(4, 1), ())
+    ones, sites = torch.ones(4, 1), (ms.Site(0, "mlp", "blocks.0.hook_mlp_out"),)
+    measured = ms.Measurement(torch.tensor([[-3.0], [-1.0], [-9.0], [-2.0]]), said, ones, ones, sites)
     from dataclasses import replace
 
-    clean = ms.Measurement(torch.zeros(1, 1), said[:1], torch.ones(1, 1), torch.ones(1, 1), ())
+    clean = ms.Measurement(torch.zeros(1, 1), said[:1], ones[:1], ones[:1], sites)
     ranking = Ranking(svd.singular_values, replace(measured, clean=clean))  # effects 3, 1, 9, 2: places 1, 3, 0, 2
     assert ms.order_by_effect(ranking).tolist() == [2, 0, 3, 1]
     assert ms.order_by_compromise(svd, ranking).tolist() == [0, 2, 1, 3]  # means ½, 2, 1, 2½

@@ -71,6 +71,22 @@ def test_one_flipped_bit_is_noticed(saved):
         ms.RankSweep.load(saved)
 
 
+def test_another_document_under_the_same_tensors_is_noticed(saved, results):
+    content = saved.read_bytes()
+    saved.write_bytes(content.replace(b"mechsvd embedded", b"mechsvd embroils"))
+    with pytest.raises(ValueError, match="damaged: its contents do not match the SHA-256"):
+        ms.RankSweep.load(saved)
+
+
+def test_a_file_of_any_size_of_header_is_read(tmp_path):
+    """Headers of 640, 896, 1152 and 1408 bytes begin like pickles, one of 19280 like an archive."""
+    tokens = torch.tensor([0, 5])
+    for extra in (*range(0, 1400, 8), *range(18800, 19000, 8)):
+        task = ms.Task(tokens, 1, ("a" * extra, "b"))
+        task.save(tmp_path / "task.safetensors")
+        assert ms.Task.load(tmp_path / "task.safetensors").pieces == task.pieces
+
+
 def test_pickles_are_never_opened(tmp_path):
     path = tmp_path / "result.pt"
     torch.save({"a": torch.ones(2)}, path)
@@ -107,6 +123,19 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_full_disk_leaves_the_saved_result_whole_and_no_other_file(saved, results):
+    resource = pytest.importorskip("resource")  # not on Windows
+    before, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            results[4].save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 def test_a_missing_folder_is_named(results, tmp_path):

@@ -18,9 +18,9 @@ def found(embedded, meaning, meaning_svd):
 def sweep_of(curve, ranks, clean=0.0):
     """A sweep of made-up log-probabilities."""
     log_probs, ones = torch.tensor([[curve(rank)] for rank in ranks]).double(), torch.ones(len(ranks), 1)
-    said = log_probs >= clean
-    first = ms.Measurement(torch.full((1, 1), clean).double(), torch.ones(1, 1) > 0, ones[:1], ones[:1], ())
-    measured = ms.Measurement(log_probs, said, ones, ones, (), clean=first)
+    said, sites = log_probs >= clean, (ms.Site(0, "mlp", "blocks.0.hook_mlp_out"),)
+    first = ms.Measurement(torch.full((1, 1), clean).double(), torch.ones(1, 1) > 0, ones[:1], ones[:1], sites)
+    measured = ms.Measurement(log_probs, said, ones, ones, sites, clean=first)
     return ms.RankSweep(torch.tensor(ranks), torch.arange(512), measured)
 
 

@@ -10,6 +10,8 @@ import mechsvd as ms
 PACKAGE = Path(ms.__file__).parent
 ORDER = [
     "checks",
+    "fields",
+    "packing",
     "results",
     "subspace",
     "comparison",

@@ -27,6 +27,13 @@ def test_one_forward_pass_and_one_hook_a_site(embedded, meaning, monkeypatch):
     assert len(calls[0]) == 12 + 1  # and the one that spares the unembedding
 
 
+def test_pieces_are_those_of_every_token_or_none(embedded, meaning):
+    assert len(ms.collect_writes(embedded, [meaning, meaning]).pieces) == 2 * len(meaning.tokens)
+    mixed = ms.collect_writes(embedded, [meaning, tiny_task()])
+    assert mixed.pieces == ()
+    assert mixed.to_pandas()["token"].tolist()[: len(mixed.tokens)] == mixed.tokens.tolist()
+
+
 def test_several_tasks_of_different_lengths_equal_each_alone(embedded):
     tasks = [tiny_task(9, seed=1), tiny_task(7, seed=2), tiny_task(9, seed=3)]
     together = ms.collect_writes(embedded, tasks)

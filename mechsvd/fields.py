@@ -1,0 +1,153 @@
+"""Whether the fields of a result are what their annotations declare, and its values possible.
+
+Types, dtypes and shapes are cheap to read, so every constructor checks them.
+What a tensor holds is checked on loading.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+_DTYPES: dict[str, tuple[str, set[torch.dtype]]] = {
+    "Float": ("a float tensor", {torch.float16, torch.bfloat16, torch.float32, torch.float64}),
+    "Int": ("a tensor of signed whole numbers", {torch.int8, torch.int16, torch.int32, torch.int64}),
+    "Bool": ("a tensor of truth values", {torch.bool}),
+}
+_WORDS = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
+
+
+def require_declared(result: Any) -> None:
+    """Refuse a result whose fields are not of the types and shapes that their annotations declare.
+
+    Axes of one name must have one size in all tensors of the result.
+    Only types, dtypes and shapes are read.
+
+    Raises:
+        TypeError: a field of another type or dtype.
+        ValueError: a tensor with another number of axes, or of another size than the others.
+    """
+    cls: Any = type(result)
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, hint in _declared(cls).items():
+        value = getattr(result, name)
+        if not _fits(value, hint):
+            raise TypeError(f"{_field(result, name)} is {_described(value)}, but must be {_wanted(hint)}.")
+        if isinstance(value, Tensor):
+            axes = next(one.dim_str.split() for one in (hint, *get_args(hint)) if hasattr(one, "dim_str"))
+            _require_axes(result, name, axes, sizes)
+
+
+def require_length(result: Any, name: str, length: int, counted: str) -> None:
+    """Refuse a field without exactly one entry for each of what the result counts elsewhere."""
+    if len(getattr(result, name)) != length:
+        found = len(getattr(result, name))
+        raise ValueError(f"{_field(result, name)} has length {found}, but must have {length}: one for each {counted}.")
+
+
+def require_finite(result: Any, *names: str) -> None:
+    """Refuse tensors and numbers that hold NaN or inf."""
+    for name in names:
+        finite = _numbers(getattr(result, name)).isfinite()
+        if not finite.all():
+            first = (~finite).nonzero()[0].tolist()
+            where = f", first at {first}" if first else ""
+            raise ValueError(f"{_field(result, name)} holds NaN or inf{where}, but must be finite.")
+
+
+def require_between(result: Any, names: Sequence[str], low: float | int, high: float | int = float("inf")) -> None:
+    """Refuse tensors and numbers outside a range; NaN and None pass: some results may hold them."""
+    for name in names:
+        value = getattr(result, name)
+        entries = _numbers([] if value is None else value).flatten()
+        wrong = entries[(entries < low) | (entries > high)]
+        if len(wrong):
+            allowed = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
+            raise ValueError(f"{_field(result, name)} holds {wrong[0].item():g}, but must be {allowed}.")
+
+
+def require_falling(result: Any, name: str) -> None:
+    """Refuse a tensor with one axis whose entries rise."""
+    values = getattr(result, name)
+    rises = (values[1:] > values[:-1]).nonzero().flatten().tolist()
+    if rises:
+        before, after = values[rises[0] : rises[0] + 2].tolist()
+        raise ValueError(f"{_field(result, name)} rises from {before:g} to {after:g} at place {rises[0] + 1}, but must fall.")
+
+
+def named(class_name: str) -> str:
+    """The name of a class with its article."""
+    return f"{'an' if class_name[0] in 'AEIOU' else 'a'} {class_name}"
+
+
+def _field(result: Any, name: str) -> str:
+    return f"`{name}` of {named(type(result).__name__)}"
+
+
+@cache
+def _declared(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)  # "Measurement | None" is text until the class is there
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type, or the dtype, that an annotation declares."""
+    inner = get_args(hint)
+    if hasattr(hint, "dim_str"):
+        return isinstance(value, Tensor) and value.dtype in _tensors(hint)[1]
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if get_origin(hint) is not tuple:
+        return _is_a(type(value), hint)
+    if not isinstance(value, tuple):
+        return False
+    if inner[-1] is not Ellipsis:
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    if get_args(inner[0]):
+        return all(_fits(item, inner[0]) for item in value)
+    kinds = {*map(type, value)}  # by type, for a text has many tokens
+    return all(_is_a(kind, inner[0]) for kind in kinds)
+
+
+def _is_a(kind: type, hint: type) -> bool:
+    return issubclass(kind, (int, float) if hint is float else hint) and kind is not bool
+
+
+def _require_axes(result: Any, name: str, axes: list[str], sizes: dict[str, tuple[int, str]]) -> None:
+    shape = list(getattr(result, name).shape)
+    if len(shape) != len(axes):
+        raise ValueError(f"{_field(result, name)} has shape {shape}, but must have the axes [{', '.join(axes)}].")
+    for axis, size in zip(axes, shape, strict=True):
+        expected, other = sizes.setdefault(axis, (size, name))
+        if size != expected:
+            raise ValueError(
+                f"{_field(result, name)} has shape {shape}, but its axis `{axis}` must have size {expected}, as in `{other}`."
+            )
+
+
+def _tensors(hint: Any) -> tuple[str, set[torch.dtype]]:
+    return _DTYPES[hint.__name__.partition("[")[0]]
+
+
+def _numbers(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return "None" if value is None else f"{type(value).__name__} {value!r:.40}"
+
+
+def _wanted(hint: Any) -> str:
+    """What an annotation declares, in words."""
+    if hasattr(hint, "dim_str"):
+        return f"{_tensors(hint)[0]} [{', '.join(hint.dim_str.split())}]"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_wanted, get_args(hint)))
+    if get_origin(hint) is tuple:
+        inner = [_wanted(one) for one in get_args(hint) if one is not Ellipsis]
+        return f"a tuple ({', '.join(inner)}{', …' if Ellipsis in get_args(hint) else ''})"
+    return _WORDS.get(hint) or named(hint.__name__)

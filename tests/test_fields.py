@@ -1,0 +1,110 @@
+from dataclasses import fields, replace
+from importlib import import_module
+from pkgutil import iter_modules
+
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd.comparison import Pool
+from mechsvd.gradients import Gradients
+from mechsvd.results import _CLASSES, Provenance
+from mechsvd.ridge import RidgeSweep
+from mechsvd.selfcheck import SelfCheck
+
+SOURCE = Provenance("m", "w", "raw", "float32", "4", "0", ((1, 2, 3),), ("blocks.0.hook_mlp_out",), 0, ("note",))
+SITES = (ms.Site(0, "attn", "blocks.0.hook_attn_out"), ms.Site(0, "mlp", "blocks.0.hook_mlp_out"))
+
+
+def tiny_results():
+    """One result of each class that can be saved, by name; of a few numbers each."""
+    three, whole = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0, 1, 2])
+    sizes, falling, basis = torch.ones(3, 2), torch.tensor([2.0, 1.0]), torch.eye(3)[:, :2]
+    clean = ms.Measurement(-sizes[:1], sizes[:1] > 0, sizes[:1], sizes[:1], SITES, source=SOURCE)
+    measurement = ms.Measurement(-2 * sizes, sizes > 1, sizes, sizes, SITES, clean, SOURCE, 1e-6)
+    sweep = ms.RankSweep(whole, torch.tensor([1, 0]), measurement, SOURCE)
+    scores = {"measured": falling, "integrated": falling, "slopes": falling, "projections": falling}
+    scores |= {"eigenvalues": -falling, "residuals": falling, "value": 0.5, "baseline": 0.25}
+    control = ms.Attribution("probability", "gains", (("gain", (3,)),), basis, **scores)
+    found = [
+        ms.Task(whole, 1, ("a", "b", "c")),
+        ms.Writes(torch.ones(2, 3, 4), SITES, whole, whole, whole, ("a", "b", "c"), SOURCE),
+        ms.Decomposition(falling, basis, torch.eye(2)[None], 0, SOURCE),
+        ms.Subspace(basis, SOURCE),
+        measurement,
+        sweep,
+        RidgeSweep(three, three, measurement, SOURCE),
+        ms.Ranking(three, measurement),
+        ms.CriticalRank(sweep, three, 1e-6, 9, "a bar"),
+        ms.Overlap(torch.eye(2), torch.ones(2, 2), torch.ones(2, 2), SOURCE),
+        Pool(falling, falling - 1, falling, falling + 1, 0, SOURCE),
+        SelfCheck(three, 0.0, (1,), 1.0, 0.0, float("inf"), 1e-5),
+        Gradients(sizes, whole, whole, "gains", (("gain", (1, 2)),), SOURCE),
+        replace(control, beside=(("random", control),), source=SOURCE),
+    ]
+    return {type(result).__name__: result for result in found}
+
+
+def test_there_is_a_tiny_result_of_every_class_that_can_be_saved():
+    for module in iter_modules(ms.__path__):
+        import_module(f"mechsvd.{module.name}")
+    ours = {name for name, cls in _CLASSES.items() if cls.__module__.startswith("mechsvd.") and hasattr(cls, "save")}
+    assert set(tiny_results()) == ours
+
+
+@pytest.mark.parametrize("name", sorted(tiny_results()))
+def test_a_field_of_another_kind_is_refused_by_name(name):
+    result = tiny_results()[name]
+    for field in fields(result):
+        for wrong in (object(), [1], torch.ones(1, dtype=torch.complex64), True):
+            with pytest.raises((TypeError, ValueError), match=f"`{field.name}` .*(must be|needs)"):
+                replace(result, **{field.name: wrong})
+
+
+@pytest.mark.parametrize("name", sorted(tiny_results()))
+def test_a_tensor_with_more_axes_is_refused_by_name(name):
+    result = tiny_results()[name]
+    for field in (field.name for field in fields(result) if isinstance(getattr(result, field.name), torch.Tensor)):
+        with pytest.raises(ValueError, match=rf"`{field}` .*must have (the axes \[|one axis)"):
+            replace(result, **{field: getattr(result, field)[None]})
+
+
+ONE = torch.tensor([1.0])
+UNFIT = [
+    ("Decomposition", {"singular_values": ONE}, r"`directions` of .* shape \[3, 2\], but its axis `rank` must have size 1, as in"),
+    ("Decomposition", {"directions": torch.eye(3)[:2]}, r"`directions` of a Decomposition has shape \[2, 3\]"),
+    ("Decomposition", {"layer": "3"}, "`layer` of a Decomposition is str '3', but must be a whole number or None"),
+    ("Decomposition", {"layer": -1}, "`layer` of a Decomposition holds -1, but must be 0 or more"),
+    ("Subspace", {"basis": 2 * torch.eye(3)}, "orthonormal"),
+    ("Writes", {"sites": SITES[:1]}, "`sites` of a Writes has length 1, but must have 2: one for each site"),
+    ("Writes", {"pieces": ("a",)}, "`pieces` of a Writes has length 1, but must have 3: one for each token"),
+    ("Task", {"pieces": ("a",)}, "`pieces` has 1 texts for 3 tokens"),
+    ("Measurement", {"sites": ()}, "`sites` of a Measurement has length 0, but must have 2"),
+    ("Measurement", {"clean": tiny_results()["Measurement"]}, "`clean` must have one edit and the 2 scored tokens"),
+    ("RankSweep", {"ranks": torch.tensor([1])}, "`measurement` of a RankSweep has length 3, but must have 1: one for each rank"),
+    ("RidgeSweep", {"alphas": ONE, "effective_directions": ONE}, "`measurement` of a RidgeSweep has length 3"),
+    ("Ranking", {"singular_values": ONE}, "`measurement` of a Ranking has length 3"),
+    ("CriticalRank", {"margins": ONE}, "`margins` of a CriticalRank has length 1, but must have 3"),
+    ("Overlap", {"values": torch.ones(2, 3)}, r"`values` of an Overlap has shape \[2, 3\], but its axis `n` must have size 2"),
+    ("Gradients", {"parts": (("gain", (3,)),)}, "`parts` must make up the 2 entries of w, but have 3"),
+    ("Attribution", {"parts": (("gain", (-1, -3)),)}, "`parts` must make up the 3 entries of w"),
+    ("Attribution", {"vectors": torch.eye(2), "parts": (("gain", (2,)),)}, "`beside` holds directions 'random' of 3 entries"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "message"), UNFIT)
+def test_a_result_whose_fields_do_not_fit_each_other_is_refused(name, change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        replace(tiny_results()[name], **change)
+
+
+def test_a_site_counts_layers_from_0_and_is_of_a_known_component():
+    for layer, component in ((-1, "mlp"), (0, "resid")):
+        with pytest.raises(ValueError, match=f"No site {layer} {component}: layers count from 0"):
+            ms.Site(layer, component, "somewhere")
+
+
+def test_half_precision_none_and_no_columns_are_legitimate():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert ms.Subspace(torch.eye(3, dtype=dtype)).rank == 3
+    assert ms.Decomposition(torch.ones(0), torch.ones(3, 0), torch.ones(1, 2, 0)).rank == 0
