@@ -27,11 +27,13 @@ def test_one_forward_pass_and_one_hook_a_site(embedded, meaning, monkeypatch):
     assert len(calls[0]) == 12 + 1  # and the one that spares the unembedding
 
 
-def test_pieces_are_those_of_every_token_or_none(embedded, meaning):
-    assert len(ms.collect_writes(embedded, [meaning, meaning]).pieces) == 2 * len(meaning.tokens)
-    mixed = ms.collect_writes(embedded, [meaning, tiny_task()])
-    assert mixed.pieces == ()
-    assert mixed.to_pandas()["token"].tolist()[: len(mixed.tokens)] == mixed.tokens.tolist()
+def test_tokens_of_a_task_without_text_are_named_by_their_ids(embedded, meaning):
+    bare = ms.Task(meaning.tokens[:5], 2)
+    assert ms.collect_writes(embedded, bare).pieces == ()
+    mixed = ms.collect_writes(embedded, [meaning, bare])
+    assert mixed.pieces == meaning.pieces + tuple(f"[{i}]" for i in bare.tokens.tolist())
+    assert len(mixed.to_pandas()) == len(mixed)
+    ms.figures.writer_map(ms.decompose(mixed), mixed)
 
 
 def test_several_tasks_of_different_lengths_equal_each_alone(embedded):
