@@ -283,10 +283,10 @@ def require_same_shape(edited: Any, x: Tensor, edit: Any, hook: Any = None, rows
     """
     if not isinstance(edited, Tensor) or edited.shape != (rows or x.shape[0], *x.shape[1:]):
         returned = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        which, where = "" if edit is None else f" {edit!r:.80}", "" if hook is None else f" at {hook}"
+        which, where = "" if edit is None else f" This one is {edit!r:.80}.", "" if hook is None else f" at {hook}"
         raise EditError(
-            f"The edit{which}{where} returned {returned} for writes of shape {list(x.shape)}; an edit must return a new tensor of "
-            "the same shape."
+            f"The edit{where} returned {returned} for writes of shape {list(x.shape)}; an edit must return a new tensor of "
+            f"the same shape.{which}"
         )
     return edited
 

@@ -18,7 +18,7 @@ from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.measurement import Measurement, joined
 from mechsvd.noise import NOISE_ROWS
 from mechsvd.results import Provenance, load_result, require_kind, result, save_result
-from mechsvd.sites import Model
+from mechsvd.sites import Model, require_model
 from mechsvd.sweeps import RankSweep, sweep_rank
 from mechsvd.tasks import Task
 
@@ -165,6 +165,7 @@ def critical_rank(
     Raises:
         TypeError, ValueError: as `sweep_rank`; two bars; a bar that the clean model does not reach.
     """
+    require_model(model)
     require_decomposition(svd)
     bar, found = _bar(tolerance, criterion), None
     order, options = once(order), {name: once(value) for name, value in options.items()}  # each round needs them

@@ -97,7 +97,7 @@ ROWS = {
     "ms.generate(model, 'hi', layers=[99])": "KeyError: No layers [99]: the model has layers 0–5",
     "ms.generate(model, 'hi', positions=[-1])": "ValueError: No positions [-1]: they are absolute",
     "ms.generate(model, 'hi', truncate='right')": "ValueError: `truncate` is 'right', but must be 'left'",
-    "ms.generate(model, 'hi', lambda x, hook: x[:, :1])": "ValueError: The edit at layer 0 attn returned",
+    "ms.generate(model, 'hi', lambda x, hook: x[:, :1])": "EditError: The edit at layer 0 attn returned",
     "len(ms.generate(model, 'hi', max_new_tokens=np.int64(3), temperature=np.float32(0.5), seed=np.int64(2))) > 2": True,
     # subspaces compared
     "ms.overlap([svd.subspace(2)])": "ValueError: 1 subspace(s) given, but it takes two to compare.",
