@@ -47,12 +47,12 @@ class Overlap:
 
     @property
     def ratio(self) -> Float[Tensor, "n n"]:
-        """Overlap relative to that of random subspaces."""
+        """Overlap relative to that of random subspaces; NaN where one has no directions."""
         return self.values / self.expected
 
     @property
     def z_score(self) -> Float[Tensor, "n n"]:
-        """Standard deviations above that of random subspaces; NaN where chance leaves no choice (a rank of d)."""
+        """Standard deviations above that of random subspaces; NaN where chance leaves no choice (a rank of 0 or d)."""
         return torch.where(self.deviation > 0, (self.values - self.expected) / self.deviation, torch.nan)
 
     def to_pandas(self) -> Any:
@@ -69,7 +69,7 @@ class Overlap:
         ranks = ", ".join(f"{rank:.0f}" for rank in self.values.diagonal().tolist())
         table = self.to_pandas()
         scores = table["z_score"].dropna()
-        spread = f"{scores.min():.3g} to {scores.max():.3g}" if len(scores) else "undefined: one of each pair is the whole space"
+        spread = f"{scores.min():.3g} to {scores.max():.3g}" if len(scores) else "undefined: one of each pair is all or nothing"
         return (
             f"Overlap of {len(self.values)} subspaces of ranks {ranks}\n"
             f"  {table['ratio'].min():.3f} to {table['ratio'].max():.3f} times that of random subspaces\n"
@@ -115,10 +115,10 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
     """A uniformly random subspace, in double precision.
 
     Raises:
-        ValueError: a rank below 1 or above `d_model`.
+        ValueError: a rank below 0 or above `d_model`.
     """
-    if isinstance(rank, bool) or not 1 <= rank <= d_model:
-        raise ValueError(f"`rank` is {rank}, but must be from 1 to `d_model` = {d_model}.")
+    if isinstance(rank, bool) or not 0 <= rank <= d_model:
+        raise ValueError(f"`rank` is {rank}, but must be from 0 to `d_model` = {d_model}.")
     generator = torch.Generator().manual_seed(seed)
     return Subspace(torch.linalg.qr(torch.randn(d_model, rank, generator=generator, dtype=torch.float64))[0])
 
@@ -166,6 +166,8 @@ class Pool:
 
     def __repr__(self) -> str:
         outside = (self.singular_values < self.random_low) | (self.singular_values > self.random_high)
+        if len(self.singular_values) == 0:
+            return "Pool of bases: no singular values, for no subspace has a direction"
         return (
             f"Pool of bases: {len(self.singular_values)} singular values, {float(self.singular_values[0]):.4f} the largest\n"
             f"  random subspaces of the same ranks: {float(self.random_mean[0]):.4f} the largest\n"

@@ -71,10 +71,10 @@ class Decomposition:
         """The span of the first `rank` directions.
 
         Raises:
-            ValueError: `rank` is not a whole number from 1 to the number of directions.
+            ValueError: `rank` is not a whole number from 0 to the number of directions.
         """
-        if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= self.rank:
-            raise ValueError(f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; choose 1 to {self.rank}.")
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or not 0 <= rank <= self.rank:
+            raise ValueError(f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; choose 0 to {self.rank}.")
         return Subspace(self.directions[:, : int(rank)], self.source)
 
     def writer_map(self, direction: int) -> Float[Tensor, "site pos"]:

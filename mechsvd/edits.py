@@ -83,13 +83,14 @@ class Gate:
     @property
     def costs(self) -> Int[Tensor, "constant edit"]:
         """Number of directions that each edit must touch, for each way of computing it."""
-        gains = self.gains.reshape(-1, self.basis.shape[1])
+        gains = self.gains if self.is_stack else self.gains[None]
         return torch.stack([(gains != constant).sum(dim=-1) for constant in self._constants])
 
     @property
     def changes_nothing(self) -> Bool[Tensor, " edit"]:
         """Which edits are the identity: every gain is 1, and outside the basis there is nothing, or its gain is 1 too."""
-        return (self.gains.reshape(-1, self.basis.shape[1]) == 1).all(dim=-1) & (1.0 in self._constants)
+        gains = self.gains if self.is_stack else self.gains[None]
+        return (gains == 1).all(dim=-1) & (1.0 in self._constants)
 
     def like_together(self) -> Int[Tensor, " edit"]:
         """An order of the stack in which edits that are computed the same way, at like cost, are neighbours."""

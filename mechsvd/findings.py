@@ -195,6 +195,8 @@ def smallest_angles(comparison: Comparison) -> dict[str, str]:
 
 
 def _degrees(angles: Tensor) -> str:
+    if len(angles) == 0:
+        return "none: one of the two has no directions"
     low, middle, high = (float(angles.rad2deg().quantile(q)) for q in (0, 0.5, 1))
     return f"{low:.1f}°, {middle:.1f}°, {high:.1f}°"
 

@@ -24,7 +24,7 @@ def load_model(
     model: Any = EMBEDDED,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     **options: Any,
 ) -> Any:
@@ -35,7 +35,7 @@ def load_model(
     Args:
         model: "embedded", a directory, a hub name such as "gpt2", or a model.
         device: TransformerLens's choice by default, which is CUDA where there is one.
-        dtype: of the weights; projections are computed in float32 or wider whatever it is.
+        dtype: of the weights, float32 by default; projections are computed in float32 or wider whatever it is.
         allow_pickle: accept weights that are not safetensors.
         options: passed on to `TransformerBridge.boot_transformers` (revision, n_ctx, …). Code of the
             checkpoint runs only with `trust_remote_code=True`, whatever its configuration says.
@@ -47,12 +47,13 @@ def load_model(
         ImportError: TransformerLens is missing or of a version that is not supported.
     """
     if hasattr(model, "run_with_hooks"):
-        if options or device is not None:
+        if options or device is not None or dtype is not None:
             raise ValueError("This model is loaded already and is used as it is; options are for models that are loaded by name.")
         return model
     if not isinstance(model, (str, Path)) or not str(model):
         raise TypeError(f"`model` must be a name, a directory or a TransformerLens model, but it is {model!r}.")
     _require_transformer_lens()
+    dtype = torch.float32 if dtype is None else dtype
     _require_placement(device, dtype)
     name = str(WEIGHTS if model == EMBEDDED else Path(model).expanduser() if str(model).startswith("~") else model)
     is_local = Path(name).is_dir()

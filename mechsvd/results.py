@@ -82,7 +82,9 @@ def require_same_model(first: Provenance | None, second: Provenance | None, what
     if different := first.differences(second):
         raise ValueError(
             f"{what} come from different models or processing states: {'; '.join(different)}. "
-            "Directions of one are meaningless in the other; collect the writes again with this model."
+            "Directions of one need not mean anything in the other: collect the writes again with this model, or, if you know that "
+            "the two share them, as a model and its fine-tune may, pass them without their model: "
+            "`dataclasses.replace(basis, source=None)`."
         )
 
 

@@ -17,8 +17,9 @@ from mechsvd.evaluation import evaluation
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.measurement import Measurement, joined
 from mechsvd.noise import NOISE_ROWS
-from mechsvd.results import Provenance, load_result, require_kind, result, save_result
+from mechsvd.results import Provenance, load_result, require_kind, require_same_model, result, save_result
 from mechsvd.sites import Model, require_model
+from mechsvd.subspace import Subspace
 from mechsvd.sweeps import RankSweep, sweep_rank
 from mechsvd.tasks import Task
 
@@ -89,6 +90,24 @@ class CriticalRank:
         changes = (self.reached[1:] != self.reached[:-1]).nonzero().flatten().tolist()
         ranks = self.sweep.ranks.tolist()
         return tuple((ranks[i], ranks[i + 1]) for i in changes)
+
+    def subspace(self, svd: Decomposition) -> Subspace:
+        """The span of the directions that the critical rank keeps, in the order of the sweep; of rank 0 where none is needed.
+
+        Raises:
+            ValueError: no rank that was tried reaches the bar, or a decomposition of other directions.
+        """
+        require_decomposition(svd)
+        if len(self.sweep.order) != svd.rank:
+            raise ValueError(f"The search was over {len(self.sweep.order)} directions, but the decomposition has {svd.rank}.")
+        require_same_model(self.sweep.basis_source, svd.source, "The search and the decomposition")
+        if self.rank is None:
+            more = "" if self.is_certain else "try every rank by `exhaustive=True`, "
+            raise ValueError(
+                f"None of the {len(self.sweep.ranks)} ranks tried reaches {self.criterion}, so there is no subspace; allow a "
+                f"`tolerance`, {more}or keep all directions by `svd.subspace(svd.rank)`."
+            )
+        return Subspace(svd.directions[:, self.sweep.order[: self.rank]], svd.source)
 
     @property
     def source(self) -> Provenance | None:

@@ -75,7 +75,7 @@ class Study:
     @property
     def subspace(self) -> Subspace:
         """The critical rank's subspace; all directions where no rank gives the text."""
-        return self.pooled.subspace(_at_least_one(self.critical, self.pooled))
+        return self.pooled.subspace(_rank_or_all(self.critical, self.pooled))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def study_task(
     critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
     layers = decompose(writes, per_layer=True)
     ridge = sweep_ridge(model, task, svd, **options)
-    texts = _texts(model, svd, _at_least_one(critical, svd), starts, len(task.continuation), options)
+    texts = _texts(model, svd, _rank_or_all(critical, svd), starts, len(task.continuation), options)
     attribution = _attribution(model, task, svd, [task, *others], options)
     return Study(name, task, writes, svd, layers, ranking, sweeps, ridge, critical, texts, attribution)
 
@@ -127,8 +127,8 @@ def compare(studies: Sequence[Study]) -> Comparison:
     return Comparison(names, overlap(subspaces), pool(subspaces), angles)
 
 
-def _at_least_one(critical: CriticalRank, svd: Decomposition) -> int:
-    return svd.rank if critical.rank is None else max(1, critical.rank)
+def _rank_or_all(critical: CriticalRank, svd: Decomposition) -> int:
+    return svd.rank if critical.rank is None else critical.rank
 
 
 def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def _attribution(model: Model, task: Task, svd: Decomposition, tasks: Sequence[T
 def _texts(
     model: Model, svd: Decomposition, critical: int, starts: Mapping[str, Tensor], length: int, options: dict[str, Any]
 ) -> tuple[Text, ...]:
-    fewer = sorted({max(1, round(share * critical)) for share in FEWER} - {critical}, reverse=True)
+    fewer = sorted({max(1, round(share * critical)) for share in FEWER} & {*range(critical)}, reverse=True)
     ranks = (None, critical, *fewer)
     edits = [None if rank is None else keep(svd.subspace(rank)) for rank in ranks]
     found = []

@@ -75,9 +75,9 @@ def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) 
     require_matrix(vectors)
     dtype = at_least_single(vectors.dtype)
     left, sizes, _ = torch.linalg.svd(vectors.cpu().double(), full_matrices=False)
-    kept = sizes > max(vectors.shape) * torch.finfo(dtype).eps * sizes.max()
+    kept = sizes > max(vectors.shape) * torch.finfo(dtype).eps * sizes[:1]
     if not kept.any():
-        raise ValueError("`vectors` are all zero, so they span nothing; at least one must be non-zero.")
+        raise ValueError("`vectors` are none or all zero, so they span nothing; at least one must be non-zero.")
     return Subspace(left[:, kept].to(vectors.device, dtype), source)
 
 
@@ -105,11 +105,10 @@ def signs(directions: Float[Tensor, "d_model rank"]) -> Float[Tensor, " rank"]:
 
 
 def require_matrix(vectors: Tensor) -> None:
-    """Refuse anything but a finite, non-empty float matrix with directions as columns."""
-    if vectors.ndim != 2 or not vectors.is_floating_point() or vectors.shape[1] == 0:
+    """Refuse anything but a finite float matrix with directions as columns, which may be none."""
+    if vectors.ndim != 2 or not vectors.is_floating_point() or vectors.shape[0] == 0:
         raise ValueError(
-            f"A basis must be a float matrix of shape [d_model, rank] with at least one column, but it is {vectors.dtype} "
-            f"of shape {list(vectors.shape)}."
+            f"A basis must be a float matrix of shape [d_model, rank], but it is {vectors.dtype} of shape {list(vectors.shape)}."
         )
     if not vectors.isfinite().all():
         columns = (~vectors.isfinite()).any(dim=0).nonzero().flatten().tolist()
@@ -132,7 +131,7 @@ def require_orthonormal(basis: Tensor, tolerance: float = 1e-3, name: str = "A b
         )
     gram = (basis.T.to(at_least_single(basis.dtype)) @ basis.to(at_least_single(basis.dtype))).cpu().double()
     error = (gram - torch.eye(rank, dtype=gram.dtype)).abs()
-    if error.max() > tolerance:
+    if rank and error.max() > tolerance:
         i, j = divmod(int(error.argmax()), rank)
         raise ValueError(
             f"{name} must have orthonormal columns, but BᵀB differs from the identity by {error.max():.2g} at columns "

@@ -137,8 +137,8 @@ def test_nan_in_a_sample_is_refused_with_its_place():
 
 def test_a_rank_that_does_not_exist_is_refused():
     svd = decompose(torch.randn(2, 9, 3))
-    for rank in (0, 4, True):
-        with pytest.raises(ValueError, match=r"`rank` is .*, but the decomposition has 3 directions; choose 1 to 3"):
+    for rank in (-1, 4, True):
+        with pytest.raises(ValueError, match=r"`rank` is .*, but the decomposition has 3 directions; choose 0 to 3"):
             svd.subspace(rank)
     with pytest.raises(ValueError, match="directions 0 to 2"):
         svd.writer_map(3)

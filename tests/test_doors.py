@@ -105,7 +105,7 @@ ROWS = {
     "ms.overlap([svd.subspace(2), svd])": "TypeError: Subspace 1 is Decomposition",
     "ms.overlap([svd.subspace(2), ms.span(torch.eye(64))])": "ValueError: Subspace 1 lies in 64 dimensions, but the first in 128",
     "ms.pool([svd.subspace(2)] * 2, draws=0)": "ValueError: `draws` is 0",
-    "ms.random_subspace(4, 5)": "ValueError: `rank` is 5, but must be from 1 to `d_model` = 4",
+    "ms.random_subspace(4, 5)": "ValueError: `rank` is 5, but must be from 0 to `d_model` = 4",
     "ms.random_subspace(4, True)": "ValueError: `rank` is True",
     "ms.pool([svd.subspace(2)] * 2, seed='a')": "ValueError: `seed` is 'a'",
     # results of another kind

@@ -121,6 +121,8 @@ def test_a_device_that_is_not_here_and_a_path_that_is_none_are_not_called_damage
 def test_options_for_a_model_that_is_loaded_already_are_refused(embedded):
     with pytest.raises(ValueError, match="loaded already"):
         ms.load_model(embedded, device="cpu")
+    with pytest.raises(ValueError, match="loaded already"):
+        ms.load_model(embedded, dtype=torch.bfloat16)  # it would stay in float32 without a word
 
 
 def test_a_hub_model_out_of_reach_says_the_ways_out():

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,3 +152,14 @@ def test_results_of_different_models_or_states_are_not_combined():
     for change in ({"weights": "2"}, {"processing": "normalization folded"}, {"dtype": "bfloat16"}):
         with pytest.raises(ValueError, match=f"They come from different models or processing states: {next(iter(change))}"):
             require_same_model(first, Provenance(**{**facts, **change}), "They")
+
+
+def test_directions_of_a_fine_tune_pass_without_their_model_as_the_refusal_says(embedded, meaning, meaning_svd):
+    foreign = replace(meaning_svd, source=replace(meaning_svd.source, weights="of a fine-tune"))
+    with pytest.raises(ValueError, match=r"`dataclasses.replace\(basis, source=None\)`") as refusal:
+        ms.sweep_rank(embedded, meaning, foreign, [3])
+    assert "fine-tune may" in str(refusal.value)
+    expected = ms.sweep_rank(embedded, meaning, meaning_svd, [3]).measurement.log_prob
+    assert torch.equal(ms.sweep_rank(embedded, meaning, replace(foreign, source=None), [3]).measurement.log_prob, expected)
+    without = replace(foreign.subspace(3), source=None)
+    assert torch.allclose(ms.measure(embedded, meaning, [ms.keep(without)]).log_prob, expected, atol=1e-4)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,3 +204,64 @@ def test_the_table_the_printed_form_and_saving(found, tmp_path):
     found.save(tmp_path / "found.safetensors")
     loaded = ms.CriticalRank.load(tmp_path / "found.safetensors")
     assert (loaded.rank, loaded.crossings, loaded.criterion) == (found.rank, found.crossings, "a drop of at most 0 nats")
+
+
+def test_a_subspace_of_rank_0_is_a_subspace(embedded, meaning, meaning_svd):
+    """Keeping nothing is ablating everything; ablating nothing is the clean run: in every call that takes a subspace."""
+    nothing, everything = meaning_svd.subspace(0), ms.span(torch.eye(128))
+    assert nothing.rank == 0 and nothing.d_model == 128
+    found = ms.measure(embedded, meaning, [ms.keep(nothing), ms.ablate(everything), ms.ablate(nothing)])
+    zeros = ms.measure(embedded, meaning, [lambda x, hook: torch.zeros_like(x)])
+    assert torch.allclose(found.log_prob[:2], zeros.log_prob, atol=1e-4)
+    assert torch.allclose(found.log_prob[2:], found.against.log_prob)
+    stack = ms.gate(nothing, torch.zeros(3, 0))
+    assert torch.allclose(ms.measure(embedded, meaning, stack).log_prob, zeros.log_prob.expand(3), atol=1e-4)
+    with embedded.hooks(fwd_hooks=ms.fwd_hooks(embedded, ms.keep(nothing))):
+        logits = embedded(meaning.tokens[None])
+    assert torch.allclose(found[0:1].log_probs, picked(logits, meaning), atol=1e-3)
+    text = ms.generate(embedded, "I believe", edit=[ms.keep(nothing), ms.ablate(nothing), None], max_new_tokens=3)
+    assert text[1] == text[2] != text[0]
+
+
+def picked(logits, task):
+    log_probs = logits[0, task.prompt_length - 1 : -1].log_softmax(dim=-1)
+    return log_probs.gather(1, task.continuation[:, None]).T
+
+
+def test_a_subspace_of_rank_0_compares_and_is_saved(meaning_svd, tmp_path):
+    nothing, three = meaning_svd.subspace(0), meaning_svd.subspace(3)
+    compared = ms.overlap([nothing, three, nothing])
+    assert compared.values.flatten().tolist() == pytest.approx([0, 0, 0, 0, 3, 0, 0, 0, 0])
+    assert compared.expected[0].tolist() == [0, 0, 0]
+    assert compared.ratio[0].isnan().all() and compared.z_score[0].isnan().all()
+    assert "all or nothing" in repr(compared)
+    assert ms.principal_angles(nothing, three).shape == (0,)
+    assert ms.pool([nothing, three]).singular_values.tolist() == pytest.approx([1, 1, 1])
+    assert "no subspace has a direction" in repr(ms.pool([nothing, nothing]))
+    assert ms.random_subspace(4, 0).basis.shape == (4, 0)
+    nothing.save(tmp_path / "nothing.safetensors")
+    assert ms.Subspace.load(tmp_path / "nothing.safetensors").basis.shape == (128, 0)
+    assert "0" in repr(nothing)
+
+
+def test_the_subspace_of_a_critical_rank(embedded, meaning, meaning_svd):
+    """Also where that is 0 or none, and along another order than that of the singular values."""
+    found = ms.critical_rank(embedded, meaning, meaning_svd)
+    assert torch.equal(found.subspace(meaning_svd).basis, meaning_svd.subspace(found.rank).basis)
+    backwards = ms.critical_rank(embedded, meaning, meaning_svd, order=range(meaning_svd.rank - 1, -1, -1))
+    kept = ms.measure(embedded, meaning, ms.keep(backwards.subspace(meaning_svd)))
+    at = backwards.sweep.ranks.tolist().index(backwards.rank)
+    assert float(kept.log_prob) == pytest.approx(float(backwards.sweep.measurement.log_prob[at]), abs=1e-4)
+    assert 0 < backwards.rank != found.rank
+    allowed = ms.critical_rank(embedded, meaning, meaning_svd, 1e4)
+    assert allowed.rank == 0 and allowed.subspace(meaning_svd).rank == 0
+    missed = ms.critical_rank_of(sweep_of(lambda rank: -1.0, [0, 1, 2]))
+    with pytest.raises(ValueError, match="The search was over 512 directions"):
+        missed.subspace(meaning_svd)
+    few = ms.critical_rank_of(ms.sweep_rank(embedded, meaning, meaning_svd, [0, 1]))
+    with pytest.raises(ValueError, match="None of the 2 ranks tried reaches .*`exhaustive=True`"):
+        few.subspace(meaning_svd)
+    with pytest.raises(ValueError, match="come from different models"):
+        found.subspace(replace(meaning_svd, source=replace(meaning_svd.source, weights="0" * 64)))
+    with pytest.raises(TypeError, match="decomposition"):
+        found.subspace(found)
