@@ -214,7 +214,7 @@ def _attribute(function: Function, choices: _Choices, over: str = "a vector", no
     )
     scored = described(scored, tolerance=float(choices.tolerance))
     warn_unconverged(scored, most if entries > DENSE else None)
-    warn_undefined(scored, curvature)
+    warn_undefined(scored, curvature, choices.path_steps)
     return scored
 
 

@@ -1,8 +1,8 @@
 """What is said of an attribution that should not be trusted, or not wholly; each is said where the user's call stands."""
 
 import math
-import warnings
 
+from mechsvd.checks import warn
 from mechsvd.components import Attribution
 from mechsvd.curvature import Curvature
 from mechsvd.eigenpairs import BLOCK
@@ -17,11 +17,10 @@ def warn_unlike_values(curvature: Curvature, noise: float) -> None:
     step = 0.01 / size  # f, relative to its clean value or in nats, should rise by 0.02
     rise = curvature.function.rise(gradient / size, step)
     if abs(rise - 0.02) > 0.004 + 10 * noise:
-        warnings.warn(
+        warn(
             f"The gradient says that f rises by 0.02 along itself, but running the model says {rise:.4f}: something in it hides "
             "the slope, such as a hook that detaches, or half precision. What is measured is right; eigenvalues and estimates are "
             "not.",
-            stacklevel=4,
         )
 
 
@@ -30,15 +29,15 @@ def warn_unconverged(scored: Attribution, most: int | None) -> None:
     missed = int((~scored.converged).sum())
     if missed if most is not None else missed == len(scored) and scored.eigenvalues.any():
         more = " Allow more `max_products`, or ask for fewer `pairs`; or" if most and scored.products + BLOCK > most else " Perhaps"
-        warnings.warn(
+        warn(
             f"{missed} of {len(scored)} eigenpairs did not converge to a residual of {scored.tolerance:g}·|λ| in {scored.products} "
             f"products; the table marks them.{more} rounding allows no better: a model in dtype=torch.float64 rounds less.",
-            stacklevel=4,
         )
 
 
-def warn_undefined(scored: Attribution, curvature: Curvature) -> None:
-    """Warn of an f without derivatives, or that is not finite where components are removed, and of a rough path integral."""
+def warn_undefined(scored: Attribution, curvature: Curvature, steps: int) -> None:
+    """Warn of an f without derivatives, or that is not finite where components are removed, and of a path integral that so many
+    `steps` leave rough."""
     said = ""
     if not curvature.gradient.any() and not scored.eigenvalues.any():
         hidden = "though removing components changes it: something hides its slope, such as a hook that detaches"
@@ -49,7 +48,10 @@ def warn_undefined(scored: Attribution, curvature: Curvature) -> None:
     elif not math.isfinite(scored.baseline) or not scored.measured.isfinite().all():
         said = "f is not finite at w = 0, or where some components are removed; shares and the path integral are undefined there."
     elif scored.path_error > 0.05 * abs(scored.value - scored.baseline):
-        missed = scored.path_error / abs(scored.value - scored.baseline)
-        said = f"The path integral misses f(w) − f(0) by {missed:.0%}; take more `path_steps`."
+        said = (
+            f"Integrated gradients are rough here: with {steps} steps along the path their sum misses f(w) − f(0) = "
+            f"{scored.value - scored.baseline:.3g} by {scored.path_error:.3g}. More steps (`path_steps`) come nearer; what is "
+            "measured needs none."
+        )
     if said:
-        warnings.warn(said, stacklevel=4)
+        warn(said)

@@ -3,9 +3,12 @@
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
+_SUBJECT = ContextVar("subject", default="")  # what the warnings of the moment are about
 _WRAPPERS = ("jaxtyping", "beartype")  # shape checks that may stand between the package and its user
 
 
@@ -18,7 +21,17 @@ def warn(message: str) -> None:
         if library == "mechsvd" or (library in _WRAPPERS and users == level):
             users = level + 1
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=users)
+    warnings.warn(f"{_SUBJECT.get()}{message}", stacklevel=users)
+
+
+@contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Begin the warnings of a block with their subject, such as one of several prompts, so that each has its own."""
+    token = _SUBJECT.set(f"{subject}: ")
+    try:
+        yield
+    finally:
+        _SUBJECT.reset(token)
 
 
 def once(values: Any) -> Any:

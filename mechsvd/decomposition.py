@@ -1,6 +1,5 @@
 """The SVD of a sample of vectors: singular values, directions, and which vectors write each direction. Tensors only."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -12,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.checks import warn
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.results import Provenance, load_result, result, save_result, with_notes
 from mechsvd.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
@@ -225,10 +225,9 @@ def _warn_unseen(groups: Sequence[Tensor], found: Sequence[Decomposition]) -> No
     where = "" if few[0].layer is None else f" in each of {len(few)} layers"
     whose = "the decomposition" if few[0].layer is None else "each layer's decomposition"
     directions = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    warnings.warn(
+    warn(
         f"{min(sizes)} writes{where} for {d_model} dimensions: {whose} has {directions} directions, and the rest of the "
         f"residual stream is unseen{' (all writes are zero)' if ranks[0] == 0 else ''}.",
-        stacklevel=3,
     )
 
 

@@ -1,7 +1,6 @@
 """Text from inside a subspace: a model goes on from a prompt, or from nothing, while every write is edited."""
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Integral, Real
@@ -12,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, run_batches
+from mechsvd.checks import warn
 from mechsvd.edits import Edit, Gate, chain
 from mechsvd.evaluation import evaluation
 from mechsvd.hooks import as_stack, hooks_at
@@ -107,7 +107,7 @@ def generate_tasks(
         size = 1 if others.one_row or temperature > 0 else rows_a_pass(model, longest)
         parts = run_batches(forward, torch.arange(len(stack)), size, halving(model, longest), progress)
     if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
-        warnings.warn(f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing.", stacklevel=2)
+        warn(f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing.")
     has_text = model.tokenizer is not None
     return [Task(t, len(start), pieces_of(model, t.tolist()) if has_text else ()) for part in parts for t in part]
 
@@ -126,7 +126,7 @@ def _start(model: Model, prompt: Any, prepend_bos: bool | None) -> list[int]:
             f"`prompt` must be text, or token ids of shape [pos], but is {prompt.dtype} of shape {list(prompt.shape)}."
         )
     require_known(model, prompt)
-    warn_unusual_start(model, prompt[:2].tolist(), "".join(map(str, prompt[:8].tolist())), stacklevel=4)
+    warn_unusual_start(model, prompt[:2].tolist(), "".join(map(str, prompt[:8].tolist())))
     return prompt.tolist()
 
 

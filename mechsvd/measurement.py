@@ -1,7 +1,6 @@
 """The engine: a model, a task and a stack of edits, many edits in one forward pass, measured against the clean run."""
 
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsvd.batches import halving, rows_a_pass, run_batches, valid_size
+from mechsvd.checks import warn
 from mechsvd.edits import Each, Edit, Gate, Stack, chain
 from mechsvd.evaluation import evaluation
 from mechsvd.fields import require_between, require_declared, require_length
@@ -326,4 +326,4 @@ def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]
 def _warn_not_finite(edited: Measurement) -> None:
     wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if wrong:
-        warnings.warn(f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them so.", stacklevel=3)
+        warn(f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them so.")

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from mechsvd.checks import once
+from mechsvd.checks import once, warn
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
 from mechsvd.hooks import bind, require_fitting_edit
@@ -139,7 +138,7 @@ def _over_gains(
     unseen = svd.d_model - svd.rank
     basis = complete(basis) if unseen else basis
     sites = find_sites(model, where.layers, where.components, where.missing)
-    warn_other_sites(svd, sites, stacklevel=6)
+    warn_other_sites(svd, sites)
     positions = valid_positions(where.positions, len(task.tokens))
 
     def log_probs(rows: Tensor) -> Tensor:
@@ -218,7 +217,7 @@ def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run:
             "they cannot be moved; take the model as it was loaded."
         )
     if unused:
-        warnings.warn(f"f does not depend on {len(unused)} of {len(pieces)} weights: {', '.join(unused[:4])}.", stacklevel=6)
+        warn(f"f does not depend on {len(unused)} of {len(pieces)} weights: {', '.join(unused[:4])}.")
 
 
 class _Run(nn.Module):

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from mechsvd import findings
+from mechsvd.checks import about
 from mechsvd.display import escape
+from mechsvd.evaluation import evaluation
 from mechsvd.folders import DATA, replace_run, require_writable
 from mechsvd.measurement import estimate_seconds
 from mechsvd.page import page, table
@@ -74,17 +76,27 @@ def reproduce(
     """
     started = time.perf_counter()
     require_writable(out)
-    made = {name: make() for name, make in tasks.items()}
-    studies = []
-    for name, task in made.items():
-        say(f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}")
-        others = [other for other in made.values() if other is not task]
-        studies.append(study_task(model, name, task, _starts(model, name, made), components, others=others))
+    with evaluation(model):  # so that what holds for the whole run is said once
+        made = {name: _made(name, make) for name, make in tasks.items()}
+        studies = [_study(model, name, made, components, say) for name in made]
     comparison = compare(studies) if len(studies) > 1 else None
     took = time.perf_counter() - started
     path = write_report(studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=took)
     say(f"{path} after {time.perf_counter() - started:.0f} s")
     return path
+
+
+def _made(name: str, make: Callable[[], Task]) -> Task:
+    with about(name):
+        return make()
+
+
+def _study(model: Model, name: str, tasks: Mapping[str, Task], components: Sequence[str], say: Callable[[str], None]) -> Study:
+    task = tasks[name]
+    others = [other for other in tasks.values() if other is not task]
+    with about(name):
+        say(f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}")
+        return study_task(model, name, task, _starts(model, name, tasks), components, others=others)
 
 
 def _cost(model: Model, task: Task) -> str:

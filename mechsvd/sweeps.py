@@ -1,6 +1,5 @@
 """Rank sweeps: keep the first k directions of every write, for every k, in any order of the directions."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.checks import once
+from mechsvd.checks import once, warn
 from mechsvd.decomposition import Decomposition, require_decomposition
 from mechsvd.edits import Gate
 from mechsvd.fields import require_between, require_declared, require_length
@@ -80,8 +79,8 @@ def sweep_rank(
     model: Model,
     task: Task,
     svd: Decomposition,
-    ranks: Sequence[int] | Int[Tensor, " edit"] | None = None,
-    order: Sequence[int] | Int[Tensor, " rank"] | None = None,
+    ranks: Iterable[int] | Int[Tensor, " edit"] | None = None,
+    order: Iterable[int] | Int[Tensor, " rank"] | None = None,
     **options: Any,
 ) -> RankSweep:
     """Clip every write to the first k directions while the model runs, for each k.
@@ -107,13 +106,12 @@ def sweep_rank(
     return RankSweep(chosen, permutation, measured, svd.source)
 
 
-def warn_other_sites(svd: Decomposition, sites: Sequence[Site], stacklevel: int = 4) -> None:
-    """Warn, by default where the caller's caller stands, when the edited sites are not those whose writes were decomposed."""
+def warn_other_sites(svd: Decomposition, sites: Sequence[Site]) -> None:
+    """Warn when the edited sites are not those whose writes were decomposed."""
     if svd.source and {site.hook_name for site in sites} != set(svd.source.hooks):
-        warnings.warn(
-            f"{len(sites)} sites are edited, but the directions are of the writes of {len(svd.source.hooks)} others or fewer; "
-            "pass the same `layers` and `components` here as to `collect_writes`.",
-            stacklevel=stacklevel,
+        warn(
+            f"{len(sites)} sites are edited, but the directions were computed from the writes of {len(svd.source.hooks)} sites; "
+            "pass the same `layers` and `components` as to `collect_writes`, unless you mean it."
         )
 
 

@@ -201,7 +201,7 @@ def require_fitting(model: Model, task: Task) -> None:
     if len(task.tokens) > model.cfg.n_ctx:
         raise ValueError(f"The task has {len(task.tokens)} tokens, but the model's context holds {model.cfg.n_ctx}; shorten it.")
     require_known(model, task.tokens)
-    warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0], stacklevel=3)
+    warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0])
 
 
 def require_known(model: Model, tokens: Int[Tensor, " pos"]) -> None:

@@ -1,9 +1,9 @@
 """Text to tokens and back: BOS, the boundary between prompt and continuation, the context, the text of each token."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from mechsvd.checks import warn
 from mechsvd.sites import Model, require_model
 
 
@@ -37,7 +37,7 @@ def prompt_tokens(model: Model, prompt: str, prepend_bos: bool | None = None, *,
         way_out = "leave `prepend_bos` out" if prompt else "there is no bare start, so give a prompt"
         raise ValueError(f"The model's tokenizer has no BOS token; {way_out}.")
     ids = start + (_encode(model, prompt) if prompt else [])
-    warn_unusual_start(model, ids, prompt, stacklevel=4)
+    warn_unusual_start(model, ids, prompt)
     return ids
 
 
@@ -51,10 +51,9 @@ def continuation_tokens(model: Model, prompt: str, continuation: str) -> list[in
     own = _encode(model, prompt)
     if joint[: len(own)] == own:
         return joint[len(own) :]
-    warnings.warn(
+    warn(
         f"Tokens merge across the boundary {prompt[-8:]!r} + {continuation[:8]!r}: the prompt keeps its own tokens, and the "
         "continuation is tokenised to follow them, which is not how the whole text would be tokenised.",
-        stacklevel=4,
     )
     # SentencePiece puts a space before the first word of a text; behind some other text it does not
     for anchor in ("", "\n", "a", "0", "."):
@@ -82,7 +81,7 @@ def fit_context(model: Model, prompt_ids: list[int], new_tokens: int, truncate: 
             f"The prompt has {len(prompt_ids)} tokens and the continuation {new_tokens}, but the context holds {model.cfg.n_ctx}; "
             "shorten one, or pass `truncate='left'` to drop the oldest prompt tokens."
         )
-    warnings.warn(f"The {excess} oldest tokens of the prompt were dropped to fit the context of {model.cfg.n_ctx}.", stacklevel=4)
+    warn(f"The {excess} oldest tokens of the prompt were dropped to fit the context of {model.cfg.n_ctx}.")
     return prompt_ids[:kept_start] + prompt_ids[kept_start + excess :]
 
 
@@ -101,13 +100,13 @@ def pieces_of(model: Model, ids: list[int]) -> tuple[str, ...]:
     return tuple(pieces)
 
 
-def warn_unusual_start(model: Model, ids: Sequence[int], text: str, stacklevel: int) -> None:
+def warn_unusual_start(model: Model, ids: Sequence[int], text: str) -> None:
     """Warn of a text that starts with two BOS tokens, or with none where the model's texts start with one."""
     bos = _expected_bos(model)
     if bos is None or (ids[0] == bos and bos not in ids[1:2]):
         return
     many = "BOS twice" if ids[0] == bos else "no BOS token, though the model has one"
-    warnings.warn(f"The text starts with {many}: {text[:40]!r}; models are trained with one.", stacklevel=stacklevel + 1)
+    warn(f"The text starts with {many}: {text[:40]!r}; models are trained with one.")
 
 
 def _expected_bos(model: Model) -> int | None:

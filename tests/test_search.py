@@ -209,7 +209,8 @@ def test_the_table_the_printed_form_and_saving(found, tmp_path):
 def test_a_subspace_of_rank_0_is_a_subspace(embedded, meaning, meaning_svd):
     """Keeping nothing is ablating everything; ablating nothing is the clean run: in every call that takes a subspace."""
     nothing, everything = meaning_svd.subspace(0), ms.span(torch.eye(128))
-    assert nothing.rank == 0 and nothing.d_model == 128
+    assert nothing.rank == 0
+    assert nothing.d_model == 128
     found = ms.measure(embedded, meaning, [ms.keep(nothing), ms.ablate(everything), ms.ablate(nothing)])
     zeros = ms.measure(embedded, meaning, [lambda x, hook: torch.zeros_like(x)])
     assert torch.allclose(found.log_prob[:2], zeros.log_prob, atol=1e-4)
@@ -233,7 +234,8 @@ def test_a_subspace_of_rank_0_compares_and_is_saved(meaning_svd, tmp_path):
     compared = ms.overlap([nothing, three, nothing])
     assert compared.values.flatten().tolist() == pytest.approx([0, 0, 0, 0, 3, 0, 0, 0, 0])
     assert compared.expected[0].tolist() == [0, 0, 0]
-    assert compared.ratio[0].isnan().all() and compared.z_score[0].isnan().all()
+    assert compared.ratio[0].isnan().all()
+    assert compared.z_score[0].isnan().all()
     assert "all or nothing" in repr(compared)
     assert ms.principal_angles(nothing, three).shape == (0,)
     assert ms.pool([nothing, three]).singular_values.tolist() == pytest.approx([1, 1, 1])
@@ -254,7 +256,8 @@ def test_the_subspace_of_a_critical_rank(embedded, meaning, meaning_svd):
     assert float(kept.log_prob) == pytest.approx(float(backwards.sweep.measurement.log_prob[at]), abs=1e-4)
     assert 0 < backwards.rank != found.rank
     allowed = ms.critical_rank(embedded, meaning, meaning_svd, 1e4)
-    assert allowed.rank == 0 and allowed.subspace(meaning_svd).rank == 0
+    assert allowed.rank == 0
+    assert allowed.subspace(meaning_svd).rank == 0
     missed = ms.critical_rank_of(sweep_of(lambda rank: -1.0, [0, 1, 2]))
     with pytest.raises(ValueError, match="The search was over 512 directions"):
         missed.subspace(meaning_svd)

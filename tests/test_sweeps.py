@@ -69,7 +69,7 @@ def test_attention_only_sweeps_clip_attention_only(embedded, meaning, silent):
 def test_directions_of_other_sites_than_are_swept_warn(embedded, meaning, silent):
     layer = ms.decompose(ms.collect_writes(embedded, meaning), per_layer=True)[3]
     assert layer.source.hooks == ("blocks.3.hook_attn_out", "blocks.3.hook_mlp_out")
-    with pytest.warns(UserWarning, match="12 sites are edited, but the directions are of the writes of 2"):
+    with pytest.warns(UserWarning, match="12 sites are edited, but the directions were computed from the writes of 2 sites"):
         ms.sweep_rank(embedded, meaning, layer, ranks=[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
