@@ -49,7 +49,9 @@ def test_each_warning_stands_at_the_line_of_the_user(name, embedded):
 def test_sites_that_were_not_decomposed_are_counted(embedded, meaning):
     with warnings.catch_warnings(record=True):
         svd = of_two_sites(embedded, meaning)
-    with pytest.warns(UserWarning, match="12 sites are edited, but the directions were computed from the writes of 2 sites; pass the"):
+    with pytest.warns(
+        UserWarning, match="12 sites are edited, but the directions were computed from the writes of 2 sites; pass the"
+    ):
         ms.sweep_rank(embedded, meaning, svd, [0])
 
 

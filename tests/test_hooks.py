@@ -148,3 +148,42 @@ def test_positions_may_be_a_tensor_but_not_a_mask(llama):
 def test_a_model_that_flattens_its_mlp_takes_plain_hooks_too():
     opt = tiny("OPT")
     torch.testing.assert_close(logits(opt, ms.fwd_hooks(opt, ms.keep(ms.span(torch.eye(32))))), logits(opt))
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT-2", "OPT"])
+@pytest.mark.parametrize("positions", [None, [1, 2]])
+def test_an_edit_is_given_its_site_by_the_name_of_find_sites(architecture, positions, silent):
+    """On a bridge the hook point itself goes by another name (`blocks.0.attn.hook_out`)."""
+    model, task, seen = tiny(architecture), tiny_task(), []
+
+    def look(x, hook):
+        seen.append((hook.name, hook.layer(), str(hook)))
+        return x
+
+    sites = ms.find_sites(model)
+    expected = [(site.hook_name, site.layer, f"layer {site.layer} {site.component}") for site in sites]
+    model.run_with_hooks(task.tokens[None], fwd_hooks=ms.fwd_hooks(model, look, positions=positions))
+    assert seen == expected
+    for call in (
+        lambda: ms.measure(model, task, [look], positions=positions),
+        lambda: ms.generate_tasks(model, task.tokens[:3], [look], max_new_tokens=1),
+    ):
+        seen.clear()
+        call()
+        assert set(seen) == set(expected)
+
+
+def test_edits_that_trade_rows_are_refused_by_name_and_site(llama):
+    def two(x, hook):
+        return x.expand(2, -1, -1)
+
+    def none(x, hook):
+        return x[:0]
+
+    for pair, rows in (([two, none], 2), ([none, two], 0)):
+        with pytest.raises(
+            ms.edits.EditError, match=rf"at layer 0 attn returned \[{rows}, 9, 32\] for writes of shape \[1, 9, 32\]"
+        ):
+            ms.measure(llama, tiny_task(), pair)
+    with pytest.raises(ms.edits.EditError, match="This one is <function .*two"):
+        ms.measure(llama, tiny_task(), [two, none])

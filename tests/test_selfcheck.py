@@ -43,6 +43,16 @@ def test_a_model_with_a_write_that_no_hook_sees_is_refused_with_block_and_error(
     assert "in block 1" in repr(self_check(model))
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.float64, 1e-5)])
+def test_the_tolerance_is_a_few_roundings_of_the_dtype(dtype, precision):
+    """A hidden write of five times of it is refused, one of a hundredth of it is rounding."""
+    assert self_check(third_write(precision / 100).to(dtype)).failure is None
+    refused = self_check(third_write(5 * precision).to(dtype))
+    assert precision < float(refused.block_error[1]) < 5 * precision
+    assert "in block 1" in refused.failure
+    assert refused.tolerance == pytest.approx(precision, rel=0.1)
+
+
 def test_a_refused_model_runs_on_request_and_every_result_records_it(silent):
     model, task = third_write(0.05), tiny_task()
     writes = ms.collect_writes(model, task, check=False)
