@@ -20,7 +20,8 @@ class Overlap:
 
     The overlap is the sum of the squared cosines of the principal angles: the number of dimensions shared, 0 to the smaller
     rank. For random subspaces of ranks p and q in d dimensions its mean is pq/d and its variance is
-    2pq(d − p)(d − q) / (d²(d − 1)(d + 2)).
+    2pq(d − p)(d − q) / (d²(d − 1)(d + 2)). A large z-score is no sign of shared content: writes of random tokens, and of an
+    untrained model, overlap more than random subspaces do.
 
     Attributes:
         values: the overlaps; on the diagonal, the ranks.
@@ -68,12 +69,12 @@ class Overlap:
     def __repr__(self) -> str:
         ranks = ", ".join(f"{rank:.0f}" for rank in self.values.diagonal().tolist())
         table = self.to_pandas()
-        scores = table["z_score"].dropna()
-        spread = f"{scores.min():.3g} to {scores.max():.3g}" if len(scores) else "undefined: one of each pair is all or nothing"
+        ratios = table["ratio"].dropna()
+        spread = f"{ratios.min():.3f} to {ratios.max():.3f} times" if len(ratios) else "nothing, as is"
         return (
             f"Overlap of {len(self.values)} subspaces of ranks {ranks}\n"
-            f"  {table['ratio'].min():.3f} to {table['ratio'].max():.3f} times that of random subspaces\n"
-            f"  z-scores {spread}"
+            f"  {table['overlap'].min():.2f} to {table['overlap'].max():.2f} dimensions shared by two of them\n"
+            f"  {spread} that of random subspaces"
         )
 
 

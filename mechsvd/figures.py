@@ -6,7 +6,6 @@ from os import PathLike
 
 import plotly.graph_objects as go
 import torch
-from torch import Tensor
 
 from mechsvd.attribution_figures import accumulated_scores, clip_and_ridge, estimate_errors, hessian_spectrum
 from mechsvd.comparison import Overlap, Pool
@@ -174,7 +173,7 @@ def margins(found: CriticalRank) -> go.Figure:
 
 
 def overlap_map(found: Overlap, names: Sequence[str] | None = None) -> go.Figure:
-    """Overlap of each pair of subspaces relative to random ones of the same ranks, with its z-score.
+    """Overlap of each pair of subspaces relative to random ones of the same ranks, and how many dimensions they share.
 
     Raises:
         ValueError: another number of names than of subspaces.
@@ -189,7 +188,7 @@ def overlap_map(found: Overlap, names: Sequence[str] | None = None) -> go.Figure
     figure = heat_map("Overlap relative to random subspaces", "", ratio, labels, labels, "× random", "")
     widest = max(0.05, float((ratio - 1).abs().nan_to_num().max()))
     pairs = [[(i, j) for j in range(len(ranks))] for i in range(len(ranks))]
-    text = [["" if i == j else f"{ratio[i, j]:.3f}<br>{_z(found.z_score[i, j])}" for i, j in row] for row in pairs]
+    text = [["" if i == j else f"{ratio[i, j]:.3f}<br>{found.values[i, j]:.1f} shared" for i, j in row] for row in pairs]
     shared = "%{y} and %{x}<br>%{customdata:.2f} dimensions shared<br>%{z:.4f} × random<extra></extra>"
     figure.update_traces(text=text, texttemplate="%{text}", customdata=found.values.numpy(), hovertemplate=shared)
     figure.update_traces(colorscale="RdBu", reversescale=True, zmin=1 - widest, zmax=1 + widest)
@@ -234,10 +233,6 @@ def save_image(figure: go.Figure, path: str | PathLike[str]) -> None:
             "Static images need kaleido and a Chrome: run `pip install 'mechsvd[images]'`, and `plotly_get_chrome` where no Chrome "
             "is installed; `figure.write_html(…)` needs neither."
         ) from error
-
-
-def _z(score: Tensor) -> str:
-    return f"z = {float(score):.1f}" if score.isfinite() else "z undefined"
 
 
 def _pieces(writes: Writes) -> Sequence[str]:

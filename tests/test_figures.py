@@ -138,14 +138,14 @@ def test_the_critical_rank_is_marked_where_the_curve_crosses(embedded, meaning, 
     assert figures.margins(greedy).layout.yaxis.title.text == "above the bar"  # in tokens, not in nats
 
 
-def test_an_overlap_map_shows_ratio_and_z_score_of_every_pair(meaning_svd):
+def test_an_overlap_map_shows_ratio_and_shared_dimensions_of_every_pair(meaning_svd):
     subspaces = [meaning_svd.subspace(20), ms.random_subspace(128, 30), meaning_svd.subspace(40)]
     found = ms.overlap(subspaces)
     heat = drawn(figures.overlap_map(found, ["a", "b", "c"]))
     assert list(heat.x) == ["a<br>(rank 20)", "b<br>(rank 30)", "c<br>(rank 40)"]
     assert np.isnan(heat.z.diagonal()).all()
     assert heat.z[0, 2] == pytest.approx(20 / (20 * 40 / 128), rel=1e-5)  # the first lies in the third
-    assert heat.text[0][2].startswith("3.200<br>z = ")
+    assert heat.text[0][2] == "3.200<br>20.0 shared"
     assert heat.zmin + heat.zmax == pytest.approx(2)
     with pytest.raises(ValueError, match="`names` has 1 entries for 3 subspaces"):
         figures.overlap_map(found, ["a"])

@@ -236,7 +236,7 @@ def test_a_subspace_of_rank_0_compares_and_is_saved(meaning_svd, tmp_path):
     assert compared.expected[0].tolist() == [0, 0, 0]
     assert compared.ratio[0].isnan().all()
     assert compared.z_score[0].isnan().all()
-    assert "all or nothing" in repr(compared)
+    assert "nothing, as is that of random subspaces" in repr(compared)
     assert ms.principal_angles(nothing, three).shape == (0,)
     assert ms.pool([nothing, three]).singular_values.tolist() == pytest.approx([1, 1, 1])
     assert "no subspace has a direction" in repr(ms.pool([nothing, nothing]))
