@@ -19,17 +19,16 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mechsvd.attribution import hessian_attribution, hessian_attribution_of
-from mechsvd.comparison import Overlap, Pool, overlap, pool, principal_angles, random_subspace
-from mechsvd.components import Attribution
-from mechsvd.decomposition import Decomposition, decompose
-from mechsvd.edits import ablate, chain, gate, keep, shift, shrink
-from mechsvd.generation import generate, generate_tasks
-from mechsvd.gradients import Gradients, collect_gradients, gradient_basis
-from mechsvd.hooks import fwd_hooks
-from mechsvd.measurement import Measurement, estimate_seconds, measure
-from mechsvd.models import load_model
-from mechsvd.ranking import (
+from mechsvd.attribution.gradients import Gradients, collect_gradients, gradient_basis
+from mechsvd.attribution.hessian import hessian_attribution, hessian_attribution_of
+from mechsvd.attribution.scores import Attribution
+from mechsvd.edits.gates import ablate, gate, keep, shrink
+from mechsvd.edits.hooks import fwd_hooks
+from mechsvd.edits.maps import chain, shift
+from mechsvd.engine.measurement import Measurement, estimate_seconds, measure
+from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.experiments.generation import generate, generate_tasks
+from mechsvd.experiments.ranking import (
     Ranking,
     order_at_random,
     order_by_compromise,
@@ -37,20 +36,21 @@ from mechsvd.ranking import (
     order_by_singular_value,
     rank_directions,
 )
+from mechsvd.experiments.ridge import RidgeSweep, sweep_ridge
+from mechsvd.experiments.search import CriticalRank, critical_rank, critical_rank_of, drop_at_most, same_greedy_text
+from mechsvd.experiments.sweeps import RankSweep, sweep_rank
+from mechsvd.linalg.comparison import Overlap, Pool, overlap, pool, principal_angles, random_subspace
+from mechsvd.linalg.decomposition import Decomposition, decompose
+from mechsvd.linalg.subspace import Subspace, span
+from mechsvd.model.loading import load_model
+from mechsvd.model.selfcheck import SelfCheck, self_check
+from mechsvd.model.sites import Site, find_sites
+from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
 from mechsvd.results import Provenance
-from mechsvd.ridge import RidgeSweep, sweep_ridge
-from mechsvd.search import CriticalRank, critical_rank, critical_rank_of, drop_at_most, same_greedy_text
-from mechsvd.selfcheck import SelfCheck, self_check
-from mechsvd.sites import Site, find_sites
-from mechsvd.subspace import Subspace, span
-from mechsvd.sweeps import RankSweep, sweep_rank
-from mechsvd.tasks import SHORTFORM_PROMPTS, Task
-from mechsvd.writes import Writes, collect_writes
+from mechsvd.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mechsvd import figures
-
-__version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (grouped by what they are for)
     # a model and what is asked of it

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from mechsvd import __version__
-from mechsvd.models import EMBEDDED, load_model, provenance_of
-from mechsvd.selfcheck import self_check
-from mechsvd.sites import COMPONENTS
-from mechsvd.tasks import SHORTFORM_PROMPTS, Task
+from mechsvd.model.identity import provenance_of
+from mechsvd.model.loading import EMBEDDED, load_model
+from mechsvd.model.selfcheck import self_check
+from mechsvd.model.sites import COMPONENTS
+from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
+from mechsvd.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -71,8 +72,8 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from mechsvd.folders import require_writable
-    from mechsvd.report import reproduce  # plotly and pandas are needed only here
+    from mechsvd.report.build import reproduce  # plotly and pandas are needed only here
+    from mechsvd.report.folders import require_writable
 
     texts = _texts(options)
     require_writable(options.out)

@@ -18,6 +18,7 @@ from typing_extensions import dataclass_transform
 
 from mechsvd.fields import named, require_declared
 from mechsvd.packing import pack, unpack
+from mechsvd.version import __version__
 
 FORMAT = 1
 UNFINISHED = ".mechsvd"  # ends the hidden names of what is not yet whole
@@ -108,8 +109,6 @@ def save_result(self: Any, path: str | os.PathLike[str]) -> None:
         FileNotFoundError, OSError: the folder is missing, read-only or full.
     """
     from safetensors.torch import save
-
-    from mechsvd import __version__
 
     body, tensors = pack(self)
     metadata = {"mechsvd": body, "version": __version__, "format": str(FORMAT), "sha256": _digest(body, tensors)}

@@ -9,11 +9,12 @@ import torch
 from torch.func import functional_call, hessian
 
 import mechsvd as ms
-from mechsvd.attribution import CONTROLS
-from mechsvd.curvature import DENSE
-from mechsvd.edits import Gate
-from mechsvd.evaluation import evaluation
-from mechsvd.objective import Where, objective_over
+from mechsvd.attribution.curvature import DENSE
+from mechsvd.attribution.hessian import CONTROLS
+from mechsvd.attribution.objective import objective_over
+from mechsvd.edits.gates import Gate
+from mechsvd.engine.session import open_session
+from mechsvd.model.evaluation import evaluation
 from tests.conftest import ACCEPTED, STORIES, tiny, tiny_hf, tiny_task
 
 
@@ -200,7 +201,8 @@ def test_every_accepted_architecture_has_exact_products(architecture, silent):
     for over in (svd, ms.find_sites(model, layers=[0]), "blocks.1.*"):
         found = ms.hessian_attribution(model, task, over, pairs=3, objective="log_prob", path_steps=4)
         assert found.value == pytest.approx(clean, rel=1e-9)
-        f = objective_over(model, task, over, Where(), ms.self_check(model))
+        with open_session(model, [task], gradients=True) as session:
+            f = objective_over(session, task, over)
 
         def one(w, f=f):
             return f.log_probs(w[None]).sum()
@@ -372,7 +374,8 @@ def test_bases_of_many_weights_are_scored_by_products(exact):
     _, model, task = exact
     mine = ms.random_subspace(6144, 5).basis
     found = ms.hessian_attribution(model, task, "blocks.1.mlp.*", pairs=2, bases={"mine": mine}).bases["mine"]
-    f = objective_over(model, task, "blocks.1.mlp.*", Where(), ms.self_check(model))
+    with open_session(model, [task], gradients=True) as session:
+        f = objective_over(session, task, "blocks.1.mlp.*")
     with evaluation(model, gradients=True):
         for u, value in zip(mine.T, found.eigenvalues, strict=True):
             product = torch.func.jvp(torch.func.grad(lambda w: f.log_probs(w[None]).sum().exp()), (f.point,), (u,))[1]
@@ -589,7 +592,7 @@ def test_derivatives_are_there_in_a_mode_without_gradients_too(exact, mode):
 
 def test_an_exception_inside_leaves_the_weights_alone(exact, monkeypatch):
     _, model, task = exact
-    from mechsvd import objective
+    from mechsvd.attribution import objective
 
     before = [weight.clone() for weight in model.parameters()]
 
@@ -604,7 +607,7 @@ def test_an_exception_inside_leaves_the_weights_alone(exact, monkeypatch):
 
 def test_memory_that_runs_out_halves_the_batch(exact, monkeypatch):
     _, model, task = exact
-    from mechsvd.curvature import Curvature
+    from mechsvd.attribution.curvature import Curvature
 
     whole = ms.hessian_attribution(model, task, "blocks.0.ln1.weight")
     plain = Curvature._backward
@@ -622,7 +625,7 @@ def test_memory_that_runs_out_halves_the_batch(exact, monkeypatch):
 
 def test_more_vectors_than_memory_are_refused_with_the_bytes(exact, monkeypatch):
     _, model, task = exact
-    from mechsvd import curvature
+    from mechsvd.attribution import curvature
 
     monkeypatch.setattr(curvature, "free_bytes", lambda device: 2**20)
     with pytest.raises(MemoryError, match=r"5 eigenpairs of 6,144 entries need 36 vectors, 0.0 GiB, but 0.0 GiB are free"):

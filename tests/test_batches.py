@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 
-from mechsvd.batches import PATIENCE, run_batches
+from mechsvd.engine.batches import PATIENCE, run_batches
 
 
 def halve(size):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.checkpoints import only_trusted
 from mechsvd.demo import WEIGHTS
+from mechsvd.model.checkpoints import only_trusted
 from tests.conftest import tiny_hf
 
 OPTIONS = [{}, {"n_ctx": 32}, {"trust_remote_code": True}, {"hf_config_overrides": {"initializer_range": 0.1}}]

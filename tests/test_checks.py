@@ -7,8 +7,8 @@ import torch
 
 import mechsvd as ms
 from mechsvd.checks import about, once, warn
-from mechsvd.evaluation import OtherHooks
-from mechsvd.report import reproduce
+from mechsvd.model.evaluation import OtherHooks
+from mechsvd.report.build import reproduce
 
 
 def of_two_sites(model, task):

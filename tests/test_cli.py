@@ -8,7 +8,7 @@ import pytest
 import mechsvd as ms
 from mechsvd.cli import main
 from mechsvd.demo import WEIGHTS
-from mechsvd.report import reproduce
+from mechsvd.report.build import reproduce
 
 
 @pytest.fixture(scope="module")

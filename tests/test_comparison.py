@@ -5,8 +5,8 @@ import scipy.linalg
 import torch
 
 import mechsvd as ms
-from mechsvd.comparison import Overlap, Pool, overlap, pool, principal_angles, random_subspace
-from mechsvd.subspace import Subspace
+from mechsvd.linalg.comparison import Overlap, Pool, overlap, pool, principal_angles, random_subspace
+from mechsvd.linalg.subspace import Subspace
 from tests.conftest import tiny, tiny_task
 
 E = torch.eye(12, dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from mechsvd.decomposition import Decomposition, decompose, thin_svd
+from mechsvd.linalg.decomposition import Decomposition, decompose, thin_svd
 from tests.test_subspace import orthonormal
 
 

@@ -6,7 +6,8 @@ import torch
 
 import mechsvd as ms
 from mechsvd.demo import WEIGHTS
-from mechsvd.demo.language import DICTIONARY, SHAPES, is_grammatical, write
+from mechsvd.demo.dictionary import DICTIONARY
+from mechsvd.demo.language import SHAPES, is_grammatical, write
 from mechsvd.demo.train import held_out_loss, train_tokenizer, translation_accuracy
 
 

@@ -14,9 +14,9 @@ import torch
 
 import mechsvd as ms
 from mechsvd import figures
-from mechsvd.display import escape, file_name, label, visible
-from mechsvd.report import write_report
-from mechsvd.study import compare, study_task
+from mechsvd.figures.display import escape, file_name, label, visible
+from mechsvd.report.build import write_report
+from mechsvd.report.study import compare, study_task
 
 OWNED = "document.documentElement.dataset.owned=1"
 HOSTILE = (

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import mechsvd as ms
-from mechsvd.edits import Gate
+from mechsvd.edits.gates import Gate
 
 ROWS = {
     # what is no model
@@ -143,10 +143,10 @@ ROWS = {
     "ms.hessian_attribution(model, task, svd, bases={'random': torch.eye(128)})": "ValueError: `bases` names one 'random', which is always there",
     "ms.hessian_attribution(model, task, svd, bases=torch.eye(128))": "TypeError: `bases` must be bases by name, such as {'mine': basis}, but is Tensor",
     "ms.hessian_attribution(model, task, svd, tolerance='x')": "ValueError: `tolerance` is 'x', but must be a number above 0",
-    "ms.hessian_attribution(model, task, svd, path_steps=0)": "ValueError: `path_steps` is 0, but must be a whole number from 1",
+    "ms.hessian_attribution(model, task, svd, path_steps=0)": "ValueError: `path_steps` is 0, but must be a whole number of at least 1",
     "ms.hessian_attribution(model, task, svd, max_products=0)": "ValueError: `max_products` is 0",
-    "ms.hessian_attribution(model, task, svd, seed='x')": "ValueError: `seed` is 'x', but must be a whole number from 0",
-    "ms.hessian_attribution(model, task, svd, batch_size=0)": "ValueError: `batch_size` is 0, but a forward pass needs",
+    "ms.hessian_attribution(model, task, svd, seed='x')": "ValueError: `seed` is 'x', but must be a whole number of at least 0",
+    "ms.hessian_attribution(model, task, svd, batch_size=0)": "ValueError: `batch_size` is 0, but must be",
     "ms.hessian_attribution_of(3, torch.ones(2))": "TypeError: `function` must be a function of one vector, but is int",
     "ms.hessian_attribution_of(torch.sum, [1.0, 2.0])": "ValueError: `w` must be a float tensor with one axis, but is list",
     "ms.hessian_attribution_of(torch.sum, torch.ones(2, 2))": "ValueError: `w` must be a float tensor with one axis, but is torch.float32 of shape [2, 2]",

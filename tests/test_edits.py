@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from mechsvd.decomposition import decompose
-from mechsvd.edits import Gate, ablate, chain, gate, keep, shift, shrink
-from mechsvd.subspace import Subspace, complete
+from mechsvd.edits.gates import Gate, ablate, gate, keep, shrink
+from mechsvd.edits.maps import chain, shift
+from mechsvd.linalg.decomposition import decompose
+from mechsvd.linalg.subspace import Subspace, complete
 from tests.test_subspace import orthonormal
 
 X = torch.randn(4, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

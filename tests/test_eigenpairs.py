@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mechsvd.eigenpairs import BLOCK, capacity, dense_eigenpairs, lanczos
+from mechsvd.linalg.eigenpairs import BLOCK, capacity, dense_eigenpairs, lanczos
 
 
 def symmetric(spectrum, seed=0):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.evaluation import evaluation, other_hooks
-from mechsvd.runs import run_model
+from mechsvd.model.evaluation import evaluation, other_hooks
+from mechsvd.model.runs import run_model
 from tests.conftest import tiny, tiny_task
 
 pytestmark = pytest.mark.older

@@ -1,16 +1,16 @@
 from dataclasses import fields, replace
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.comparison import Pool
-from mechsvd.gradients import Gradients
+from mechsvd.attribution.gradients import Gradients
+from mechsvd.experiments.ridge import RidgeSweep
+from mechsvd.linalg.comparison import Pool
+from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.results import _CLASSES, Provenance
-from mechsvd.ridge import RidgeSweep
-from mechsvd.selfcheck import SelfCheck
 
 SOURCE = Provenance("m", "w", "raw", "float32", "4", "0", ((1, 2, 3),), ("blocks.0.hook_mlp_out",), 0, ("note",))
 SITES = (ms.Site(0, "attn", "blocks.0.hook_attn_out"), ms.Site(0, "mlp", "blocks.0.hook_mlp_out"))
@@ -46,8 +46,8 @@ def tiny_results():
 
 
 def test_there_is_a_tiny_result_of_every_class_that_can_be_saved():
-    for module in iter_modules(ms.__path__):
-        import_module(f"mechsvd.{module.name}")
+    for module in walk_packages(ms.__path__, "mechsvd."):
+        import_module(module.name)
     ours = {name for name, cls in _CLASSES.items() if cls.__module__.startswith("mechsvd.") and hasattr(cls, "save")}
     assert set(tiny_results()) == ours
 

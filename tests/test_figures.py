@@ -7,7 +7,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd import figures
-from mechsvd.decomposition import Decomposition
+from mechsvd.linalg.decomposition import Decomposition
 
 
 @pytest.fixture(scope="module")

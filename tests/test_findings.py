@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd import findings
-from mechsvd.study import compare, study_task
+from mechsvd.report import findings
+from mechsvd.report.study import compare, study_task
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.folders import _alone, replace_run
-from mechsvd.report import write_report
-from mechsvd.study import study_task
+from mechsvd.report.build import write_report
+from mechsvd.report.folders import _alone, replace_run
+from mechsvd.report.study import study_task
 
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 KILLS = 20
@@ -285,7 +285,7 @@ def test_the_layout_of_the_first_release_is_cleared(tmp_path):
 
 
 def test_where_the_system_has_no_locks_nothing_unfinished_is_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr("mechsvd.folders.fcntl", None)
+    monkeypatch.setattr("mechsvd.report.folders.fcntl", None)
     alive = tmp_path / "report-data" / ".2001-01-01-000000.mechsvd"
     alive.mkdir(parents=True)
     replace_run(tmp_path, fill)

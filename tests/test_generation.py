@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.evaluation import other_hooks
-from mechsvd.runs import continue_tokens
+from mechsvd.model.evaluation import other_hooks
+from mechsvd.model.runs import continue_tokens
 from tests.conftest import ACCEPTED, tiny, tiny_task
 
 PROMPT = ms.SHORTFORM_PROMPTS["meaning"]
@@ -165,7 +165,7 @@ def test_an_exception_leaves_no_hook_and_the_mode(embedded):
 
 
 def test_memory_running_out_halves_the_edits_in_one_pass(embedded, meaning_svd, monkeypatch):
-    from mechsvd import generation
+    from mechsvd.experiments import generation
 
     edits = [ms.keep(meaning_svd.subspace(rank)) for rank in (110, 60, 20)]
     expected, plain = ms.generate(embedded, PROMPT, edits, max_new_tokens=5), generation.continue_tokens

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.edits import Gate
-from mechsvd.evaluation import other_hooks
+from mechsvd.edits.gates import Gate
+from mechsvd.edits.maps import EditError
+from mechsvd.model.evaluation import other_hooks
 from tests.conftest import tiny, tiny_task
 from tests.test_subspace import orthonormal
 
@@ -181,9 +182,7 @@ def test_edits_that_trade_rows_are_refused_by_name_and_site(llama):
         return x[:0]
 
     for pair, rows in (([two, none], 2), ([none, two], 0)):
-        with pytest.raises(
-            ms.edits.EditError, match=rf"at layer 0 attn returned \[{rows}, 9, 32\] for writes of shape \[1, 9, 32\]"
-        ):
+        with pytest.raises(EditError, match=rf"at layer 0 attn returned \[{rows}, 9, 32\] for writes of shape \[1, 9, 32\]"):
             ms.measure(llama, tiny_task(), pair)
-    with pytest.raises(ms.edits.EditError, match="This one is <function .*two"):
+    with pytest.raises(EditError, match="This one is <function .*two"):
         ms.measure(llama, tiny_task(), [two, none])

@@ -1,7 +1,7 @@
 import pytest
 
-from mechsvd import memory
-from mechsvd.memory import _free_in_cgroup
+from mechsvd.engine import memory
+from mechsvd.engine.memory import _free_in_cgroup
 
 GiB = 2**30
 

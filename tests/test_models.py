@@ -6,7 +6,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.demo import WEIGHTS
-from mechsvd.models import fingerprint, model_name, processing_state, provenance_of
+from mechsvd.model.identity import fingerprint, model_name, processing_state, provenance_of
 from tests.conftest import tiny
 
 
@@ -140,6 +140,6 @@ def test_what_is_no_model_is_refused():
     ("found", "message"), [("3.8.1", "3.8.1 is installed"), ("5.0.0", "5.0.0 is installed"), ("not installed", "not installed")]
 )
 def test_a_missing_or_unsupported_transformerlens_gives_the_exact_line(monkeypatch, found, message):
-    monkeypatch.setattr("mechsvd.models._installed_version", lambda: found)
+    monkeypatch.setattr("mechsvd.model.loading.installed_version", lambda: found)
     with pytest.raises(ImportError, match=rf"{message}.*pip install 'transformer-lens>=3.9,<5'"):
         ms.load_model()

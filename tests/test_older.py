@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.evaluation import other_hooks
-from mechsvd.models import processing_state
-from mechsvd.selfcheck import require_sound
+from mechsvd.model.evaluation import other_hooks
+from mechsvd.model.identity import processing_state
+from mechsvd.model.selfcheck import require_sound
 from tests.conftest import STORIES, loop_log_prob, tiny_hf, tiny_task
 
 pytestmark = pytest.mark.older

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.ranking import Ranking
+from mechsvd.experiments.ranking import Ranking
 from tests.conftest import loop_log_prob, tiny_hf, tiny_task
 from tests.conftest import tiny as bridge
 from tests.test_against_hugging_face import reference  # noqa: F401 (a fixture)

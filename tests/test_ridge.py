@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.ridge import effective_directions
+from mechsvd.experiments.ridge import effective_directions
 from tests.conftest import loop_log_prob
 
 

@@ -3,7 +3,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mechsvd.runs import continue_tokens, run_model
+from mechsvd.model.runs import continue_tokens, run_model
 from tests.conftest import tiny, tiny_task
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.search import LEAST, PROBES, _evenly, _next_ranks
+from mechsvd.experiments.search import LEAST, PROBES, _evenly, _next_ranks
 from tests.conftest import tiny as bridge
 from tests.conftest import tiny_hf
 from tests.test_against_hugging_face import reference  # noqa: F401 (a fixture)
@@ -100,12 +100,12 @@ def test_a_monotone_curve_is_solved_with_a_tenth_of_the_evaluations(last_failure
 
 def test_a_smaller_crossing_nearby_is_found(embedded, meaning, meaning_svd, monkeypatch):
     """Bisection alone would end at 100: below it only 93 and 94 give the text."""
-    import mechsvd.search
+    import mechsvd.experiments.search
 
     def bumpy(model, task, svd, ranks, order, **options):
         return sweep_of(lambda rank: 0.0 if rank in (93, 94) or rank >= 100 else -1.0, ranks)
 
-    monkeypatch.setattr(mechsvd.search, "sweep_rank", bumpy)
+    monkeypatch.setattr(mechsvd.experiments.search, "sweep_rank", bumpy)
     found = ms.critical_rank(embedded, meaning, meaning_svd)
     assert found.rank == 93
     assert {(92, 93), (94, 95), (99, 100)} <= set(found.crossings)
@@ -149,12 +149,12 @@ def test_all_directions_of_the_whole_space_always_give_the_text(stories, length)
 
 
 def test_when_no_probe_of_the_grid_reaches_the_bar_the_search_goes_on(embedded, meaning, meaning_svd, monkeypatch):
-    import mechsvd.search
+    import mechsvd.experiments.search
 
     def rare(model, task, svd, ranks, order, **options):
         return sweep_of(lambda rank: 0.0 if 40 <= rank <= 43 else -abs(rank - 41.5) / 100, ranks)
 
-    monkeypatch.setattr(mechsvd.search, "sweep_rank", rare)
+    monkeypatch.setattr(mechsvd.experiments.search, "sweep_rank", rare)
     assert ms.critical_rank(embedded, meaning, meaning_svd).rank == 40
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.selfcheck import SelfCheck, require_sound, self_check
+from mechsvd.model.selfcheck import SelfCheck, require_sound, self_check
 from tests.conftest import ACCEPTED, loop_log_prob, tiny, tiny_hf, tiny_task
 
 pytestmark = pytest.mark.older
@@ -93,7 +93,7 @@ def test_each_failure_has_its_sentence():
 def test_it_is_measured_once_a_model(monkeypatch):
     model = tiny("Llama")
     first = self_check(model)
-    monkeypatch.setattr("mechsvd.selfcheck._measure", lambda model: pytest.fail("measured again"))
+    monkeypatch.setattr("mechsvd.model.selfcheck._measure", lambda model: pytest.fail("measured again"))
     assert self_check(model) is first
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from mechsvd.sites import find_sites
+from mechsvd.model.sites import find_sites
 from tests.conftest import tiny
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mechsvd.subspace import Subspace, complete, span
+from mechsvd.linalg.subspace import Subspace, complete, span
 
 
 def orthonormal(d_model, rank, seed=0):

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import mechsvd as ms
-from mechsvd.tasks import as_tasks, require_fitting
+from mechsvd.model.tasks import as_tasks, require_fitting
 from tests.conftest import tiny
 
 

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mechsvd.demo import WEIGHTS
-from mechsvd.demo.language import DICTIONARY, SHAPES, translation_prompt, write
+from mechsvd.demo.dictionary import DICTIONARY
+from mechsvd.demo.language import SHAPES, translation_prompt, write
 
 SEED = 0
 VOCABULARY = 1024

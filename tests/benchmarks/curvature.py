@@ -20,9 +20,10 @@ import torch
 from speed import STORIES, cpu_name, timed
 
 import mechsvd as ms
-from mechsvd.curvature import Function, differentiate, eigenpairs
-from mechsvd.evaluation import evaluation
-from mechsvd.objective import Where, objective_over
+from mechsvd.attribution.curvature import Function, differentiate, eigenpairs
+from mechsvd.attribution.objective import objective_over
+from mechsvd.engine.session import open_session
+from mechsvd.model.evaluation import evaluation
 
 PAIRS, TOLERANCE = 20, 1e-4
 
@@ -44,10 +45,9 @@ def main():
 
 def function_over(model, task, over):
     """The log-probability as a function of w, in rows as many as the library would take."""
-    from mechsvd.batches import halving, rows_a_pass
-
-    f = objective_over(model, task, over, Where(), ms.self_check(model))
-    return Function(lambda rows: f.log_probs(rows).sum(dim=-1), f.point, rows_a_pass(model, task), halving(model, task))
+    with open_session(model, [task], gradients=True) as session:
+        f = objective_over(session, task, over)
+        return Function(lambda rows: f.log_probs(rows).sum(dim=-1), f.point, session.rows_per_pass(task), session.halve(task))
 
 
 def dense(model, task, svd):

@@ -1,0 +1,1 @@
+"""Attribution: derivatives of an output; Hessian eigenbases, gradients, estimates."""

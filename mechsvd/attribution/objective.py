@@ -1,0 +1,219 @@
+"""What is differentiated: the log-probability of a task as a function of a vector w — gains, writes or weights."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from mechsvd.checks import warn
+from mechsvd.edits.gates import Gate
+from mechsvd.edits.hooks import bind, require_fitting_edit
+from mechsvd.engine.measurement import score
+from mechsvd.engine.memory import is_out_of_memory
+from mechsvd.engine.session import Session, warn_other_sites
+from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.linalg.subspace import at_least_single, complete, widest
+from mechsvd.model.selfcheck import SelfCheck
+from mechsvd.model.sites import Hook, Model, Site, Where, find_sites, find_weights
+from mechsvd.model.tasks import Task
+
+Over = Decomposition | Site | str | Sequence[Site] | Sequence[str]
+GRADIENTS = "gradients with respect to "  # and what w is: the note of a basis that is made of them
+Part = tuple[str, tuple[int, ...]]  # a piece of w: what it is, and its shape
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The log-probability of a task as a function of w, and the w at which the model is as it is.
+
+    Attributes:
+        log_probs: rows of w to the natural-log probability of each continuation token; differentiable in the rows.
+        point: w of the model as it is.
+        over: what w is, in a line that is the same for the same w of another task or checkpoint, and for no other.
+        parts: what the entries of w are, in their order: name and shape of each piece.
+        hooks: names of the hook points where it acts.
+    """
+
+    log_probs: Callable[[Float[Tensor, "row entry"]], Float[Tensor, "row scored"]]
+    point: Float[Tensor, " entry"]
+    over: str
+    parts: tuple[Part, ...]
+    hooks: tuple[str, ...] = ()
+
+    def log_prob(self, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
+        """Of the whole continuation."""
+        log_probs = self.log_probs(rows)
+        return log_probs.to(widest(log_probs.device)).sum(dim=-1)
+
+
+def require_parts(parts: Sequence[Part], entries: int) -> None:
+    """Refuse pieces of w that do not make up its entries."""
+    sizes = [math.prod(shape) for _, shape in parts]
+    if sum(sizes) != entries or any(size < 0 for _, shape in parts for size in shape):
+        raise ValueError(f"`parts` must make up the {entries} entries of w, but have {sum(sizes)}: {parts!r:.80}.")
+
+
+def objective_over(session: Session, task: Task, over: Over) -> Objective:
+    """Make the function of w: the gains of a decomposition's directions, the writes at some sites, or named weights.
+
+    Raises:
+        TypeError: something else.
+        KeyError: a pattern that matches no weight; a site that the model does not have.
+        ValueError: a decomposition that does not fit.
+    """
+    listed = [over] if isinstance(over, Site | str) else over
+    if isinstance(listed, Decomposition):
+        return _over_gains(session, task, listed)
+    if isinstance(listed, Sequence) and listed and all(isinstance(one, str) for one in listed):
+        _require_unset(session.where, "weights", "layers", "components", "positions")
+        return _over_weights(session, task, [str(one) for one in listed])
+    if isinstance(listed, Sequence) and listed and all(isinstance(one, Site) for one in listed):
+        _require_unset(session.where, "sites", "layers", "components")
+        return _over_writes(session, task, [one for one in listed if isinstance(one, Site)])
+    several = isinstance(listed, Sequence) and any(isinstance(one, Decomposition) for one in listed)
+    raise TypeError(
+        "`over` must be a decomposition (its gains), sites of the model (`mechsvd.find_sites`, their writes), or patterns of "
+        f"weights ('blocks.2.mlp.*'), but is {type(over).__name__}{': take one of them' if several else ''}."
+    )
+
+
+def by_rows(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Apply a function of one vector to rows: by `vmap` where it goes through, and else one after the other."""
+    goes_through = True
+
+    def run(rows: Tensor) -> Tensor:
+        nonlocal goes_through
+        if len(rows) > 1 and goes_through:
+            try:
+                return vmap(one)(rows)
+            except RuntimeError as error:  # Bloom's activation, an `.item()`, an `if`; or memory ran out
+                if is_out_of_memory(error):
+                    raise
+                goes_through = False
+        return torch.stack([one(row) for row in rows])
+
+    return run
+
+
+def _require_unset(where: Where, what: str, *names: str) -> None:
+    """Refuse choices of writes that would be passed over in silence."""
+    if wrong := [name for name in names if getattr(where, name) != getattr(Where(), name)]:
+        raise ValueError(f"`{wrong[0]}` says where gains act, but `over` names {what}, for which it means nothing; leave it out.")
+
+
+def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
+    """One gain a direction, and one for all that the directions do not span, so that w = 1 is the model and w = 0 no writes."""
+    require_decomposition(svd)
+    model, check = session.model, session.check
+    device, dtype = _like(model)
+    basis = svd.directions.to(device, dtype).clone()  # one made in inference mode could not serve a gradient
+    require_fitting_edit(model, Gate(basis, basis.new_ones(svd.rank), source=svd.source), session.required_source)
+    unseen = svd.d_model - svd.rank
+    basis = complete(basis) if unseen else basis
+    sites, positions = session.sites, session.positions(len(task.tokens))
+    warn_other_sites(svd, sites)
+
+    def log_probs(rows: Tensor) -> Tensor:
+        gains = torch.cat([rows, rows[:, -1:].expand(-1, unseen - 1)], dim=1) if unseen else rows
+        gate = Gate(basis, gains)
+        hooks = [(site.hook_name, bind(gate, site, positions, rows=len(rows))) for site in sites]
+        return score(model, task, check, hooks, len(rows))[0]
+
+    parts: tuple[Part, ...] = (("gain", (svd.rank,)), *([("gain of the rest", (1,))] if unseen else []))
+    point, hooks = torch.ones(svd.rank + bool(unseen), device=device, dtype=dtype), tuple(site.hook_name for site in sites)
+    digest = hashlib.sha256(svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
+    over = f"gains of {svd.rank} directions ({digest}) at {_at(hooks, positions)}"
+    return Objective(log_probs, point, over, parts, hooks)
+
+
+def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Objective:
+    """The writes themselves: w minus the clean writes is added to what the sites write, so w = 0 takes the clean writes away."""
+    model, check = session.model, session.check
+    known = find_sites(model, missing="skip")
+    if wrong := [site.hook_name for site in chosen if site not in known]:
+        raise KeyError(f"This model does not write at {wrong[:3]}; choose from `mechsvd.find_sites(model)`.")
+    sites = [site for site in known if site in chosen]
+    device, dtype = _like(model)
+    positions = list(session.positions(len(task.tokens)) or range(len(task.tokens)))
+    stored: list[Tensor] = []
+    with torch.no_grad():
+        score(model, task, check, [(site.hook_name, lambda x, hook=None: stored.append(x[0].clone())) for site in sites])
+    clean = torch.stack(stored)[:, positions].to(device, dtype)
+
+    def log_probs(rows: Tensor) -> Tensor:
+        shifts = rows.new_zeros(len(rows), len(sites), len(task.tokens), clean.shape[-1])
+        shifts = shifts.index_copy(2, torch.tensor(positions, device=device), rows.view(-1, *clean.shape) - clean)
+        hooks = [_added(site, shifts[:, i]) for i, site in enumerate(sites)]
+        return score(model, task, check, hooks, len(rows))[0]
+
+    parts = tuple((site.hook_name, tuple(clean.shape[1:])) for site in sites)
+    hooks = tuple(site.hook_name for site in sites)
+    return Objective(log_probs, clean.flatten(), f"writes at {_at(hooks, positions)}", parts, hooks)
+
+
+def _added(site: Site, shifts: Float[Tensor, "row pos d_model"]) -> Hook:
+    def added(x: Tensor, hook: Any = None) -> Tensor:
+        return x + shifts.to(x.dtype)
+
+    return site.hook_name, bind(added, site, rows=len(shifts))
+
+
+def _over_weights(session: Session, task: Task, patterns: Sequence[str]) -> Objective:
+    """The named weights, one after the other; many rows are run by `vmap` where it can, each with weights of its own."""
+    weights = find_weights(session.model, patterns)
+    _, dtype = _like(session.model)
+    run = _Run(session.model, task, session.check)
+    sizes = [weight.numel() for _, weight in weights.values()]
+
+    def one(w: Tensor) -> Tensor:
+        pieces = zip(weights.values(), w.split(sizes), strict=True)
+        replaced = {f"model.{name}": piece.view_as(weight).to(weight.dtype) for (names, weight), piece in pieces for name in names}
+        # a bridge reaches a module by several paths: torch's search for tied weights would take the new ones for the old
+        return functional_call(run, replaced, (), tie_weights=False)
+
+    point = torch.cat([weight.detach().flatten() for _, weight in weights.values()]).to(dtype)
+    _require_used(session.model, weights, run)
+    parts = tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items())
+    return Objective(by_rows(one), point, f"weights {', '.join(weights)}", parts)
+
+
+def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run: nn.Module) -> None:
+    """Warn of named weights on which f does not depend; refuse them where the model computes with copies of its weights."""
+    pieces = {name: weight.detach().clone().requires_grad_() for name, (_, weight) in weights.items()}
+    replaced = {f"model.{own}": pieces[name] for name, (names, _) in weights.items() for own in names}
+    total = functional_call(run, replaced, (), tie_weights=False).sum()
+    slopes = torch.autograd.grad(total, list(pieces.values()), allow_unused=True) if total.requires_grad else [None] * len(pieces)
+    unused = [name for name, slope in zip(pieces, slopes, strict=True) if slope is None]
+    if unused and getattr(model, "compatibility_mode", False):
+        raise ValueError(
+            f"In compatibility mode this model computes with copies of {len(unused)} of the weights, {unused[0]} and others, so "
+            "they cannot be moved; take the model as it was loaded."
+        )
+    if unused:
+        warn(f"f does not depend on {len(unused)} of {len(pieces)} weights: {', '.join(unused[:4])}.")
+
+
+class _Run(nn.Module):
+    """Scoring a task, as a module whose weights `functional_call` can replace."""
+
+    def __init__(self, model: Any, task: Task, check: SelfCheck):
+        super().__init__()
+        self.model, self.task, self.check = model, task, check
+
+    def forward(self) -> Float[Tensor, " scored"]:
+        return score(self.model, self.task, self.check)[0][0]
+
+
+def _at(hooks: Sequence[str], positions: Sequence[int] | None) -> str:
+    return f"{', '.join(hooks)}, {'all positions' if positions is None else f'positions {list(positions)}'}"
+
+
+def _like(model: Model) -> tuple[torch.device, torch.dtype]:
+    weight = next(model.parameters())
+    return weight.device, at_least_single(weight.dtype)

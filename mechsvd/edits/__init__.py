@@ -1,0 +1,1 @@
+"""Edits: pure maps on writes, most of them gates, and how they become hooks."""

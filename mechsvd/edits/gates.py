@@ -1,0 +1,228 @@
+"""The gate: a gain for each direction of a basis and one gain for the rest. Most edits are gates."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechsvd.linalg.decomposition import Decomposition
+from mechsvd.linalg.subspace import Subspace, at_least_single, complete, require_orthonormal
+from mechsvd.results import Provenance
+
+Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """The linear edit x → V diag(g) Vᵀx + rest·(x − VVᵀx), or a stack of them over one basis.
+
+    With a leading axis in `gains` it is a stack: called on "edit pos d_model" (or on one row, "1 pos d_model", shared by all),
+    edit i acts on row i. `gate[rows]` takes some of them, `len(gate)` counts them. Build one with `gate`, which checks.
+
+    It is computed as r·x + V_S diag(g_S − r) V_Sᵀx, where S holds only the directions whose gain differs from r: removing one
+    direction costs a dot product, and when the basis spans everything, r is whichever of `rest` and 1 leaves the smaller S.
+    Where a gradient is wanted, r is `rest` and S is everything, for a gain that equals r has a slope like any other.
+    """
+
+    basis: Float[Tensor, "d_model rank"]
+    gains: Float[Tensor, "*edit rank"]
+    rest: float = 0.0
+    source: Provenance | None = None
+
+    def __call__(self, x: Float[Tensor, "... d_model"], hook: Any = None) -> Float[Tensor, "... d_model"]:
+        """Edit the writes `x`; computed in float32 or wider, returned as a new tensor in the dtype of `x`."""
+        plan, wide = self._plan, x.to(at_least_single(x.dtype))
+        columns, delta = plan.columns.to(wide), plan.delta.to(wide)
+        # rows with columns of their own: the transposed product is ten times as fast on a CPU where they are few
+        product = (columns.mT @ wide.mT).mT if columns.ndim > 2 else wide @ columns
+        coordinates = product.mul(delta)
+        if plan.constant == 0:
+            return (coordinates @ columns.mT).to(x.dtype)
+        base = wide if plan.constant == 1 else wide * plan.constant
+        return _add_product(base, coordinates, columns).to(x.dtype)
+
+    def __repr__(self) -> str:
+        stack = f"stack of {len(self)} gates" if self.is_stack else "gate"
+        rank, d_model = self.basis.shape[1], self.d_model
+        origin = self.source.model if self.source else "bare tensors"
+        return f"A {stack} over {rank} directions in {d_model} dimensions\n  the rest times {self.rest:g}\n  from {origin}"
+
+    def __getitem__(self, rows: Any) -> "Gate":
+        """Some edits of a stack, in the order asked for."""
+        return Gate(self.basis, self.gains[rows], self.rest, self.source)
+
+    def __len__(self) -> int:
+        """Number of edits in the stack."""
+        return len(self.gains) if self.is_stack else 1
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether `gains` has a leading axis of edits."""
+        return self.gains.ndim == 2
+
+    @property
+    def d_model(self) -> int:
+        """Dimension of the residual stream."""
+        return self.basis.shape[0]
+
+    @property
+    def costs(self) -> Int[Tensor, "constant edit"]:
+        """Number of directions that each edit must touch, for each way of computing it."""
+        gains = self.gains if self.is_stack else self.gains[None]
+        return torch.stack([(gains != constant).sum(dim=-1) for constant in self._constants])
+
+    @property
+    def changes_nothing(self) -> Bool[Tensor, " edit"]:
+        """Which edits are the identity: every gain is 1, and outside the basis there is nothing, or its gain is 1 too."""
+        gains = self.gains if self.is_stack else self.gains[None]
+        return (gains == 1).all(dim=-1) & (1.0 in self._constants)
+
+    def like_together(self) -> Int[Tensor, " edit"]:
+        """An order of the stack in which edits that are computed the same way, at like cost, are neighbours."""
+        cost, way = self.costs.min(dim=0)
+        return (way * (self.basis.shape[1] + 1) + cost).argsort(stable=True)
+
+    @property
+    def _plan(self) -> "_Plan":
+        if self.gains.requires_grad or self.basis.requires_grad:
+            delta = self.gains - self.rest
+            return _Plan(self.rest, self.basis, delta[:, None] if self.is_stack else delta)
+        return self._kept_plan
+
+    @cached_property
+    def _kept_plan(self) -> "_Plan":
+        with torch.inference_mode(False):  # made while a model generates, it must serve gradients later
+            plans = (_plan_with(self.basis, self.gains, constant) for constant in self._constants)
+            return min(plans, key=lambda plan: plan.columns.shape[-1])
+
+    @property
+    def _constants(self) -> tuple[float, ...]:
+        spans_everything = self.basis.shape[0] == self.basis.shape[1]
+        return (self.rest, 1.0) if spans_everything and self.rest != 1.0 else (self.rest,)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a gate is computed: r, the columns V_S (shared by all edits, or gathered for each), and g_S − r."""
+
+    constant: float
+    columns: Float[Tensor, "*own d_model m"]
+    delta: Float[Tensor, "*edit m"]
+
+
+def _plan_with(basis: Tensor, gains: Tensor, constant: float) -> _Plan:
+    differs = gains != constant
+    if gains.ndim == 1:
+        return _Plan(constant, basis[:, differs], gains[differs] - constant)
+    widest, union = int(differs.sum(dim=-1).max()), differs.any(dim=0)
+    if 4 * widest < int(union.sum()):  # few directions an edit, different ones: each row gets its own columns
+        own = differs.float().topk(widest, dim=-1).indices
+        columns = basis.T[own].mT
+        return _Plan(constant, columns, (gains.gather(-1, own) - constant)[:, None])
+    return _Plan(constant, basis[:, union], (gains[:, union] - constant)[:, None])
+
+
+def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Tensor, "*edit pos d_model"]:
+    """Compute base + coordinates Vᵀ, in one pass over the result where rows share V and have their own base, or V is one column."""
+    if columns.shape[-1] == 0:
+        return base.expand(*coordinates.shape[:-1], -1).clone()
+    if columns.ndim > 2 and columns.shape[-1] == 1:
+        return torch.addcmul(base, coordinates, columns.mT)
+    if columns.ndim > 2 or base.shape[:-1] != coordinates.shape[:-1]:
+        return base + coordinates @ columns.mT
+    flat = torch.addmm(base.reshape(-1, base.shape[-1]), coordinates.reshape(-1, columns.shape[1]), columns.mT)
+    return flat.view(base.shape)
+
+
+def gate(basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], rest: float = 0.0) -> Gate:
+    """Give each direction a gain, and everything outside the basis the gain `rest`.
+
+    `rest` is 0 by default, so `gate(basis, ones)` keeps the subspace; with `rest=1`, gains of 1 change nothing.
+
+    Args:
+        basis: orthonormal directions as columns, a subspace, or the directions of a decomposition.
+        gains: one a direction; with a leading axis, a stack of edits.
+        rest: gain of what the basis does not span.
+
+    Raises:
+        ValueError: a basis that is not orthonormal, gains of another length, NaN or inf.
+
+    Example:
+        >>> gate(torch.eye(2), torch.tensor([1.0, 0.5]))(torch.tensor([[4.0, 4.0]]))
+        tensor([[4., 2.]])
+    """
+    directions, source = directions_of(basis)
+    rank, gains = directions.shape[1], torch.as_tensor(gains)
+    if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
+        raise ValueError(f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; give one gain for each.")
+    if not gains.isfinite().all() or not math.isfinite(rest):
+        raise ValueError("`gains` and `rest` must be finite, but hold NaN or inf.")
+    return Gate(directions, gains.to(directions), float(rest), source)
+
+
+def keep(subspace: Basis) -> Gate:
+    """Keep what lies in the subspace and drop the rest: the projection x → VVᵀx."""
+    directions, _ = directions_of(subspace)
+    return gate(subspace, directions.new_ones(directions.shape[1]), rest=0.0)
+
+
+def ablate(subspace: Basis) -> Gate:
+    """Remove what lies in the subspace (zero ablation) and keep the rest: x → x − VVᵀx."""
+    directions, _ = directions_of(subspace)
+    return gate(subspace, directions.new_zeros(directions.shape[1]), rest=1.0)
+
+
+def shrink(svd: Decomposition, alpha: float) -> Gate:
+    """Shrink each direction as ridge regression does, with gain s²/(s² + alpha), instead of clipping.
+
+    Args:
+        svd: the directions and their singular values.
+        alpha: strength in squared units of the residual stream; 0 keeps every direction of the decomposition as it is, and
+            drops what it did not see.
+
+    Raises:
+        ValueError: `alpha` is negative or not finite.
+
+    Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed., eq. 3.47.
+    """
+    if not math.isfinite(alpha) or alpha < 0:
+        raise ValueError(f"`alpha` is {alpha}, but must be finite and at least 0.")
+    return gate(svd, ridge_gains(svd.singular_values, torch.tensor(alpha)), rest=0.0)
+
+
+def ridge_gains(singular_values: Float[Tensor, " rank"], alpha: Float[Tensor, "*edit"]) -> Float[Tensor, "*edit rank"]:
+    """The gains s²/(s² + alpha) of `shrink`, for each strength."""
+    squares = singular_values.square()
+    return squares / (squares + alpha[..., None].to(squares))
+
+
+def directions_of(basis: Basis) -> tuple[Float[Tensor, "d_model rank"], Provenance | None]:
+    """The directions of a basis as columns, and the model that they come from where it is known.
+
+    Raises:
+        TypeError, ValueError: no basis, or not an orthonormal one.
+    """
+    if isinstance(basis, Subspace):
+        return basis.basis, basis.source
+    if isinstance(basis, Decomposition):
+        return basis.directions, basis.source
+    if not isinstance(basis, Tensor):
+        raise TypeError(f"A basis must be a Subspace, a Decomposition or a tensor [d_model, rank], but is {type(basis).__name__}.")
+    require_orthonormal(basis)
+    return basis, None
+
+
+def cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gate:
+    """The stack that drops what the basis does not span, over a complete basis where many directions are kept.
+
+    Over a complete basis, keeping k directions is removing the other d − k, so that the smaller side can be computed.
+    """
+    if 2 * svd.rank <= svd.d_model:
+        return Gate(svd.directions, gains, 0.0, svd.source)
+    unseen = gains.new_zeros(len(gains), svd.d_model - svd.rank)
+    return Gate(complete(svd.directions), torch.cat([gains, unseen], dim=1), 0.0, svd.source)

@@ -1,0 +1,172 @@
+"""Edits bound to sites: the `(name, function)` pairs that `run_with_hooks(fwd_hooks=…)` takes, next to anyone else's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from mechsvd.checks import once, with_options
+from mechsvd.edits.gates import Gate
+from mechsvd.edits.maps import Each, Edit, EditError, gates_of, require_same_shape
+from mechsvd.model.identity import provenance_of
+from mechsvd.model.reading import Reading
+from mechsvd.model.sites import Hook, Model, Site, SiteOptions, find_sites, valid_positions, where_of
+from mechsvd.results import Provenance, require_same_model
+
+Observer = Callable[[Site, Tensor, Tensor], None]  # site, attempted write, kept write
+
+
+@with_options(SiteOptions)
+def fwd_hooks(
+    model: Model,
+    edit: Edit,
+    *,
+    check: bool = True,
+    **options: Unpack[SiteOptions],
+) -> list[Hook]:
+    """Bind an edit to the sites of a model, as hooks for `run_with_hooks`, `hooks` or `generate`.
+
+    Args:
+        edit: a gate, a chain, or any function `edit(x, hook)` of the writes "batch pos d_model" that returns a new tensor of
+            that shape.
+        check: refuse a basis that comes from another model or processing state.
+        options: see `SiteOptions` (layers, components, positions, missing). Where a run begins is read off the KV cache that the
+            model is given, so a text may be read in chunks.
+
+    Returns:
+        One `(hook name, function)` per site, in the order of writing; with `positions`, one more before them, which sees how
+        much of the text is cached.
+
+    Raises:
+        KeyError: an unknown layer or component.
+        TypeError: an edit that cannot be called, or positions that are not whole numbers.
+        ValueError: an edit over another `d_model` or of another model, a stack of edits, or a position below 0.
+    """
+    where = where_of(options)
+    sites, chosen = find_sites(model, where.layers, where.components, where.missing), valid_positions(where.positions)
+    if isinstance(edit, Gate) and edit.is_stack:
+        raise ValueError(f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, or measure all by `measure`.")
+    require_fitting_edit(model, edit, provenance_of(model) if check and gates_of(edit) else None)
+    return hooks_at(model, edit, sites, chosen)
+
+
+def hooks_at(
+    model: Model, edit: Edit, sites: Sequence[Site], positions: Sequence[int] | None, observe: Observer | None = None
+) -> list[Hook]:
+    """Bind an edit to sites for runs that may begin anywhere in a text, as those with a KV cache do.
+
+    Raises:
+        ValueError: positions at a first layer without attention.
+    """
+    if positions is None:
+        return [(site.hook_name, bind(edit, site, observe=observe)) for site in sites]
+    reading = Reading(model, sites[0].layer)
+    hooks = [(site.hook_name, bind(edit, site, positions, observe, reading=reading)) for site in sites]
+    return [reading.hook, *hooks]
+
+
+def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) -> None:
+    """Refuse an edit that cannot be called, or whose basis is of another size or, where `source` is known, another model.
+
+    Raises:
+        TypeError, ValueError: saying which.
+    """
+    if not callable(edit):
+        raise TypeError(f"An edit must be a function of the writes, but this is {type(edit).__name__}; make one by `mechsvd.keep`.")
+    for gate in gates_of(edit):
+        if gate.d_model != model.cfg.d_model:
+            raise ValueError(f"The edit's basis has d_model {gate.d_model}, but the model's is {model.cfg.d_model}.")
+        require_same_model(gate.source, source, "The basis and the model")
+
+
+def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | Each:
+    """Take one gate, a stack of gates or a list of edits as a stack that fits the model and lies on its device.
+
+    Raises:
+        TypeError, ValueError: as `require_fitting_edit`; no edits; a stack in a list.
+    """
+    if isinstance(edits, Gate):
+        require_fitting_edit(model, edits, source)
+        device = next(model.parameters()).device
+        stacked = edits.gains if edits.is_stack else edits.gains[None]
+        return Gate(edits.basis.to(device), stacked.to(device), edits.rest, edits.source)
+    edits = once(edits)
+    if not isinstance(edits, Sequence) or not edits:
+        what = "is empty" if isinstance(edits, Sequence) else f"is {type(edits).__name__}"
+        raise TypeError(f"`edits` must be a stack of gates or a list of edits, at least one, but {what}.")
+    for edit in edits:
+        require_fitting_edit(model, edit, source)
+        if isinstance(edit, Gate) and edit.is_stack:
+            raise ValueError("A stack of gates cannot be one of a list of edits: pass the stack alone, or its members `stack[i]`.")
+    return Each(tuple(edits))
+
+
+def bind(
+    edit: Edit,
+    site: Site,
+    positions: Sequence[int] | None = None,
+    observe: Observer | None = None,
+    rows: int | None = None,
+    reading: Reading | None = None,
+) -> Callable[..., Tensor]:
+    """Make the hook function of one site: edit, check the shape, restore dtype and device, spare the other positions.
+
+    Args:
+        observe: is shown the attempted and the kept write, at the edited positions.
+        rows: how many rows the edit returns; as many as it gets by default.
+        reading: knows where in the text a run begins; at its beginning by default.
+    """
+    chosen = None if positions is None else torch.tensor(sorted(positions))
+
+    def hook_function(x: Tensor, hook: Any = None) -> Tensor:
+        if x.ndim == 2:  # OPT's MLP sees [batch·pos, d_model]
+            shape = (reading.rows, reading.length, x.shape[-1]) if reading else (1, *x.shape)
+            return hook_function(x.reshape(shape), hook).flatten(0, 1)
+        edited = _run(edit, x, SitePoint(site, hook), rows)
+        if chosen is None:
+            if observe:
+                observe(site, x, edited)
+            return edited
+        start = reading.start(site) if reading else 0
+        mask = torch.isin(torch.arange(start, start + x.shape[1]), chosen).to(x.device)
+        if observe:
+            observe(site, x[:, mask], edited[:, mask])
+        return torch.where(mask[:, None], edited, x)
+
+    return hook_function
+
+
+class SitePoint:
+    """TransformerLens's hook point under the name of `find_sites`, which differs between versions; the rest is the point's own."""
+
+    def __init__(self, site: Site, point: Any):
+        self.name = site.hook_name
+        self._site, self._point = site, point
+
+    def layer(self) -> int:
+        """The layer of the site."""
+        return self._site.layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._point, name)
+
+    def __str__(self) -> str:
+        return f"layer {self._site.layer} {self._site.component}"
+
+
+def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:
+    before = None if x.is_inference() else x._version
+    try:
+        edited = edit(x, hook=point)
+    except (torch.OutOfMemoryError, MemoryError, EditError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"The edit failed at {point}: {error}") from error
+    if before is not None and x._version != before:
+        raise ValueError(
+            f"The edit at {point} changed its input in place, which would change the clean run and other edits too; return a new "
+            "tensor, `x = x.clone()` first."
+        )
+    return require_same_shape(edited, x, None, point, rows).to(x)

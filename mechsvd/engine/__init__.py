@@ -1,0 +1,1 @@
+"""The engine: many edits in one forward pass, once for everybody."""

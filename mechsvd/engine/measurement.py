@@ -1,0 +1,312 @@
+"""The engine: a model, a task and a stack of edits, many edits in one forward pass, measured against the clean run."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from typing_extensions import Unpack
+
+from mechsvd.checks import warn, with_options
+from mechsvd.edits.gates import Gate
+from mechsvd.edits.hooks import bind
+from mechsvd.edits.maps import Each, Edit, Stack, chain
+from mechsvd.engine.batches import rows_a_pass, run_batches
+from mechsvd.engine.noise import spread_by_rounding
+from mechsvd.engine.session import RunOptions, Session, open_session
+from mechsvd.fields import require_between, require_declared, require_length
+from mechsvd.linalg.subspace import at_least_single
+from mechsvd.model.runs import run_model
+from mechsvd.model.selfcheck import SelfCheck
+from mechsvd.model.sites import Hook, Model, Site, Where
+from mechsvd.model.tasks import Task
+from mechsvd.results import Provenance, load_result, result, save_result
+
+_BY_EDIT = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
+
+
+@result
+class Measurement:
+    """What is left of a task under each edit of a stack.
+
+    Attributes:
+        log_probs: natural-log probability of each continuation token, in nats.
+        is_greedy: whether each continuation token is the most probable one; if all are, greedy text would be the same.
+        orig_deltas, kept_deltas: root-mean-square L2 norm over positions of the attempted write / of what the edit let
+            through, at each site, in the units of the residual stream.
+        clean: the same for the model without an edit; None in that measurement itself.
+        noise_floor: how far the clean log-probability moves for no reason, in nats; None where it was not asked for.
+    """
+
+    log_probs: Float[Tensor, "edit scored"]
+    is_greedy: Bool[Tensor, "edit scored"]
+    orig_deltas: Float[Tensor, "edit site"]
+    kept_deltas: Float[Tensor, "edit site"]
+    sites: tuple[Site, ...]
+    clean: "Measurement | None" = None
+    source: Provenance | None = None
+    noise_floor: float | None = None
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Measurement":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "sites", self.orig_deltas.shape[1], "site of `orig_deltas`")
+        if self.clean is not None and self.clean.log_probs.shape != (1, self.log_probs.shape[1]):
+            raise ValueError(
+                f"`clean` must have one edit and the {self.log_probs.shape[1]} scored tokens of the others, but its `log_probs` "
+                f"have shape {list(self.clean.log_probs.shape)}."
+            )
+
+    def _require_values(self) -> None:
+        require_between(self, ["log_probs"], -float("inf"), 0)  # NaN where an edit made the model overflow
+        require_between(self, ["orig_deltas", "kept_deltas", "noise_floor"], 0)
+
+    def __getitem__(self, edits: slice | Tensor) -> "Measurement":
+        """Some of the edits, in the order asked for, beside the same clean run."""
+        columns: dict[str, Any] = {name: getattr(self, name)[edits] for name in _BY_EDIT}
+        return replace(self, **columns)
+
+    def __len__(self) -> int:
+        """Number of edits."""
+        return len(self.log_probs)
+
+    @property
+    def against(self) -> "Measurement":
+        """The clean run that the edits are held against.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.clean is None:
+            raise ValueError("This measurement holds no clean run, so there is nothing to compare with; make it by `measure`.")
+        return self.clean
+
+    @property
+    def log_prob(self) -> Float[Tensor, " edit"]:
+        """Natural-log probability of the whole continuation, in nats."""
+        return self.log_probs.sum(dim=-1, dtype=torch.float64)  # a float32 sum rounds more than most effects are
+
+    @property
+    def orig_delta(self) -> Float[Tensor, " edit"]:
+        """Root-mean-square norm of an attempted write over sites and positions."""
+        return self.orig_deltas.square().mean(dim=-1).sqrt()
+
+    @property
+    def kept_delta(self) -> Float[Tensor, " edit"]:
+        """Root-mean-square norm of a kept write over sites and positions."""
+        return self.kept_deltas.square().mean(dim=-1).sqrt()
+
+    def to_pandas(self) -> Any:
+        """One row an edit: log_prob, probability, surprise, orig_delta, kept_delta."""
+        import pandas as pd
+
+        columns = {
+            "log_prob": self.log_prob,
+            "probability": self.log_prob.exp(),
+            "surprise": -self.log_prob,
+            "orig_delta": self.orig_delta,
+            "kept_delta": self.kept_delta,
+        }
+        return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+
+    def sites_to_pandas(self) -> Any:
+        """One row an edit and site: layer, component, orig_delta, kept_delta."""
+        import pandas as pd
+
+        edits = len(self)
+        return pd.DataFrame(
+            {
+                "edit": [i for i in range(edits) for _ in self.sites],
+                "layer": [s.layer for s in self.sites] * edits,
+                "component": [s.component for s in self.sites] * edits,
+                "orig_delta": self.orig_deltas.flatten().numpy(),
+                "kept_delta": self.kept_deltas.flatten().numpy(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        low, high = float(self.log_prob.min()), float(self.log_prob.max())
+        clean = f"{float(self.clean.log_prob):.4f} nats clean, " if self.clean else ""
+        return (
+            f"Measurement of {len(self)} edits at {len(self.sites)} sites\n"
+            f"  log-probability of {self.log_probs.shape[1]} tokens: {clean}{low:.4f} to {high:.4f} edited\n"
+            f"  on {self.source.model if self.source else 'an unnamed model'}"
+        )
+
+
+@with_options(RunOptions)
+def measure(
+    model: Model,
+    task: Task,
+    edits: Gate | Sequence[Edit],
+    *,
+    noise_floor: bool = False,
+    **options: Unpack[RunOptions],
+) -> Measurement:
+    """Run a task under many edits, several in each forward pass as rows of its batch, and under none.
+
+    Edits of like cost run together, everything before the first edited site is computed once for all of them, and only the
+    scored positions are unembedded. When memory runs out the batch is halved.
+
+    Args:
+        edits: a stack of gates over one basis (fastest), or any edits, each applied to its own row.
+        noise_floor: measure it too, by one more pass: the spread in nats of the clean log-probability over two batch sizes,
+            and over writes whose entries are moved at random by up to eight times the precision of the model's dtype.
+        options: see `RunOptions` (layers, components, positions, batch_size, …). Deltas are over the edited positions.
+
+    Raises:
+        TypeError: something else than a task, or than edits.
+        ValueError: a task that does not fit the model, a basis of another `d_model` or model, an edit that changes shapes.
+        MemoryError: one edit alone does not fit.
+    """
+    with open_session(model, [task], **options) as session:
+        stack = session.stack(edits)
+        setup = _Setup(session, task)
+        rows = _run_all(setup, stack, session.progress)
+        floor = setup.noise_floor(rows[:1]) if noise_floor else None
+        source = session.provenance(session.sites)
+    edited, clean = rows[1:], rows[:1]
+    _warn_not_finite(edited)
+    return replace(edited, clean=replace(clean, source=source), source=source, noise_floor=floor)
+
+
+def joined(parts: Sequence[Measurement]) -> Measurement:
+    """Measurements of one task at the same sites as one, in their order; the clean run is the first one's."""
+    columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _BY_EDIT}
+    return replace(parts[0], **columns)
+
+
+def estimate_seconds(model: Model, task: Task, edits: int) -> float:
+    """Foretell how long it takes to measure so many edits, from two small measurements."""
+    few = min(8, rows_a_pass(model, task))
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        measure(model, task, [chain()] * count, check=False, progress=False)
+        return time.perf_counter() - started
+
+    seconds(1)  # the first run pays for what is set up once
+    one, several = seconds(1), seconds(few)
+    an_edit = max(0.0, several - one) / max(1, few - 1)
+    return edits * an_edit + -(-edits // rows_a_pass(model, task)) * max(0.0, one - an_edit)
+
+
+def score(
+    model: Model, task: Task, check: SelfCheck, hooks: Sequence[Hook] = (), rows: int = 1
+) -> tuple[Float[Tensor, "edit scored"], Bool[Tensor, "edit scored"]]:
+    """One forward pass of a task with hooks that make so many rows of it: log-probabilities, and which tokens are greedy.
+
+    Gradients flow through it where they are enabled; see `evaluation`.
+    """
+    tokens = task.tokens.to(next(model.parameters()).device)
+    batch = tokens.expand(1 if check.shares_prefix else rows, -1)
+    logits = run_model(model, batch, hooks, task.scored, cut_early=check.scores_alone)
+    log_probs = logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
+    target = tokens[task.prompt_length :].expand(rows, -1)
+    return log_probs.gather(-1, target[..., None])[..., 0], log_probs.argmax(dim=-1) == target
+
+
+def clean_noise(session: Session, task: Task) -> float:
+    """How far the clean log-probability moves for no reason, in nats, when the writes of all sites move; see `measure`."""
+    setup = _Setup(replace(session, where=Where(missing="skip")), task)
+    with torch.no_grad():
+        return setup.noise_floor(setup.forward(chain(), 1))
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """All that the forward passes of one measurement have in common."""
+
+    session: Session
+    task: Task
+
+    @cached_property
+    def positions(self) -> tuple[int, ...] | None:
+        """The positions that are edited; None for all."""
+        return self.session.positions(len(self.task.tokens))
+
+    def run(self, edits: Stack, order: Tensor, progress: bool | None = False) -> list[Measurement]:
+        """Some edits of a stack, as many in each forward pass as may share one."""
+        size, halve = self.session.rows_per_pass(self.task), self.session.halve(self.task)
+        return run_batches(lambda rows: self.forward(edits[rows], len(rows)), order, size, halve, progress)
+
+    def forward(self, rows: Edit, count: int) -> Measurement:
+        """One forward pass with an edit that makes so many rows of the batch, each edited in its own way."""
+        orig: list[Tensor] = []
+        kept: list[Tensor] = []
+
+        def observe(site: Site, attempted: Tensor, let_through: Tensor) -> None:
+            orig.append(_rms_norm(attempted).expand(count))
+            kept.append(_rms_norm(let_through))
+
+        sites = self.session.sites
+        hooks = [(site.hook_name, bind(rows, site, self.positions, observe, count)) for site in sites]
+        scored, is_greedy = score(self.session.model, self.task, self.session.check, hooks, count)
+        orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
+        return Measurement(scored.cpu(), is_greedy.cpu(), orig_deltas, kept_deltas, sites)
+
+    def noise_floor(self, clean: Measurement) -> float:
+        """How far the clean log-probability moves for no reason; see `measure`."""
+
+        def log_probs(moved: Stack) -> Tensor:
+            return joined([clean, *self.run(moved, torch.arange(len(moved)))]).log_prob
+
+        return spread_by_rounding(log_probs, next(self.session.model.parameters()).dtype)
+
+
+@dataclass(frozen=True)
+class _WithClean:
+    """A stack of edits with the clean run as its first row."""
+
+    edits: Gate | Each
+
+    def __len__(self) -> int:
+        return 1 + len(self.edits)
+
+    def __getitem__(self, rows: Int[Tensor, " row"]) -> Edit:
+        if rows[0] != 0:
+            return self.edits[rows - 1]
+        return _BehindClean(self.edits[rows[1:] - 1]) if len(rows) > 1 else chain()
+
+
+@dataclass(frozen=True)
+class _BehindClean:
+    """A stack of edits behind a first row that is left as it is: the clean run, in the same pass."""
+
+    edits: Edit
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        return torch.cat([x[:1], self.edits(x if len(x) == 1 else x[1:], hook=hook).to(x)])
+
+
+def _run_all(setup: _Setup, edits: Gate | Each, progress: bool | None) -> Measurement:
+    """All edits, of like cost together, in the order given; the clean run is row 0, and so is every edit that changes nothing."""
+    order = torch.arange(len(edits))
+    if isinstance(edits, Gate):
+        order = edits.like_together().cpu()
+        order = order[~edits.changes_nothing.cpu()[order]]
+    parts = setup.run(_WithClean(edits), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), progress)
+    row = torch.zeros(1 + len(edits), dtype=torch.long)
+    row[1 + order] = torch.arange(1, 1 + len(order))
+    return joined(parts)[row]
+
+
+def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
+    return torch.linalg.vector_norm(writes, dim=(-2, -1), dtype=at_least_single(writes.dtype)) / writes.shape[1] ** 0.5
+
+
+def _warn_not_finite(edited: Measurement) -> None:
+    wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if wrong:
+        warn(f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them so.")

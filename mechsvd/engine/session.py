@@ -1,0 +1,145 @@
+"""Opening a model for some tasks: what every call that runs one checks, sets up, and needs to know."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from typing_extensions import Unpack
+
+from mechsvd.checks import require_whole, warn
+from mechsvd.edits.gates import Gate
+from mechsvd.edits.hooks import as_stack
+from mechsvd.edits.maps import Each
+from mechsvd.engine.batches import halving, rows_a_pass
+from mechsvd.linalg.decomposition import Decomposition
+from mechsvd.model.evaluation import OtherHooks, evaluation
+from mechsvd.model.identity import provenance_of, weights_read_once
+from mechsvd.model.selfcheck import SelfCheck, require_sound
+from mechsvd.model.sites import Model, Site, SiteOptions, Where, find_sites, valid_positions, where_of
+from mechsvd.model.tasks import Task, require_fitting
+from mechsvd.results import Provenance
+
+
+class RunOptions(SiteOptions, total=False):
+    """The options of every call that runs a model, in addition to where it acts.
+
+    Attributes:
+        check: refuse a model whose hooks are not its writes (see `self_check`), and directions of another model.
+        batch_size: rows in one forward pass; by default from the free memory and the size of the model.
+        batched_hooks: your own hooks on the model act on every row of a batch. By default they may act on a single row, so
+            while there are any, each row runs alone.
+        progress: a bar with an estimate; by default only where it is seen.
+    """
+
+    check: bool
+    batch_size: int | None
+    batched_hooks: bool
+    progress: bool | None
+
+
+class MeasureOptions(RunOptions, total=False):
+    """The options of `measure`, and of what calls it.
+
+    Attributes:
+        noise_floor: measure it too; see `measure`.
+    """
+
+    noise_floor: bool
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model opened for some tasks.
+
+    Attributes:
+        where: which writes are meant.
+        check: the self-check of the model.
+        other_hooks: hooks of the user on the model.
+        notes: what the provenance of results says besides.
+        options: all that the user asked for.
+    """
+
+    model: Model
+    tasks: tuple[Task, ...]
+    where: Where
+    check: SelfCheck
+    other_hooks: OtherHooks
+    notes: tuple[str, ...]
+    options: RunOptions
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites where edits act or writes are collected."""
+        return find_sites(self.model, self.where.layers, self.where.components, self.where.missing)
+
+    @property
+    def progress(self) -> bool | None:
+        """Whether a bar is shown; None for where it is seen."""
+        return self.options.get("progress")
+
+    def positions(self, length: int) -> tuple[int, ...] | None:
+        """The positions that are meant in a text of this length; None for all."""
+        return valid_positions(self.where.positions, length)
+
+    def rows_per_pass(self, task: Task) -> int:
+        """How many rows of this task share a forward pass."""
+        if self.other_hooks.one_row:
+            return 1
+        asked = self.options.get("batch_size")
+        return rows_a_pass(self.model, task) if asked is None else int(asked)
+
+    def halve(self, task: Task) -> Callable[[int], int]:
+        """What halves the rows of a pass when memory runs out."""
+        return halving(self.model, task)
+
+    def provenance(self, sites: Sequence[Site] = ()) -> Provenance:
+        """The model, its state, the tokens of the tasks, and whose hooks took part."""
+        tokens = tuple(tuple(task.tokens.tolist()) for task in self.tasks)
+        return provenance_of(self.model, tokens, tuple(sites), (*self.notes, *self.other_hooks.notes))
+
+    @property
+    def required_source(self) -> Provenance | None:
+        """What directions must come from; None where that is not checked."""
+        return self.provenance() if self.options.get("check", True) else None
+
+    def stack(self, edits: Any) -> Gate | Each:
+        """Edits as a stack that fits the model and lies on its device; see `as_stack`."""
+        return as_stack(self.model, edits, self.required_source)
+
+
+@contextmanager
+def open_session(
+    model: Model, tasks: Sequence[Task] = (), *, gradients: bool = False, **options: Unpack[RunOptions]
+) -> Iterator[Session]:
+    """Open a model for some tasks: check all, evaluate without dropout, and read the weights at most once until the end.
+
+    A session inside another one of the same model reads no weights again and does not repeat warnings.
+
+    Args:
+        gradients: allow them; see `evaluation`.
+
+    Raises:
+        TypeError, KeyError, ValueError: a task or a site that does not fit the model; a model that fails its self-check.
+    """
+    where = where_of(options)
+    for task in tasks:
+        require_fitting(model, task)
+    if options.get("batch_size") is not None:
+        require_whole("batch_size", options.get("batch_size"), 1)
+    if not gradients:  # weights need no sites
+        find_sites(model, where.layers, where.components, where.missing)  # a wrong one is refused before the model runs
+    check, notes = require_sound(model, options.get("check", True), where.missing)
+    batched = options.get("batched_hooks", False)
+    with evaluation(model, gradients=gradients, batched_hooks=batched) as others, weights_read_once(model):
+        yield Session(model, tuple(tasks), where, check, others, notes, options)
+
+
+def warn_other_sites(svd: Decomposition, sites: Sequence[Site]) -> None:
+    """Warn when the edited sites are not those whose writes were decomposed."""
+    if svd.source and {site.hook_name for site in sites} != set(svd.source.hooks):
+        warn(
+            f"{len(sites)} sites are edited, but the directions were computed from the writes of {len(svd.source.hooks)} sites; "
+            "pass the same `layers` and `components` as to `collect_writes`, unless you mean it."
+        )

@@ -1,0 +1,172 @@
+"""Collecting writes: what every site adds to the residual stream at every position of a text."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import Unpack
+
+from mechsvd.checks import with_options
+from mechsvd.engine.batches import run_batches
+from mechsvd.engine.session import RunOptions, Session, open_session
+from mechsvd.fields import require_between, require_declared, require_finite, require_length
+from mechsvd.model.runs import run_model
+from mechsvd.model.sites import COMPONENTS, Model, Site
+from mechsvd.model.tasks import Task, as_tasks
+from mechsvd.results import Provenance, load_result, result, save_result
+
+
+@result
+class Writes:
+    """Writes of a model, site by site in the order of writing, over the positions of one text or several.
+
+    Attributes:
+        values: in the units of the residual stream.
+        sites: what the first axis is.
+        tokens, positions, task_index: what the second axis is: token id, absolute position, and number of the text.
+        pieces: the text of each token; `[id]` for tokens of a task that does not know it, and empty where none does.
+    """
+
+    values: Float[Tensor, "site pos d_model"]
+    sites: tuple[Site, ...]
+    tokens: Int[Tensor, " pos"]
+    positions: Int[Tensor, " pos"]
+    task_index: Int[Tensor, " pos"]
+    pieces: tuple[str, ...] = ()
+    source: Provenance | None = None
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Writes":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "sites", self.values.shape[0], "site of `values`")
+        if self.pieces:
+            require_length(self, "pieces", len(self.tokens), "token")
+
+    def _require_values(self) -> None:
+        require_finite(self, "values")
+        require_between(self, ["tokens", "positions", "task_index"], 0)
+
+    def __len__(self) -> int:
+        """Number of writes: sites × positions."""
+        return self.values.shape[0] * self.values.shape[1]
+
+    def to_pandas(self) -> Any:
+        """One row a write, with its L2 norm."""
+        import pandas as pd
+
+        sites, count = len(self.sites), len(self.tokens)
+        return pd.DataFrame(
+            {
+                "layer": [s.layer for s in self.sites for _ in range(count)],
+                "component": [s.component for s in self.sites for _ in range(count)],
+                "task": self.task_index.tolist() * sites,
+                "position": self.positions.tolist() * sites,
+                "token": (list(self.pieces) or self.tokens.tolist()) * sites,
+                "norm": self.values.float().norm(dim=-1).flatten().cpu().numpy(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        layers = len({site.layer for site in self.sites})
+        kinds = " and ".join(c for c in COMPONENTS if any(s.component == c for s in self.sites))
+        return (
+            f"{len(self)} writes: {len(self.sites)} sites × {len(self.tokens)} positions, in {self.values.shape[2]} dimensions\n"
+            f"  {kinds} of {layers} layers, {int(self.task_index.max()) + 1} task(s)\n"
+            f"  from {self.source.model if self.source else 'bare tensors'}"
+        )
+
+
+@with_options(RunOptions)
+def collect_writes(
+    model: Model,
+    tasks: Task | Sequence[Task],
+    *,
+    skip_bos: bool = False,
+    **options: Unpack[RunOptions],
+) -> Writes:
+    """Collect what attention and MLP layers write to the residual stream, in one forward pass a text length, or more
+    where memory asks for it.
+
+    Every position counts by default, prompt and continuation and BOS, as in the shortform; BOS can own the top direction.
+
+    Args:
+        tasks: one or several; those of the same length run together, and none is padded.
+        skip_bos: leave out the BOS token.
+        options: see `RunOptions` (layers, components, positions, batch_size, …); `components=("attn",)` gives the shortform's
+            first, attention-only diagrams.
+
+    Returns:
+        Writes with the positions of all tasks one after the other, in the order given.
+
+    Raises:
+        ValueError: no tasks, nothing left to collect, a model that fails the self-check, NaN or inf in the writes.
+        KeyError: an unknown layer or component.
+    """
+    chosen = as_tasks(tasks)
+    with open_session(model, chosen, **options) as session:
+        sites = session.sites
+        kept = [_kept_positions(session, task, skip_bos) for task in chosen]
+        values = _run_by_length(session)
+        source = session.provenance(sites)
+    values = [value[:, keep] for value, keep in zip(values, kept, strict=True)]
+    for number, (value, keep) in enumerate(zip(values, kept, strict=True)):
+        _require_finite(value, sites, keep, number)
+    any_text = any(task.pieces for task in chosen)
+    return Writes(
+        values=torch.cat(values, dim=1),
+        sites=sites,
+        tokens=torch.cat([task.tokens[keep] for task, keep in zip(chosen, kept, strict=True)]),
+        positions=torch.cat(kept),
+        task_index=torch.cat([torch.full_like(keep, i) for i, keep in enumerate(kept)]),
+        pieces=tuple(task.texts[i] for task, keep in zip(chosen, kept, strict=True) for i in keep.tolist()) if any_text else (),
+        source=source,
+    )
+
+
+def _run_by_length(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
+    model, tasks = session.model, session.tasks
+    device = next(model.parameters()).device
+    found: dict[int, Tensor] = {}
+
+    def forward(rows: Tensor) -> None:
+        stored: list[Tensor] = []
+        hooks = [(site.hook_name, lambda x, hook=None: stored.append(x.clone())) for site in session.sites]
+        run_model(model, torch.stack([tasks[i].tokens for i in rows]).to(device), hooks, scored=slice(0, 1))
+        found.update({int(i): torch.stack([x[row] for x in stored]) for row, i in enumerate(rows)})
+
+    for length in {len(task.tokens) for task in tasks}:
+        same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
+        one = tasks[same[0]]
+        run_batches(forward, torch.tensor(same), session.rows_per_pass(one), session.halve(one), session.progress or False)
+    return [found[i] for i in range(len(tasks))]
+
+
+def _kept_positions(session: Session, task: Task, skip_bos: bool) -> Int[Tensor, " kept"]:
+    length = len(task.tokens)
+    chosen = list(session.positions(length) or range(length))
+    if skip_bos:
+        bos = getattr(session.model.tokenizer, "bos_token_id", None)
+        chosen = [p for p in chosen if not (p == 0 and int(task.tokens[0]) == bos)]
+    if not chosen:
+        raise ValueError(f"No writes are left: `positions` and `skip_bos` exclude all {length} positions of the task.")
+    return torch.tensor(chosen)
+
+
+def _require_finite(values: Tensor, sites: Sequence[Site], kept: Tensor, number: int) -> None:
+    if values.isfinite().all():
+        return
+    site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
+    hint = " Half precision overflows easily: load the model with dtype=torch.float32." if values.element_size() < 4 else ""
+    raise ValueError(
+        f"The writes hold NaN or inf, first at layer {sites[site].layer} {sites[site].component}, position {int(kept[pos])} of "
+        f"prompt {number} ({values.dtype}).{hint}"
+    )

@@ -1,0 +1,1 @@
+"""Experiments: the shortform's questions, each a few lines over the engine."""

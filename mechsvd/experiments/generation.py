@@ -1,0 +1,144 @@
+"""Text from inside a subspace: a model goes on from a prompt, or from nothing, while every write is edited."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, overload
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from typing_extensions import Unpack
+
+from mechsvd.checks import is_number, require_whole, warn, with_options
+from mechsvd.edits.gates import Gate
+from mechsvd.edits.hooks import hooks_at
+from mechsvd.edits.maps import Edit, chain
+from mechsvd.engine.batches import run_batches
+from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.model.runs import continue_tokens, end_tokens
+from mechsvd.model.sites import Model, Site, require_model
+from mechsvd.model.tasks import Task, require_known
+from mechsvd.model.tokenization import fit_context, pieces_of, prompt_tokens, warn_unusual_start
+
+Prompt = str | Int[Tensor, " pos"]
+
+
+class GenerateOptions(RunOptions, total=False):
+    """The options of `generate`; see `generate_tasks`."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    prepend_bos: bool | None
+    truncate: Literal["left"] | None
+    use_kv_cache: bool
+
+
+@overload
+def generate(model: Model, prompt: Prompt, edit: Edit | None = None, **options: Unpack[GenerateOptions]) -> str: ...
+@overload
+def generate(model: Model, prompt: Prompt, edit: Sequence[Edit | None], **options: Unpack[GenerateOptions]) -> list[str]: ...
+@with_options(GenerateOptions)
+def generate(model: Model, prompt: Prompt, edit: Any = None, **options: Unpack[GenerateOptions]) -> str | list[str]:
+    """Let a model write on from a prompt while an edit acts on every write; greedily by default.
+
+    Args:
+        prompt: the text to go on from, or its token ids; "" is the bare start, BOS alone.
+        edit: one edit, None for the model as it is, or several (a list or a stack of gates), whose greedy texts are written
+            side by side as rows of one batch.
+        options: see `GenerateOptions` (max_new_tokens, temperature, seed, layers, positions, …).
+
+    Returns:
+        The prompt and what follows, up to the end of the text; a list of texts for several edits.
+
+    Raises:
+        TypeError, ValueError: as `generate_tasks`.
+    """
+    several = isinstance(edit, list | tuple) or (isinstance(edit, Gate) and edit.is_stack)
+    tasks = generate_tasks(model, prompt, edit if several else [edit], **options)
+    texts = [(prompt if isinstance(prompt, str) else task.text()[0]) + _said(model, task) for task in tasks]
+    return texts if several else texts[0]
+
+
+@with_options(RunOptions)
+def generate_tasks(
+    model: Model,
+    prompt: Prompt,
+    edits: Gate | Sequence[Edit | None],
+    *,
+    max_new_tokens: int = 60,
+    temperature: float = 0.0,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    truncate: Literal["left"] | None = None,
+    use_kv_cache: bool = True,
+    **options: Unpack[RunOptions],
+) -> list[Task]:
+    """As `generate`, but as tasks: what each edit wrote, ready to be measured, collected or decomposed.
+
+    Args:
+        temperature: 0 takes the most probable token; above 0, tokens are drawn, and each edit gets the same random numbers,
+            whatever stands beside it.
+        seed: of the draws; the global generators stay as they were.
+        truncate: "left" drops the oldest prompt tokens when prompt and new tokens do not fit into the context.
+        use_kv_cache: reuse keys and values of earlier positions; the text is the same without, but slower.
+        options: see `RunOptions` (layers, components, positions, batch_size, …); positions count through the prompt and what
+            follows.
+
+    Raises:
+        TypeError: a prompt that is not a string, edits that are none.
+        ValueError: a prompt that does not fit, no BOS to start from, a basis of another model, a temperature below 0.
+    """
+    _require_options(max_new_tokens, temperature, seed)
+    start = fit_context(model, _start(model, prompt, prepend_bos), max_new_tokens, truncate)
+    longest = _longest(start, max_new_tokens)
+    with open_session(model, **options) as session:
+        sites, chosen = session.sites, session.positions(len(longest.tokens))
+        stack = session.stack([chain() if e is None else e for e in edits] if isinstance(edits, list | tuple) else edits)
+        extend = partial(continue_tokens, temperature=temperature, seed=seed, use_kv_cache=use_kv_cache)
+
+        broken: dict[Site, Tensor] = {}
+
+        def observe(site: Site, attempted: Tensor, kept: Tensor) -> None:
+            broken[site] = ~kept.isfinite().all() | broken.get(site, False)
+
+        def forward(rows: Int[Tensor, " row"]) -> list[Tensor]:
+            hooks = hooks_at(model, stack[rows], sites, chosen, observe)
+            return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
+
+        size = 1 if temperature > 0 else session.rows_per_pass(longest)
+        parts = run_batches(forward, torch.arange(len(stack)), size, session.halve(longest), session.progress)
+    if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
+        warn(f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing.")
+    has_text = model.tokenizer is not None
+    return [Task(t, len(start), pieces_of(model, t.tolist()) if has_text else ()) for part in parts for t in part]
+
+
+def _said(model: Model, task: Task) -> str:
+    has_ended = int(task.tokens[-1]) in end_tokens(model)
+    return "".join(task.pieces[task.prompt_length : -1]) if has_ended else task.text()[1]
+
+
+def _start(model: Model, prompt: Any, prepend_bos: bool | None) -> list[int]:
+    require_model(model)
+    if not isinstance(prompt, Tensor):
+        return prompt_tokens(model, prompt, prepend_bos, may_be_empty=True)
+    if prompt.ndim != 1 or len(prompt) == 0 or prompt.is_floating_point() or prompt.dtype == torch.bool:
+        raise ValueError(
+            f"`prompt` must be text, or token ids of shape [pos], but is {prompt.dtype} of shape {list(prompt.shape)}."
+        )
+    require_known(model, prompt)
+    warn_unusual_start(model, prompt[:2].tolist(), "".join(map(str, prompt[:8].tolist())))
+    return prompt.tolist()
+
+
+def _longest(start: list[int], max_new_tokens: int) -> Task:
+    """A task of the size that the text can have."""
+    return Task(torch.tensor(start + [0] * max_new_tokens), len(start))
+
+
+def _require_options(max_new_tokens: Any, temperature: Any, seed: Any) -> None:
+    require_whole("max_new_tokens", max_new_tokens, 1)
+    require_whole("seed", seed, 0, 2**63 - 1)
+    if not is_number(temperature, 0):
+        raise ValueError(f"`temperature` is {temperature!r}, but must be 0 (the most probable token) or more, and finite.")

@@ -1,0 +1,158 @@
+"""One direction at a time: what the text loses without it, and the orders of the directions that follow from that."""
+
+from os import PathLike
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from typing_extensions import Unpack
+
+from mechsvd.checks import with_options
+from mechsvd.edits.gates import Gate
+from mechsvd.engine.measurement import Measurement, measure
+from mechsvd.engine.session import RunOptions, warn_other_sites
+from mechsvd.fields import require_between, require_declared, require_falling, require_finite, require_length
+from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.model.sites import Model
+from mechsvd.model.tasks import Task
+from mechsvd.results import Provenance, load_result, require_kind, require_same_model, result, save_result
+
+
+@result
+class Ranking:
+    """What each direction is worth to a task: the measurement without it, beside the singular value.
+
+    Attributes:
+        singular_values: in the units of the residual stream.
+        measurement: row j has direction j removed from every write.
+    """
+
+    singular_values: Float[Tensor, " rank"]
+    measurement: Measurement
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Ranking":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "measurement", len(self.singular_values), "direction")
+
+    def _require_values(self) -> None:
+        require_finite(self, "singular_values")
+        require_between(self, ["singular_values"], 0)
+        require_falling(self, "singular_values")
+
+    @property
+    def effect(self) -> Float[Tensor, " rank"]:
+        """Clean minus edited log-probability in nats, so that damage is positive."""
+        return self.measurement.against.log_prob - self.measurement.log_prob
+
+    @property
+    def noise_floor(self) -> float:
+        """How far the clean log-probability moves with the batch size and one rounding a write, in nats; see `measure`."""
+        return self.measurement.noise_floor or 0.0
+
+    @property
+    def is_noise(self) -> Bool[Tensor, " rank"]:
+        """Which effects are no larger than the numerical noise."""
+        return self.effect.abs() <= self.noise_floor
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's correlation of effect and singular value over all directions; NaN for fewer than two."""
+        from scipy.stats import spearmanr
+
+        return float(spearmanr(self.singular_values.numpy(), self.effect.numpy()).statistic)
+
+    @property
+    def source(self) -> Provenance | None:
+        """The model and task of the measurement."""
+        return self.measurement.source
+
+    def to_pandas(self) -> Any:
+        """One row a direction: direction, singular_value, log_prob, effect, is_noise."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "direction": range(len(self.singular_values)),
+                "singular_value": self.singular_values.numpy(),
+                "log_prob": self.measurement.log_prob.numpy(),
+                "effect": self.effect.numpy(),
+                "is_noise": self.is_noise.numpy(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        worst, silent = int(self.effect.argmax()), int(self.is_noise.sum())
+        return (
+            f"Ranking of {len(self.singular_values)} directions, each removed alone: direction {worst} does most damage\n"
+            f"  {float(self.effect[worst]):.4g} nats; {silent} effects within the noise floor of {self.noise_floor:.1e} nats\n"
+            f"  on {self.source.model if self.source else 'an unnamed model'}"
+        )
+
+
+@with_options(RunOptions)
+def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Unpack[RunOptions]) -> Ranking:
+    """Remove each singular direction alone from every write, and measure what the continuation loses; exact, all directions.
+
+    Many directions share a forward pass as rows of its batch, each at the cost of a dot product a write.
+
+    Args:
+        options: see `RunOptions` (layers, components, positions, batch_size, progress, …).
+
+    Returns:
+        One row a direction, in the order of the decomposition.
+
+    Raises:
+        TypeError, ValueError: as `measure`; a decomposition without directions.
+    """
+    require_decomposition(svd)
+    gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
+    measured = measure(model, task, Gate(svd.directions, gains, 1.0, svd.source), noise_floor=True, **options)
+    warn_other_sites(svd, measured.sites)
+    return Ranking(svd.singular_values.cpu(), measured)
+
+
+def order_by_singular_value(svd: Decomposition) -> Int[Tensor, " rank"]:
+    """The order of the decomposition itself: by falling singular value."""
+    require_decomposition(svd)
+    return torch.arange(svd.rank)
+
+
+def order_by_effect(ranking: Ranking) -> Int[Tensor, " rank"]:
+    """By falling damage; directions of equal effect stay in the order of their singular values."""
+    require_kind(ranking, Ranking)
+    return ranking.effect.argsort(descending=True, stable=True)
+
+
+def order_by_compromise(svd: Decomposition, ranking: Ranking, weight: float = 0.5) -> Int[Tensor, " rank"]:
+    """By the weighted mean of a direction's places in the two orders.
+
+    Args:
+        weight: of the place by effect, 0 to 1; the place by singular value has the rest. Ties go to the larger singular value.
+
+    Raises:
+        ValueError: a weight outside 0 to 1, or a ranking of other directions.
+    """
+    require_kind(ranking, Ranking)
+    if not 0 <= weight <= 1:
+        raise ValueError(f"`weight` is {weight}, but must be from 0 (singular value alone) to 1 (effect alone).")
+    if len(ranking.singular_values) != svd.rank:
+        raise ValueError(f"The ranking is of {len(ranking.singular_values)} directions, but the decomposition has {svd.rank}.")
+    require_same_model(svd.source, ranking.source, "The decomposition and the ranking")
+    if not torch.allclose(svd.singular_values.cpu(), ranking.singular_values):
+        raise ValueError("The ranking is of other directions, with other singular values; rank those of this decomposition.")
+    by_effect = order_by_effect(ranking).argsort()
+    return (weight * by_effect.double() + (1 - weight) * torch.arange(svd.rank).double()).argsort(stable=True)
+
+
+def order_at_random(svd: Decomposition, seed: int = 0) -> Int[Tensor, " rank"]:
+    """A seeded random order, to compare the others with."""
+    require_decomposition(svd)
+    return torch.randperm(svd.rank, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,131 @@
+"""Ridge in place of clipping: shrink every direction by its singular value, more and more strongly."""
+
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from mechsvd.checks import with_options
+from mechsvd.edits.gates import cheapest_gate, ridge_gains
+from mechsvd.engine.measurement import Measurement, measure
+from mechsvd.engine.session import MeasureOptions, warn_other_sites
+from mechsvd.fields import require_between, require_declared, require_finite, require_length
+from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.model.sites import Model
+from mechsvd.model.tasks import Task
+from mechsvd.results import Provenance, load_result, result, save_result
+
+STEPS = 64  # strengths, where none are given
+
+
+@result
+class RidgeSweep:
+    """What is left of a task when every write is shrunk as ridge regression does, for several strengths.
+
+    Attributes:
+        alphas: strengths, in squared units of the residual stream.
+        effective_directions: Σ s²/(s² + alpha), the effective number of directions that are left (ridge regression's effective
+            degrees of freedom).
+        measurement: one row a strength, and the clean run.
+        basis_source: the writes that the directions come from.
+    """
+
+    alphas: Float[Tensor, " edit"]
+    effective_directions: Float[Tensor, " edit"]
+    measurement: Measurement
+    basis_source: Provenance | None = None
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "RidgeSweep":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_length(self, "measurement", len(self.alphas), "strength")
+
+    def _require_values(self) -> None:
+        require_finite(self, "alphas", "effective_directions")
+        require_between(self, ["alphas", "effective_directions"], 0)
+
+    def to_pandas(self) -> Any:
+        """One row a strength: alpha, effective_directions, log_prob, probability, surprise, orig_delta, kept_delta."""
+        table = self.measurement.to_pandas()
+        table.insert(0, "effective_directions", self.effective_directions.numpy())
+        table.insert(0, "alpha", self.alphas.numpy())
+        return table
+
+    @property
+    def source(self) -> Provenance | None:
+        """The model and task of the measurement."""
+        return self.measurement.source
+
+    def __repr__(self) -> str:
+        few, many = float(self.effective_directions.min()), float(self.effective_directions.max())
+        return f"RidgeSweep over {len(self.alphas)} strengths, {few:.3g} to {many:.3g} effective directions\n" + "\n".join(
+            repr(self.measurement).splitlines()[1:]
+        )
+
+
+@with_options(MeasureOptions)
+def sweep_ridge(
+    model: Model,
+    task: Task,
+    svd: Decomposition,
+    alphas: Iterable[float] | Float[Tensor, " edit"] | None = None,
+    **options: Unpack[MeasureOptions],
+) -> RidgeSweep:
+    """Shrink every write by `shrink(svd, alpha)` while the model runs, for each strength alpha.
+
+    Args:
+        alphas: strengths; by default 64 whose effective numbers of directions are evenly spaced, the last one 0, which keeps all
+            that the decomposition saw. What it did not see is dropped, as in `sweep_rank`.
+        options: see `MeasureOptions` (layers, components, positions, batch_size, progress, …).
+
+    Raises:
+        TypeError: strengths that are no numbers.
+        ValueError: a strength below 0, NaN or inf, or none at all.
+    """
+    require_decomposition(svd)
+    chosen = _evenly_spaced(svd) if alphas is None else _valid_alphas(alphas)
+    gains = ridge_gains(svd.singular_values, chosen.to(svd.singular_values.device))
+    measured = measure(model, task, cheapest_gate(svd, gains.to(svd.directions)), **options)
+    warn_other_sites(svd, measured.sites)
+    return RidgeSweep(chosen, effective_directions(svd, chosen), measured, svd.source)
+
+
+def effective_directions(svd: Decomposition, alphas: Float[Tensor, " edit"]) -> Float[Tensor, " edit"]:
+    """The effective number of directions, Σ s²/(s² + alpha), for each strength.
+
+    Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed., eq. 3.50.
+    """
+    return ridge_gains(svd.singular_values.cpu().double(), alphas).sum(dim=-1)
+
+
+def _evenly_spaced(svd: Decomposition) -> Float[Tensor, " edit"]:
+    import numpy as np
+
+    squares = svd.singular_values.cpu().double().square()
+    exponents = torch.linspace(float(squares[-1].log()) - 7, float(squares.sum().log()) + 7, 4096, dtype=torch.float64)
+    numbers = effective_directions(svd, exponents.exp())  # falling
+    wanted = torch.linspace(0, svd.rank, STEPS + 1, dtype=torch.float64)[1:-1]
+    found = np.interp(wanted.numpy(), numbers.flip(0).numpy(), exponents.flip(0).numpy())
+    return torch.cat([torch.from_numpy(found).exp(), torch.zeros(1, dtype=torch.float64)])
+
+
+def _valid_alphas(alphas: Any) -> Float[Tensor, " edit"]:
+    if isinstance(alphas, str) or not isinstance(alphas, Iterable):
+        raise TypeError(f"`alphas` must be a list of numbers, but is {alphas!r:.40}.")
+    try:
+        found = torch.as_tensor(alphas if isinstance(alphas, Tensor) else list(alphas), dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`alphas` must be a list of numbers, but is {alphas!r:.40}.") from error
+    if found.ndim != 1 or len(found) == 0 or not found.isfinite().all() or (found < 0).any():
+        raise ValueError(f"`alphas` must be finite numbers from 0, at least one, but is {alphas!r:.60}.")
+    return found

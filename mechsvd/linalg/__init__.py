@@ -1,0 +1,1 @@
+"""Linear algebra of tensors: subspaces, decompositions, comparisons, eigenpairs; no model, no site."""

@@ -1,0 +1,285 @@
+"""The SVD of a sample of vectors: singular values, directions, and which vectors write each direction. Tensors only."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechsvd.checks import is_whole, warn
+from mechsvd.fields import require_between, require_declared, require_falling, require_finite
+from mechsvd.linalg.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
+from mechsvd.results import Provenance, load_result, result, save_result, with_notes
+
+
+@result
+class Decomposition:
+    """The singular value decomposition of a sample of writes, by falling singular value.
+
+    Attributes:
+        singular_values: in the units of the residual stream.
+        directions: right singular vectors as columns, orthonormal; the entry largest in size is positive in each.
+        left: left singular vectors, how much of each direction each write of the sample holds, with sign.
+        layer: the layer it was taken over, or None when pooled over all.
+        source: the model and tokens that the writes came from.
+    """
+
+    singular_values: Float[Tensor, " rank"]
+    directions: Float[Tensor, "d_model rank"]
+    left: Float[Tensor, "site pos rank"]
+    layer: int | None = None
+    source: Provenance | None = None
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Decomposition":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_between(self, ["layer"], 0)
+
+    def _require_values(self) -> None:
+        require_finite(self, "singular_values", "directions", "left")
+        require_between(self, ["singular_values"], 0)
+        require_falling(self, "singular_values")
+        if self.rank:
+            require_orthonormal(self.directions, rounding(self.directions.dtype), "`directions`")
+        lengths = self.left.double().square().sum(dim=(0, 1)).sqrt()
+        wrong = ((lengths - 1).abs() > 0.1) & (lengths > 0)  # at a singular value of zero there is no left vector
+        if wrong.any():
+            raise ValueError(f"`left` must have columns of length 1, but has one of {lengths[wrong][0]:g}.")
+
+    @property
+    def rank(self) -> int:
+        """Numerical rank: the number of directions."""
+        return self.singular_values.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Dimension of the residual stream."""
+        return self.directions.shape[0]
+
+    def subspace(self, rank: int) -> Subspace:
+        """The span of the first `rank` directions.
+
+        Raises:
+            ValueError: `rank` is not a whole number from 0 to the number of directions.
+        """
+        if not is_whole(rank, 0, self.rank):
+            raise ValueError(f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; choose 0 to {self.rank}.")
+        return Subspace(self.directions[:, : int(rank)], self.source)
+
+    def writer_map(self, direction: int) -> Float[Tensor, "site pos"]:
+        """Which site wrote a direction at which position: squared left singular vector, a share that sums to 1."""
+        if not 0 <= direction < self.rank:
+            raise ValueError(f"`direction` is {direction}, but the decomposition has directions 0 to {self.rank - 1}.")
+        return self.left[:, :, direction].square()
+
+    def to_pandas(self) -> Any:
+        """One row a direction: its singular value, and the share of the summed squares up to and including it."""
+        import pandas as pd
+
+        squares = self.singular_values.cpu().double().square()
+        return pd.DataFrame(
+            {
+                "direction": range(self.rank),
+                "singular_value": self.singular_values.cpu().numpy(),
+                "cumulative_share": (squares.cumsum(0) / squares.sum()).numpy(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        where = "pooled over layers" if self.layer is None else f"layer {self.layer}"
+        top = ", ".join(f"{s:.3g}" for s in self.singular_values[:4].tolist())
+        origin = self.source.model if self.source else "bare tensors"
+        return (
+            f"Decomposition of {self.left.shape[0]} sites × {self.left.shape[1]} positions, {where}\n"
+            f"  rank {self.rank} of {self.d_model} dimensions, singular values {top}, …\n  from {origin}"
+        )
+
+
+def decompose(writes: Any, *, per_layer: bool = False, center: bool = False) -> Any:
+    """Take the SVD of all writes, pooled over layers or one a layer.
+
+    Pooled and per layer are the same batched function; nothing is centred unless asked, as in the shortform. Directions
+    below the numerical rank are left out: with fewer writes than dimensions there are at most as many as writes.
+
+    Args:
+        writes: what `collect_writes` gives, or a bare tensor "site pos d_model".
+        per_layer: one decomposition a layer, each over the sites of that layer.
+        center: subtract the mean write of each sample first. Only the directions change: an edit still acts on whole writes,
+            so clipping to centred directions clips the mean too.
+
+    Returns:
+        A `Decomposition`; a tuple of them, by layer, with `per_layer`.
+
+    Raises:
+        ValueError: no writes, NaN or inf among them, or `per_layer` for a bare tensor.
+
+    Example:
+        >>> decompose(torch.diag(torch.tensor([3.0, 2.0]))[None]).singular_values
+        tensor([3., 2.])
+    """
+    values: Any = writes if isinstance(writes, Tensor) else getattr(writes, "values", None)
+    source: Provenance | None = getattr(writes, "source", None)
+    _require_sample(values)
+    if not per_layer:
+        pooled = decompose_groups(values[None], (None,), center, source)
+        _warn_unseen([values], pooled)
+        return pooled[0]
+    at, layers = _site_layers(writes), _site_layers(writes).unique().tolist()
+    groups = [values[at == layer] for layer in layers]
+    if len({len(group) for group in groups}) > 1:  # a hybrid model: some layers have fewer sites
+        found = tuple(decompose_groups(g[None], (n,), center, source)[0] for g, n in zip(groups, layers, strict=True))
+    else:
+        found = decompose_groups(torch.stack(groups), tuple(layers), center, source)
+    _warn_unseen(groups, found)
+    return found
+
+
+def require_decomposition(svd: Any) -> None:
+    """Refuse anything but a decomposition with at least one direction.
+
+    Raises:
+        TypeError, ValueError: saying what it is.
+    """
+    if not isinstance(svd, Decomposition):
+        raise TypeError(
+            f"`svd` must be a Decomposition, but is {type(svd).__name__}; of a `per_layer` tuple, take one and its layer."
+        )
+    if svd.rank == 0:
+        raise ValueError("This decomposition has no directions (its writes were all zero), so there is nothing to measure.")
+
+
+def thin_svd(
+    vectors: Float[Tensor, "batch sample d_model"],
+) -> tuple[Float[Tensor, "batch sample r"], Float[Tensor, "batch r"], Float[Tensor, "batch d_model r"]]:
+    """The thin SVD in float64: by the Gram matrix and `eigh` when there are more vectors than dimensions.
+
+    The Gram matrix costs a tenth of the SVD of a tall matrix, and in float64 it is more accurate than an SVD in float32;
+    it loses singular values below about 1e-8 σ₁, which `_numerical_rank` leaves out.
+
+    Returns:
+        Left singular vectors, singular values (falling), directions as columns.
+    """
+    sample, d_model = vectors.shape[-2:]
+    if sample <= d_model:
+        left, sizes, right = _svd(vectors)
+        return left, sizes, right.mT
+    squares, directions = eigh_or_again(vectors.mT @ vectors)
+    sizes, directions = squares.flip(-1).clamp(min=0).sqrt(), directions.flip(-1)
+    # at a singular value of zero the left vector is undefined; dividing by 1 leaves it zero
+    left = vectors @ directions / torch.where(sizes > 0, sizes, 1.0)[..., None, :]
+    return left, sizes, directions
+
+
+def decompose_groups(
+    values: Float[Tensor, "group site pos d_model"],
+    layers: tuple[int | None, ...] = (None,),
+    center: bool = False,
+    source: Provenance | None = None,
+) -> tuple[Decomposition, ...]:
+    """The SVD of several samples of the same size at once, in float64; see `decompose`."""
+    shape, device, dtype = values.shape, values.device, at_least_single(values.dtype)
+    exact = values.to("cpu" if device.type == "mps" else device).double()  # MPS has no float64
+    vectors = rearrange(exact, "group site pos d_model -> group (site pos) d_model")
+    if center:
+        vectors = vectors - vectors.mean(dim=1, keepdim=True)
+        source = source and with_notes(source, "centred")
+    found = []
+    for left, sizes, directions, layer in zip(*thin_svd(vectors), layers, strict=True):
+        rank = _numerical_rank(sizes, vectors.shape[1:])
+        sign = signs(directions[:, :rank])
+        left = rearrange(left[:, :rank] * sign, "(site pos) rank -> site pos rank", site=shape[1])
+        sizes, directions, left = (t.to(device=device, dtype=dtype) for t in (sizes[:rank], directions[:, :rank] * sign, left))
+        found.append(Decomposition(sizes, directions, left, layer, _of_layer(source, layer)))
+    return tuple(found)
+
+
+def _of_layer(source: Provenance | None, layer: int | None) -> Provenance | None:
+    if source is None or layer is None:
+        return source
+    return replace(source, hooks=tuple(name for name in source.hooks if name.startswith(f"blocks.{layer}.")))
+
+
+def _numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:
+    # what a float64 Gram matrix can tell from zero; the thin SVD could tell more, but one sample should have one rank
+    cutoff = sizes[0] * (max(shape) * torch.finfo(torch.float64).eps) ** 0.5
+    return int((sizes > cutoff).sum())
+
+
+def _warn_unseen(groups: Sequence[Tensor], found: Sequence[Decomposition]) -> None:
+    sizes = [group.shape[0] * group.shape[1] for group in groups]
+    few = [svd for svd, size in zip(found, sizes, strict=True) if svd.rank == 0 or size < svd.d_model]
+    if not few:
+        return
+    ranks, d_model = sorted({svd.rank for svd in few}), few[0].d_model
+    where = "" if few[0].layer is None else f" in each of {len(few)} layers"
+    whose = "the decomposition" if few[0].layer is None else "each layer's decomposition"
+    directions = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    warn(
+        f"{min(sizes)} writes{where} for {d_model} dimensions: {whose} has {directions} directions, and the rest of the "
+        f"residual stream is unseen{' (all writes are zero)' if ranks[0] == 0 else ''}.",
+    )
+
+
+def _svd(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        return torch.linalg.svd(vectors, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        from scipy.linalg import svd
+
+        left, sizes, right = _once_more(lambda matrix: svd(matrix, full_matrices=False, lapack_driver="gesvd"), vectors)
+        return left, sizes, right
+
+
+def eigh_or_again(gram: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+    """Eigenvalues, rising, and eigenvectors of symmetric matrices; by a second driver where the first does not converge."""
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        from scipy.linalg import eigh
+
+        values, vectors = _once_more(lambda matrix: eigh(matrix, driver="ev"), gram)
+    return values, vectors
+
+
+def _once_more(solve: Callable[[Any], tuple[Any, ...]], matrices: Tensor) -> list[Tensor]:
+    """Solve each matrix on the CPU with scipy's slower and surer driver."""
+    from scipy.linalg import LinAlgError
+
+    try:
+        solved = [solve(matrix.cpu().numpy()) for matrix in matrices]
+    except LinAlgError as error:
+        raise RuntimeError(
+            f"The SVD of a matrix of shape {list(matrices.shape[1:])} did not converge, nor with a second driver ({error}); are "
+            "the writes of a sensible size?"
+        ) from error
+    return [
+        torch.stack([torch.from_numpy(part.copy()) for part in parts]).to(matrices.device) for parts in zip(*solved, strict=True)
+    ]
+
+
+def _require_sample(values: Any) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError("`writes` must be what `collect_writes` gives (of several tasks, too), or a tensor [site, pos, d_model].")
+    if values.ndim != 3 or values.numel() == 0 or not values.is_floating_point():
+        raise ValueError(
+            f"`writes` must be a non-empty float tensor [site, pos, d_model], but is {values.dtype} of shape {list(values.shape)}."
+        )
+    if not values.isfinite().all():
+        site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"`writes` hold NaN or inf, first at site {site}, position {pos}; they must be finite.")
+
+
+def _site_layers(writes: Any) -> Int[Tensor, " site"]:
+    if not hasattr(writes, "sites"):
+        raise ValueError("`per_layer` needs to know the layers: pass what `collect_writes` gives, not a bare tensor.")
+    return torch.tensor([site.layer for site in writes.sites])

@@ -1,0 +1,115 @@
+"""Which model this is, in which state: its name, its weights, what was done to them."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mechsvd.demo import WEIGHTS
+from mechsvd.model.sites import Model, Site
+from mechsvd.results import Provenance
+from mechsvd.version import __version__
+
+_FINGERPRINTS: "WeakKeyDictionary[Any, str | None]" = WeakKeyDictionary()  # of the models that are in a session
+
+
+def provenance_of(
+    model: Model, tokens: tuple[tuple[int, ...], ...] = (), sites: tuple[Site, ...] = (), notes: tuple[str, ...] = ()
+) -> Provenance:
+    """Say which model this is, in which state, for the results it gives."""
+    return Provenance(
+        model=model_name(model),
+        weights=fingerprint(model),
+        processing=processing_state(model),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        transformer_lens=installed_version(),
+        mechsvd=__version__,
+        tokens=tokens,
+        hooks=tuple(site.hook_name for site in sites),
+        notes=notes,
+    )
+
+
+def model_name(model: Model) -> str:
+    """The model's name; of a local directory its last part only, for results travel and paths of a machine should not."""
+    name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
+    if name == os.path.abspath(WEIGHTS):
+        return "mechsvd embedded"
+    return Path(name).name if Path(name).is_dir() else name
+
+
+@contextmanager
+def weights_read_once(model: Model) -> Iterator[None]:
+    """Read a model's weights at most once until the end, within which they must stay as they are."""
+    is_outermost = model not in _FINGERPRINTS
+    if is_outermost:
+        _FINGERPRINTS[model] = None
+    try:
+        yield
+    finally:
+        if is_outermost:
+            del _FINGERPRINTS[model]
+
+
+def fingerprint(model: Model) -> str:
+    """Identify weights by the shape, an exact sum over all bits, and a sample of each parameter.
+
+    It reads every weight, again in each session, so that a model trained further between two calls is another model.
+    """
+    known = _FINGERPRINTS.get(model)
+    if known is None:
+        known = _read(model)
+        if model in _FINGERPRINTS:
+            _FINGERPRINTS[model] = known
+    return known
+
+
+@torch.no_grad()
+def _read(model: Model) -> str:
+    digests = []
+    for parameter in model.parameters():
+        flat = parameter.detach().reshape(-1)
+        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        total = int(bits.sum(dtype=torch.int64))
+        if total == 0 and not bits.any():
+            continue  # a bias that is not there: some versions of TransformerLens add one to the unembedding
+        sample = bits[:: max(1, len(bits) // 512)].cpu().numpy().tobytes()
+        digests.append(hashlib.sha256(f"{tuple(parameter.shape)} {total}".encode() + sample).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]  # sorted: names and order differ between versions
+
+
+def processing_state(model: Model) -> str:
+    """What was done to the weights after training, which changes the SVD though not the log-probabilities."""
+    state = []
+    if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre"):
+        state.append("normalization folded")
+    if getattr(model, "compatibility_mode", False):
+        state.append("compatibility mode")
+    embedding = _embedding(model)
+    if embedding is not None and embedding.mean(dim=-1).abs().max() < 1e-5 * embedding.abs().max():
+        state.append("writing weights centred")
+    return ", ".join(state) or "raw"
+
+
+def _embedding(model: Any) -> Tensor | None:
+    try:
+        return model.W_E.detach().float()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+@cache
+def installed_version() -> str:
+    """The version of TransformerLens."""
+    try:
+        return version("transformer-lens")
+    except PackageNotFoundError:
+        return "not installed"

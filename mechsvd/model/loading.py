@@ -1,0 +1,116 @@
+"""Getting a model. TransformerLens is imported here, when a model is loaded: it takes seconds."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechsvd.demo import WEIGHTS
+from mechsvd.model.checkpoints import only_trusted, require_all_weights, require_checkpoint, safe_weights
+from mechsvd.model.identity import installed_version
+
+EMBEDDED = "embedded"
+OLDEST, NEWEST = (3, 9), (5, 0)  # of transformer-lens: from the first, below the second
+INSTALL = "pip install 'transformer-lens>=3.9,<5'"
+
+
+def load_model(
+    model: Any = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> Any:
+    """Load the embedded model, a local Hugging Face directory, or a model from the hub, as a raw `TransformerBridge`.
+
+    A TransformerLens model that you already have is returned as it is: every call that takes a model takes it too.
+
+    Args:
+        model: "embedded", a directory, a hub name such as "gpt2", or a model.
+        device: TransformerLens's choice by default, which is CUDA where there is one.
+        dtype: of the weights, float32 by default; projections are computed in float32 or wider whatever it is.
+        allow_pickle: accept weights that are not safetensors.
+        options: passed on to `TransformerBridge.boot_transformers` (revision, n_ctx, …). Code of the
+            checkpoint runs only with `trust_remote_code=True`, whatever its configuration says.
+
+    Raises:
+        ValueError: a directory that is no model, weights that are not safetensors or do not fit, or
+            code that is not trusted.
+        OSError: a hub model that is unknown, gated, or out of reach.
+        ImportError: TransformerLens is missing or of a version that is not supported.
+    """
+    if hasattr(model, "run_with_hooks"):
+        if options or device is not None or dtype is not None:
+            raise ValueError("This model is loaded already and is used as it is; options are for models that are loaded by name.")
+        return model
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise TypeError(f"`model` must be a name, a directory or a TransformerLens model, but it is {model!r}.")
+    _require_transformer_lens()
+    dtype = torch.float32 if dtype is None else dtype
+    _require_placement(device, dtype)
+    name = str(WEIGHTS if model == EMBEDDED else Path(model).expanduser() if str(model).startswith("~") else model)
+    is_local = Path(name).is_dir()
+    if is_local:
+        name = os.path.abspath(name)  # a relative one may be an alias for a hub model
+    elif isinstance(model, Path) or name.startswith((".", "/", "~")) or Path(name).exists():
+        raise ValueError(f"There is no directory {name}.")
+    from safetensors import SafetensorError
+
+    try:
+        return _load(name, {"device": device, "dtype": dtype, **options}, allow_pickle)
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        if not is_local and not isinstance(error, OSError):
+            raise
+        if str(error).startswith(name):  # our own sentence already
+            raise
+        raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
+
+
+def _load(name: str, options: dict[str, Any], allow_pickle: bool) -> Any:
+    """Load a directory or a hub model: the one gate for both, whatever the options."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    is_local, trusted = Path(name).is_dir(), bool(options.get("trust_remote_code"))
+    if is_local:
+        require_checkpoint(Path(name), allow_pickle)
+    with only_trusted(name, pickles=allow_pickle, code=trusted):
+        if not allow_pickle:
+            shards = safe_weights(name, options.get("revision"))
+            has_weights = options.get("hf_model") is None and options.get("load_weights", True)
+            if is_local and has_weights and not trusted:
+                require_all_weights(Path(name), shards)
+        return TransformerBridge.boot_transformers(name, **options)
+
+
+def _require_transformer_lens() -> None:
+    found = installed_version()
+    if found == "not installed":
+        raise ImportError(f"TransformerLens is not installed; run: {INSTALL}")
+    numbers = tuple(int(part) for part in found.split(".")[:2])
+    if not OLDEST <= numbers < NEWEST:
+        raise ImportError(f"TransformerLens {found} is installed, but mechsvd supports 3.9 to below 5; run: {INSTALL}")
+
+
+def _require_placement(device: str | torch.device | None, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"`dtype` must be a floating torch.dtype such as torch.float32, but is {dtype!r}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split(":")[0].splitlines()[0]
+        raise ValueError(f"Device {str(device)!r} cannot be used here ({reason}); 'cpu' always can.") from error
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(f"The checkpoint in {name} cannot be loaded; is its model.safetensors or config.json damaged? {reason}")
+
+
+def _unreachable(name: str, error: Exception) -> OSError:
+    reason = str(error).strip().splitlines()[0][:200]
+    return OSError(
+        f"Cannot load {name!r} from the hub: {reason} Set HF_TOKEN for a gated model, pass a local directory, or use the "
+        "embedded model (`mechsvd.load_model()`)."
+    )

@@ -1,0 +1,200 @@
+"""Is it true of this model? That its writes make up the residual stream, measured on a few tokens, once a model."""
+
+from os import PathLike
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsvd.fields import require_between
+from mechsvd.model.evaluation import evaluation, other_hooks, without_hook_points
+from mechsvd.model.runs import run_model
+from mechsvd.model.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
+from mechsvd.results import load_result, result, save_result
+
+_CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
+
+
+@result
+class SelfCheck:
+    """What was measured.
+
+    Attributes:
+        block_error: of resid_pre + writes = resid_post in each block: the largest over entries of |difference| ÷ sum of the
+            sizes of all terms of that entry, which rounding keeps near the precision of the dtype, beside huge entries too.
+        stream_error: the same for resid_pre of the first block = resid_post of the last one when all writes are zeroed.
+        unchecked: layers without all their hooks (`missing="skip"`), where the identity cannot be asked for.
+        output_change: largest change of a logit when all writes are zeroed, relative to the largest logit.
+        scored_error: of the logits when only some positions are unembedded, relative to the largest one.
+        sharing_error: of the logits when the rows of a batch share everything before the first write; infinite where the
+            model's own code does not allow it, and then they do not share.
+        tolerance: what the errors may be in the model's dtype; ten times that for logits, which are a whole model deep.
+    """
+
+    block_error: Float[Tensor, " layer"]
+    stream_error: float
+    unchecked: tuple[int, ...]
+    output_change: float
+    scored_error: float
+    sharing_error: float
+    tolerance: float
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "SelfCheck":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def _require_values(self) -> None:
+        errors = ("block_error", "stream_error", "output_change", "scored_error", "sharing_error", "tolerance")
+        require_between(self, errors, 0)  # a model that fails may have NaN or inf among them
+        require_between(self, ["unchecked"], 0, len(self.block_error) - 1)
+
+    @property
+    def failure(self) -> str | None:
+        """What is wrong, in a sentence; None when the model passes."""
+        for layer, error in enumerate(self.block_error.tolist()):
+            if layer not in self.unchecked and not error <= self.tolerance:
+                return (
+                    f"in block {layer}, resid_pre + attn_out + mlp_out differs from resid_post by {error:.2g} of the size of its "
+                    f"terms (allowed: {self.tolerance:.0e}), so the hooks are not the whole write"
+                )
+        if not self.unchecked and not self.stream_error <= self.tolerance:
+            return f"with all writes zeroed the residual stream still changes by {self.stream_error:.2g} of its size"
+        if not self.output_change > 0:
+            return "zeroing all writes leaves the output as it is, so the hooks do not act"
+        return None
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether rows of a batch may share what comes before the first edit."""
+        return self.sharing_error <= 10 * self.tolerance
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether the scored positions may be unembedded alone."""
+        return self.scored_error <= 10 * self.tolerance
+
+    def to_pandas(self) -> Any:
+        """One row a block, with its error."""
+        import pandas as pd
+
+        return pd.DataFrame({"layer": range(len(self.block_error)), "block_error": self.block_error.numpy()})
+
+    def __repr__(self) -> str:
+        return (
+            f"SelfCheck: {'passed' if self.failure is None else self.failure}\n"
+            f"  writes + stream: {self.block_error.max():.1e} in the worst block; zeroed writes: {self.stream_error:.1e}\n"
+            f"  output changes by {self.output_change:.2g}; shared prefix: {self.sharing_error:.1e}"
+        )
+
+
+def self_check(model: Model) -> SelfCheck:
+    """Measure on six tokens whether the model's hooks are its writes; remembered for each model, dtype and
+    processing mode.
+
+    A clean run (`resid_pre + writes == resid_post` in every block, every hook fires once), one with all writes zeroed (the
+    stream stays constant and the output changes), and short ones for what the engine would like to do: unembed some positions
+    only, and let the rows of a batch part at the first write. The user's hooks at hook points are set aside meanwhile; torch's
+    own hooks and patched forwards are part of the model that is measured.
+
+    Raises:
+        KeyError: a model without the hooks of the residual stream.
+        RuntimeError: a hook that does not fire exactly once.
+    """
+    require_model(model)
+    state = (next(model.parameters()).dtype, getattr(model, "compatibility_mode", False), *_torch_hooks(model))
+    known = _CHECKED.setdefault(model, {})
+    if state not in known:
+        known[state] = _measure(model)
+    return known[state]
+
+
+def require_sound(model: Model, check: bool = True, missing: str = "error") -> tuple[SelfCheck, tuple[str, ...]]:
+    """Run the self-check, refuse a model that fails it unless told not to, and say what belongs into the provenance.
+
+    Raises:
+        ValueError: with the block and the measured error.
+    """
+    found = self_check(model)
+    if found.failure and check:
+        hooks = _torch_hooks(model)
+        cause = f", perhaps because of what is on it at {', '.join(hooks)}" if hooks else ""
+        raise ValueError(
+            f"mechsvd cannot use this model: {found.failure}{cause}. Results would be wrong without a sign of it; `check=False` "
+            "goes on all the same, and every result records it."
+        )
+    skipped = [f"layers without all hooks: {list(found.unchecked)}"] if missing == "skip" and found.unchecked else []
+    return found, (*([] if check else ["self-check skipped"]), *skipped)
+
+
+def _torch_hooks(model: Model) -> list[str]:
+    """Where hooks and patches are that cannot be set aside."""
+    with without_hook_points(model):
+        return other_hooks(model)
+
+
+def _measure(model: Model) -> SelfCheck:
+    tokens = _probe_tokens(model)
+    sites, names = find_sites(model, missing="skip"), stream_names(model)
+    stored: dict[str, Tensor] = {}
+
+    def store(name: str) -> Any:
+        return name, lambda x, hook=None: stored.__setitem__(name, x.detach().cpu().double())
+
+    with without_hook_points(model), evaluation(model, quiet=True):
+        logits = run_model(model, tokens, [store(n) for n in [*(s.hook_name for s in sites), *sum(names, ())]])
+        clean = dict(stored)
+        zero = [(s.hook_name, lambda x, hook=None: torch.zeros_like(x)) for s in sites]
+        zeroed = run_model(model, tokens, [*zero, store(names[0][0]), store(names[-1][1])])
+        scored = slice(tokens.shape[1] - 2, tokens.shape[1])
+        scored_error = _difference(run_model(model, tokens, scored=scored), logits[:, scored])
+        firsts = {site.component: site for site in reversed(sites)}.values()
+        sharing_error = max(_sharing_error(model, tokens, site.hook_name, logits) for site in firsts)
+    blocks = [[clean[s.hook_name] for s in sites if s.layer == layer] for layer in range(len(names))]
+    block_error = [_imbalance([clean[pre], *writes], clean[post]) for (pre, post), writes in zip(names, blocks, strict=True)]
+    return SelfCheck(
+        block_error=torch.tensor(block_error),
+        stream_error=_imbalance([stored[names[0][0]]], stored[names[-1][1]]),
+        unchecked=_incomplete_layers(model, sites),
+        output_change=_difference(zeroed, logits),
+        scored_error=scored_error,
+        sharing_error=sharing_error,
+        tolerance=4 * torch.finfo(next(model.parameters()).dtype).eps + 1e-5,
+    )
+
+
+def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> float:
+    try:
+        shared = run_model(model, tokens, [(first, lambda x, hook=None: x.expand(2, -1, -1).contiguous())])
+    except (RuntimeError, ValueError, IndexError):  # the model's own code reshapes with the batch size it started with
+        return float("inf")
+    return _difference(shared, logits.expand(2, -1, -1)) if shared.shape[0] == 2 else float("inf")
+
+
+def _incomplete_layers(model: Model, sites: tuple[Site, ...]) -> tuple[int, ...]:
+    expected = 1 if getattr(model.cfg, "attn_only", False) else len(COMPONENTS)
+    counts = [sum(site.layer == layer for site in sites) for layer in range(model.cfg.n_layers)]
+    return tuple(layer for layer, count in enumerate(counts) if count < expected)
+
+
+def _imbalance(terms: list[Tensor], total: Tensor) -> float:
+    error = (sum(term.reshape(total.shape) for term in terms) - total).abs()
+    size = sum(term.reshape(total.shape).abs() for term in terms) + total.abs()
+    return float((error / torch.where(size > 0, size, 1.0)).max())
+
+
+def _difference(measured: Tensor, expected: Tensor) -> float:
+    measured, expected = measured.cpu().double(), expected.cpu().double()
+    return float((measured - expected).abs().max() / expected.abs().max())
+
+
+def _probe_tokens(model: Model) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    count = min(6, model.cfg.n_ctx)
+    tokens = torch.randperm(model.cfg.d_vocab, generator=generator)[: count + 8]
+    special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
+    return torch.tensor([[t for t in tokens.tolist() if t not in special][:count]], device=next(model.parameters()).device)

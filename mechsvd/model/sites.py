@@ -1,0 +1,237 @@
+"""Where a model writes: its sites. The only file that knows TransformerLens's names."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from jaxtyping import Int
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from mechsvd.checks import is_whole, once
+from mechsvd.fields import require_declared
+from mechsvd.results import result
+
+COMPONENTS = ("attn", "mlp")
+Hook = tuple[str, Callable[..., Tensor | None]]
+Positions = Iterable[int] | Int[Tensor, " position"] | None  # absolute, in the whole text; None for all
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What mechsvd needs of a TransformerLens model: a `TransformerBridge` or a `HookedTransformer`."""
+
+    cfg: Any
+    tokenizer: Any
+
+    @property
+    def hook_dict(self) -> dict[str, Any]: ...
+
+    def run_with_hooks(self, input: Any, fwd_hooks: Any, return_type: str | None) -> Any: ...
+
+    def generate(self, input: Any, **options: Any) -> Any: ...
+
+    def hooks(self, fwd_hooks: Any) -> Any: ...
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+
+@result
+class Site:
+    """One hook point whose value is added to the residual stream."""
+
+    layer: int
+    component: str
+    hook_name: str
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        if self.layer < 0 or self.component not in COMPONENTS:
+            raise ValueError(f"No site {self}: layers count from 0, and components are {list(COMPONENTS)}.")
+
+    def __str__(self) -> str:
+        return f"{self.layer} {self.component}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Site) and self.hook_name == other.hook_name
+
+    def __hash__(self) -> int:
+        return hash(self.hook_name)
+
+
+def require_model(model: Any) -> None:
+    """Refuse what is no TransformerLens model, such as the name of one.
+
+    Raises:
+        TypeError: saying how to get a model.
+    """
+    if not hasattr(model, "run_with_hooks") or not hasattr(model, "hook_dict"):
+        raise TypeError(f"`model` must be a TransformerLens model, but is {model!r:.60}; get one by `mechsvd.load_model(…)`.")
+
+
+def find_sites(
+    model: Model,
+    layers: int | Iterable[int] | None = None,
+    components: Sequence[str] = COMPONENTS,
+    missing: Literal["error", "skip"] = "error",
+) -> tuple[Site, ...]:
+    """List the sites of a model in the order of writing: attention 0, MLP 0, attention 1, …
+
+    Args:
+        layers: some layers only; all by default.
+        components: "attn", "mlp" or both.
+        missing: what to do with a layer that lacks a hook (hybrid and attention-only models): refuse, or leave it out.
+
+    Raises:
+        KeyError: an unknown layer or component, or a hook that a layer lacks.
+        ValueError: nothing left.
+    """
+    require_model(model)
+    if missing not in ("error", "skip"):
+        raise ValueError(f"`missing` is {missing!r}, but must be 'error' or 'skip'.")
+    wanted_layers, wanted = _valid_layers(model, layers), _valid_components(components)
+    hook_names, found = model.hook_dict, []
+    attention_only = getattr(model.cfg, "attn_only", False)  # its blocks still have an MLP hook, which never fires
+    for layer in wanted_layers:
+        for component in wanted:
+            name = f"blocks.{layer}.hook_{component}_out"
+            if name in hook_names and not (attention_only and component == "mlp"):
+                found.append(Site(layer, component, name))
+            elif missing == "error":
+                raise KeyError(
+                    f"No hook point `{name}`: layer {layer} of this model has no {component} write that TransformerLens names. "
+                    "Choose other layers or components, or pass `missing='skip'`."
+                )
+    if not found:
+        raise ValueError(f"No sites are left for layers {list(wanted_layers)} and components {list(wanted)}.")
+    return tuple(found)
+
+
+def find_weights(model: Any, patterns: str | Sequence[str]) -> dict[str, tuple[list[str], Tensor]]:
+    """Find weights by shell-like patterns of TransformerLens's names, such as "blocks.2.mlp.*", or "*" for all.
+
+    A bridge reaches one weight by several names (`blocks.2.mlp.in.weight`, `blocks.2.mlp.up_proj.weight`); any of them will do,
+    and each weight comes once.
+
+    Returns:
+        By the shortest name: where the weight is to be replaced by `torch.func.functional_call`, one name for each module that
+        holds it (tied weights have two), and the weight.
+
+    Raises:
+        KeyError: a pattern that matches nothing, with the closest names.
+    """
+    require_model(model)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    aliases: dict[int, list[str]] = {}
+    for name, weight in nn.Module.named_parameters(model, remove_duplicate=False):  # a bridge's own method gives other names
+        alias = name.replace("._original_component", "").replace("._W_", ".W_").replace("._b_", ".b_")  # grouped keys and values
+        aliases.setdefault(id(weight), []).append(alias)
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for path, module in nn.Module.named_modules(model):
+        for name, weight in module.named_parameters(path, recurse=False):
+            if any(fnmatchcase(alias, pattern) for alias in aliases[id(weight)] for pattern in wanted):
+                found.setdefault(id(weight), ([], weight))[0].append(name)
+    for pattern in wanted:
+        known = [alias for names in aliases.values() for alias in names]
+        if not any(fnmatchcase(alias, pattern) for alias in known):
+            close = difflib.get_close_matches(pattern, sorted(set(known)), n=3, cutoff=0.3) or known[:3]
+            raise KeyError(
+                f"No weight matches {pattern!r}: patterns are shell-like, such as 'blocks.2.mlp.*'; close matches: {close}."
+            )
+    return {min(aliases[i], key=len): each for i, each in found.items()}
+
+
+def stream_names(model: Model) -> list[tuple[str, str]]:
+    """Names of the residual stream before and after each block."""
+    return [(f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_resid_post") for i in range(model.cfg.n_layers)]
+
+
+def before_unembedding(model: Model) -> str:
+    """Name of the last place before the unembedding: a bridge hooks it there, a HookedTransformer behind its last block."""
+    # not before the last norm: GPT-2 reshapes to the input's shape behind it
+    return "unembed.hook_in" if "unembed.hook_in" in model.hook_dict else stream_names(model)[-1][1]
+
+
+def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[int]:
+    n_layers = model.cfg.n_layers
+    if layers is None:
+        return range(n_layers)
+    chosen = sorted({layers} if isinstance(layers, int) else set(layers))
+    if wrong := [layer for layer in chosen if not is_whole(layer, 0, n_layers - 1)]:
+        raise KeyError(f"No layers {wrong}: the model has layers 0–{n_layers - 1}.")
+    return [int(layer) for layer in chosen]
+
+
+def _valid_components(components: Sequence[str]) -> list[str]:
+    chosen = [components] if isinstance(components, str) else list(components)
+    for component in chosen:
+        if component not in COMPONENTS:
+            close = difflib.get_close_matches(component, COMPONENTS, n=1, cutoff=0.3)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise KeyError(f"No component {component!r}: choose from {list(COMPONENTS)}.{hint}")
+    return [component for component in COMPONENTS if component in chosen]
+
+
+class SiteOptions(TypedDict, total=False):
+    """Which writes are meant.
+
+    Attributes:
+        layers, components: which sites; all by default.
+        positions: absolute positions in the text; all by default.
+        missing: whether a layer without a hook is refused or left out.
+    """
+
+    layers: int | Iterable[int] | None
+    components: Sequence[str]
+    positions: Positions
+    missing: Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """`SiteOptions` with their defaults."""
+
+    layers: int | Iterable[int] | None = None
+    components: Sequence[str] = COMPONENTS
+    positions: Positions = None
+    missing: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "components", "positions"):
+            object.__setattr__(self, name, once(getattr(self, name)))
+
+
+def valid_positions(positions: Positions, length: int | None = None) -> tuple[int, ...] | None:
+    """Positions as sorted whole numbers, from 0 to below `length` where that is known.
+
+    Raises:
+        TypeError: a mask, fractions, or anything else that is no whole number.
+        ValueError: positions that do not exist, or none at all.
+    """
+    if positions is None:
+        return None
+    if isinstance(positions, Tensor):
+        positions = positions.tolist()
+    if not isinstance(positions, Iterable) or isinstance(positions, str):
+        raise TypeError(f"`positions` must be a list or range of whole numbers, but is {positions!r}.")
+    chosen = list(positions)
+    if wrong := [p for p in chosen if not is_whole(p)]:
+        raise TypeError(f"`positions` must be whole numbers, but holds {wrong[0]!r}; of a mask, take `mask.nonzero().flatten()`.")
+    if not chosen:
+        raise ValueError("`positions` is empty, so nothing is left; give at least one.")
+    if wrong := [p for p in chosen if p < 0 or (length is not None and p >= length)]:
+        valid = "0 and more" if length is None else f"0 to {length - 1}"
+        raise ValueError(f"No positions {wrong[:5]}: they are absolute, {valid}.")
+    return tuple(sorted({int(p) for p in chosen}))
+
+
+def where_of(options: SiteOptions) -> Where:
+    """The writes that options mean, with the defaults for what they leave out."""
+    return Where(
+        options.get("layers"),
+        options.get("components", COMPONENTS),
+        options.get("positions"),
+        options.get("missing", "error"),
+    )

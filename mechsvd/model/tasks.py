@@ -1,0 +1,197 @@
+"""What is asked of a model: a prompt and its continuation, as tokens, and the positions that are scored."""
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechsvd.checks import is_whole
+from mechsvd.fields import require_between, require_declared
+from mechsvd.model.evaluation import evaluation
+from mechsvd.model.runs import continue_tokens
+from mechsvd.model.sites import Model, require_model
+from mechsvd.model.tokenization import continuation_tokens, fit_context, pieces_of, prompt_tokens, require_text, warn_unusual_start
+from mechsvd.results import load_result, result, save_result
+
+SHORTFORM_PROMPTS: dict[str, str] = {
+    "meaning": "I believe the meaning of life is",
+    "relativity": "Simply put, the theory of relativity states that",
+    "launch": "A brief message congratulating the team on the launch:\n\nHi everyone,\n\nI just",
+    "translation": (
+        "Translate English to French:\n\nsea otter => loutre de mer\npeppermint => menthe poivrée\n"
+        "plush giraffe => girafe peluche\ncheese =>"
+    ),
+}
+
+
+@result
+class Task:
+    """A prompt and its continuation as tokens; the continuation is what is scored.
+
+    Attributes:
+        tokens: prompt and continuation, with BOS where the model has one.
+        prompt_length: number of tokens before the first scored one.
+        pieces: the text of each token, for display; empty when made from bare tokens.
+
+    Raises:
+        TypeError: tokens that are not whole numbers.
+        ValueError: wrong number of axes, no prompt, nothing to score.
+    """
+
+    tokens: Int[Tensor, " pos"]
+    prompt_length: int
+    pieces: tuple[str, ...] = ()
+
+    save = save_result
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Task":
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, Tensor):
+            raise TypeError(
+                f"`tokens` must be a tensor of token ids, but is {type(self.tokens).__name__}; wrap it in torch.tensor."
+            )
+        if self.tokens.is_floating_point() or self.tokens.is_complex() or self.tokens.dtype == torch.bool:
+            raise TypeError(f"`tokens` must be token ids (whole numbers), but their dtype is {self.tokens.dtype}.")
+        if self.tokens.ndim != 1:
+            raise ValueError(f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row.")
+        if not is_whole(self.prompt_length, 1):
+            raise ValueError(f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts).")
+        object.__setattr__(self, "prompt_length", int(self.prompt_length))  # numpy's become Python's
+        require_declared(self)
+        if self.pieces and len(self.pieces) != len(self.tokens):
+            raise ValueError(f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; give one for each, or none.")
+        if self.prompt_length >= len(self.tokens):
+            raise ValueError(
+                f"Nothing to score: `prompt_length` is {self.prompt_length} of {len(self.tokens)} tokens; the continuation needs "
+                "at least one."
+            )
+
+    def _require_values(self) -> None:
+        require_between(self, ["tokens"], 0)
+
+    @classmethod
+    def from_text(
+        cls,
+        model: Model,
+        prompt: str,
+        continuation: str | None = None,
+        *,
+        max_new_tokens: int = 40,
+        prepend_bos: bool | None = None,
+        truncate: Literal["left"] | None = None,
+    ) -> "Task":
+        """Make a task from text; without a continuation, from what the model says greedily.
+
+        The prompt's own tokens stay as they are, and the continuation is tokenised to follow them.
+
+        Args:
+            continuation: the text to score, spaces included (" Paris", not "Paris").
+            max_new_tokens: length of the greedy continuation, which ends earlier at the end-of-text token.
+            prepend_bos: start with BOS; by default where TransformerLens would (`cfg.default_prepend_bos`).
+            truncate: "left" drops the oldest prompt tokens (after BOS) when all do not fit into the context.
+
+        Raises:
+            TypeError: text that is not a string.
+            ValueError: an empty prompt or continuation, or more tokens than the context holds.
+        """
+        prompt_ids = prompt_tokens(model, prompt, prepend_bos)
+        if continuation is None:
+            scored = None
+        else:
+            require_text("continuation", continuation)
+            scored = continuation_tokens(model, prompt, continuation)
+        prompt_ids = fit_context(model, prompt_ids, max_new_tokens if scored is None else len(scored), truncate)
+        ids = prompt_ids + (_greedy(model, prompt_ids, max_new_tokens) if scored is None else scored)
+        return cls(torch.tensor(ids), len(prompt_ids), pieces_of(model, ids))
+
+    @property
+    def continuation(self) -> Int[Tensor, " scored"]:
+        """The scored tokens."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def scored(self) -> slice:
+        """Positions whose logits predict the continuation: each is one before the token it predicts."""
+        return slice(self.prompt_length - 1, len(self.tokens) - 1)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each token, or `[id]` where it is not known."""
+        return self.pieces or tuple(f"[{i}]" for i in self.tokens.tolist())
+
+    def text(self) -> tuple[str, str]:
+        """The prompt and the continuation as text, from the pieces."""
+        return "".join(self.texts[: self.prompt_length]), "".join(self.texts[self.prompt_length :])
+
+    def to_pandas(self) -> Any:
+        """One row a token."""
+        import pandas as pd
+
+        count = len(self.tokens)
+        pieces: list[str | None] = [*self.pieces] or [None] * count
+        scored = [i >= self.prompt_length for i in range(count)]
+        return pd.DataFrame({"position": range(count), "token": self.tokens.tolist(), "text": pieces, "scored": scored})
+
+    def __repr__(self) -> str:
+        prompt, continuation = self.text()
+        return f"Task of {self.prompt_length} prompt and {len(self.continuation)} scored tokens\n  {prompt!r}\n  → {continuation!r}"
+
+
+def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
+    """One task or several, as a tuple.
+
+    Raises:
+        ValueError: an empty list.
+        TypeError: something that is not a task.
+    """
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable | Task):
+        raise TypeError(
+            f"A task is needed, but this is {type(tasks).__name__} {tasks!r:.40}; make one by `Task.from_text(model, …)`."
+        )
+    found = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    if not found:
+        raise ValueError("No tasks: the list is empty; give at least one.")
+    for index, task in enumerate(found):
+        if not isinstance(task, Task):
+            raise TypeError(f"Task {index} is {type(task).__name__} {str(task)[:40]!r}; make one by `Task.from_text(model, …)`.")
+    return found
+
+
+def require_fitting(model: Model, task: Task) -> None:
+    """Refuse a task that the model cannot read.
+
+    Raises:
+        ValueError: token ids that the model does not have, or more tokens than its context.
+    """
+    require_model(model)
+    if not isinstance(task, Task):
+        raise TypeError(f"One task is needed, but this is {type(task).__name__}; make one by `Task.from_text(model, …)`.")
+    if len(task.tokens) > model.cfg.n_ctx:
+        raise ValueError(f"The task has {len(task.tokens)} tokens, but the model's context holds {model.cfg.n_ctx}; shorten it.")
+    require_known(model, task.tokens)
+    warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0])
+
+
+def require_known(model: Model, tokens: Int[Tensor, " pos"]) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        ValueError: saying which it has.
+    """
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.cfg.d_vocab:
+        raise ValueError(f"Token ids run from {low} to {high}, but the model has 0 to {model.cfg.d_vocab - 1}.")
+
+
+def _greedy(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+    if max_new_tokens < 1:
+        raise ValueError(f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1.")
+    with evaluation(model):
+        return continue_tokens(model, torch.tensor([prompt_ids]), max_new_tokens)[0][len(prompt_ids) :].tolist()

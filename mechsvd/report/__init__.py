@@ -1,0 +1,1 @@
+"""The report: the whole study of several prompts as one page."""

@@ -1,0 +1,158 @@
+"""The whole experiment in one run: one page in the shortform's order, and its tables and results beside it."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mechsvd.checks import about
+from mechsvd.engine.measurement import estimate_seconds
+from mechsvd.engine.session import open_session
+from mechsvd.figures.display import escape
+from mechsvd.model.selfcheck import SelfCheck, self_check
+from mechsvd.model.sites import COMPONENTS, Model
+from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
+from mechsvd.model.tokenization import prompt_tokens
+from mechsvd.report import findings
+from mechsvd.report.folders import DATA, replace_run, require_writable
+from mechsvd.report.html import page, table
+from mechsvd.report.sections import SECTIONS, prompt_text, section, several, texts
+from mechsvd.report.study import SWEEPS, Comparison, Study, compare, study_task
+from mechsvd.report.tables import write_tables
+from mechsvd.results import Provenance
+
+
+def write_report(
+    studies: Sequence[Study],
+    check: SelfCheck,
+    out: Path,
+    *,
+    comparison: Comparison | None = None,
+    cdn: bool = False,
+    seconds: float | None = None,
+) -> Path:
+    """Write `report.html`, and its tables (CSV) and results into a folder of `report-data/` that it links.
+
+    They take an earlier run's place at once: a run that is killed leaves that one whole, or is whole.
+
+    Args:
+        comparison: of the prompts, where there are several.
+        cdn: load plotly from the network instead of carrying it in the page (5 MB).
+        seconds: how long the run took, for the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def write(folder: Path, name: str) -> str:
+        write_tables(studies, comparison, folder)
+        return _page(studies, comparison, check, cdn, seconds, f"{DATA}/{name}/")
+
+    return replace_run(out, write)
+
+
+def reproduce(
+    model: Model,
+    tasks: Mapping[str, Callable[[], Task]],
+    out: Path,
+    *,
+    components: Sequence[str] = COMPONENTS,
+    cdn: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Run the whole experiment on several prompts and write the report; each step is announced by `say`.
+
+    Args:
+        tasks: how to make each task, by name.
+
+    Raises:
+        OSError: the folder cannot be written, which is tried before anything is computed.
+    """
+    started = time.perf_counter()
+    require_writable(out)
+    with open_session(model):  # what holds for the whole run is said once, and the weights are read once
+        made = {name: _made(name, make) for name, make in tasks.items()}
+        studies = [_study(model, name, made, components, say) for name in made]
+    comparison = compare(studies) if len(studies) > 1 else None
+    took = time.perf_counter() - started
+    path = write_report(studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=took)
+    say(f"{path} after {time.perf_counter() - started:.0f} s")
+    return path
+
+
+def _made(name: str, make: Callable[[], Task]) -> Task:
+    with about(name):
+        return make()
+
+
+def _study(model: Model, name: str, tasks: Mapping[str, Task], components: Sequence[str], say: Callable[[str], None]) -> Study:
+    task = tasks[name]
+    others = [other for other in tasks.values() if other is not task]
+    with about(name):
+        say(f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}")
+        return study_task(model, name, task, _starts(model, name, tasks), components, others=others)
+
+
+def _cost(model: Model, task: Task) -> str:
+    edits = SWEEPS * (min(model.cfg.d_model, len(task.tokens) * 2 * model.cfg.n_layers) + 1)
+    return f"at most {edits} edits in six sweeps, about {max(1, round(estimate_seconds(model, task, edits)))} s"
+
+
+def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
+    """What each prompt's subspace writes on from: the same prompt, the next one, and nothing where the model has a BOS."""
+    names, task = list(tasks), tasks[name]
+    own, bos = task.tokens[: task.prompt_length], getattr(model.tokenizer, "bos_token_id", None)
+    if len(names) > 1:
+        other = names[(names.index(name) + 1) % len(names)]
+        ids = tasks[other].tokens[: tasks[other].prompt_length]
+    else:
+        candidates = [(n, torch.tensor(prompt_tokens(model, text))) for n, text in list(SHORTFORM_PROMPTS.items())[:2]]
+        other, ids = next((n, ids) for n, ids in candidates if not torch.equal(ids, own))
+    starts = {"its own prompt": own, f"another prompt ({other})": ids}
+    return starts if bos is None else starts | {"no prompt": torch.tensor([bos])}
+
+
+def _page(
+    studies: Sequence[Study],
+    comparison: Comparison | None,
+    check: SelfCheck,
+    cdn: bool,
+    seconds: float | None,
+    data: str,
+) -> str:
+    source = studies[0].sweep.source
+    assert source is not None  # `measure` always says it
+    titles = {s.name: s.title for s in SECTIONS} | {"texts": "Text from inside", "prompts": "Several prompts"}
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles.items() if comparison or name != "prompts")
+    body = "\n".join([*(section(part, studies) for part in SECTIONS), texts(studies), several(comparison) if comparison else ""])
+    content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
+<p>The shortform's experiments on Llama-3-8B, on this model. Each section says what the shortform saw and, in bold, what was
+measured here.</p>
+<nav>{links}</nav>
+{"".join(prompt_text(s) for s in studies)}
+{table({"": [s.name for s in studies]} | _columns([findings.main_numbers(s) for s in studies]))}
+{body}
+<h2>Where this comes from</h2>
+{table({key: [value] for key, value in _provenance_rows(source, check, seconds).items()})}
+<footer>The tables (CSV) and results (safetensors) of this run are in <a href="{data}"><code>{data}</code></a>.
+Probabilities are of the whole continuation; logarithms are natural; sizes are root-mean-square L2 norms over sites and
+positions.</footer>"""
+    return page(f"Writes of {source.model}", content, cdn=cdn)
+
+
+def _provenance_rows(source: Provenance, check: SelfCheck, seconds: float | None) -> dict[str, str]:
+    rows = {key: value for key, value in asdict(source).items() if isinstance(value, str)}
+    rows["torch"] = f"{torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    rows["self-check"] = " ".join(repr(check).split())
+    rows["notes"] = "; ".join(source.notes) or "none"
+    return rows | ({"time": f"{seconds:.1f} s"} if seconds is not None else {})
+
+
+def _columns(numbers: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    return {key: [column[key] for column in numbers] for key in numbers[0]}

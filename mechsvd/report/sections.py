@@ -1,0 +1,167 @@
+"""The parts of the report in the shortform's order: what it saw, what this model shows, and the figures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mechsvd import figures
+from mechsvd.figures.display import escape, file_name
+from mechsvd.report import findings
+from mechsvd.report.html import grid, heading, plot, table
+from mechsvd.report.study import Comparison, Study
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: what the shortform saw, what this model shows, and the figures for each prompt."""
+
+    name: str
+    title: str
+    what: str
+    then: str
+    now: Callable[[Sequence[Study]], str]
+    figures: Callable[[Study], dict[str, Any]]
+
+
+SECTIONS = (
+    Section(
+        "spectrum",
+        "The spectrum of the writes",
+        "Every vector that attention and MLP layers add to the residual stream is collected; the singular value decomposition of all "
+        "of them gives directions, the largest first.",
+        "The shortform drew this for Llama-3-8B, first for attention alone: 71 tokens × 32 layers, 2272 writes of 4096 dimensions.",
+        findings.spectrum,
+        lambda s: {
+            "singular_values": figures.singular_values(s.pooled),
+            "singular_values_log": figures.singular_values(s.pooled, log=True),
+            "cumulative_singular_values": figures.cumulative_singular_values(s.pooled),
+            "layer_spectra": figures.layer_spectra(s.layers),
+            "writers_of_direction_0": figures.writer_map(s.pooled, s.writes),
+        },
+    ),
+    Section(
+        "clipping",
+        "Clipping every write to the first k directions",
+        "While the model runs, every write keeps only its part in the first <i>k</i> directions, for every <i>k</i>.",
+        "The shortform drew the probability of the text and the sizes of the attempted and the kept writes against <i>k</i>, one forward "
+        "pass a point and no error bars.",
+        findings.clipping,
+        lambda s: {
+            "probability": figures.probability(s.sweep),
+            "surprise": figures.surprise(s.sweep),
+            "deltas": figures.deltas(s.sweep),
+            "kept_deltas_by_site": figures.delta_map(s.sweep),
+            "orig_deltas_by_site": figures.delta_map(s.sweep, kept=False),
+        },
+    ),
+    Section(
+        "directions",
+        "One direction at a time",
+        "Each direction alone is removed from every write; the damage is the log-probability that the text loses.",
+        "The shortform held the damage of each direction of Llama-3-8B against its singular value.",
+        findings.directions,
+        lambda s: {"direction_effects": figures.direction_effects(s.ranking)},
+    ),
+    Section(
+        "orders",
+        "Other orders",
+        "The sweep again, with the directions added in other orders: by the damage of removing them, by a compromise of both (the mean "
+        "of the two places), at random, and the smallest first.",
+        "The shortform swept again in other orders of the directions.",
+        findings.orders,
+        lambda s: {"race_of_orders": figures.race_of_orders(s.sweeps)},
+    ),
+    Section(
+        "critical",
+        "The critical rank",
+        "The smallest number of directions from which the text is at least as probable as from the clean model.",
+        "In Llama-3-8B the shortform found 1886, 3329, 2696 and 2518 of 4096 directions for its four prompts.",
+        findings.critical_ranks,
+        lambda s: {"critical_rank": figures.margins(s.critical)},
+    ),
+    Section(
+        "ridge",
+        "Ridge instead of clipping",
+        "Every direction of every write is shrunk by s²/(s² + α), as ridge regression does, instead of being kept or dropped. The axis "
+        "counts Σ s²/(s² + α), the effective number of directions that are left.",
+        "The shortform wished for “something akin to L2 regularization when projecting away components”.",
+        findings.ridge,
+        lambda s: {"clip_and_ridge": figures.clip_and_ridge(s.sweep, s.ridge)},
+    ),
+    Section(
+        "attribution",
+        "Attribution in a Hessian eigenbasis",
+        "The probability <i>f</i> of the text as a function of the gains <i>w</i> of all directions (1: the model as it is; 0: no writes). "
+        "Each component of <i>w</i> along an eigenvector <i>u</i> of the Hessian is removed, and what that costs, "
+        "f(w) − f(w − u uᵀw), is held against the linear estimate (u·w)(u·∇f) and the quadratic one, linear − ½λ(u·w)²; and the same "
+        "for the singular directions themselves, the eigenvectors of the gradients’ second moment over all prompts and tokens, and "
+        "random directions.",
+        "The shortform wished to explain an output in a basis whose components are as independent as possible, and expected the linear "
+        "estimate to fail for large steps and the measured one to be right.",
+        findings.attribution,
+        lambda s: {
+            "hessian_spectrum": figures.hessian_spectrum(s.attribution),
+            "estimate_errors": figures.estimate_errors(s.attribution),
+            "accumulated_scores": figures.accumulated_scores(s.attribution.bases),
+        },
+    ),
+)
+
+
+def prompt_text(found: Study) -> str:
+    """A prompt and its continuation, as text."""
+    prompt, continuation = found.task.text()
+    return f'<p class="text" id="{file_name(found.name)}">{escape(prompt)}<b>{escape(continuation)}</b></p>'
+
+
+def section(part: Section, studies: Sequence[Study]) -> str:
+    """One of `SECTIONS`, with the figures of every prompt."""
+    plots = [plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()]
+    return heading(part.name, part.title, part.what, part.then, part.now(studies)) + grid(plots)
+
+
+def texts(studies: Sequence[Study]) -> str:
+    """What was written from inside the subspaces, beside the clean texts."""
+    top = heading(
+        "texts",
+        "Text from inside the subspace",
+        "Greedy text while every write is clipped to the critical rank and to fewer directions, from the same prompt, from another one, "
+        "and from no prompt, each at most as long as the continuation. Green is, token for token, what the clean model writes.",
+        "The shortform had Llama-3-8B write from inside these subspaces.",
+        findings.texts(studies),
+    )
+    return top + "\n".join(_written(s) for s in studies)
+
+
+def _written(found: Study) -> str:
+    heads = "".join(f"<th>{escape(text.start)}</th>" for text in found.texts)
+    prompts = "".join(f'<td class="start">{escape(text.tasks[0].text()[0])}</td>' for text in found.texts)
+    rows = [f"<tr><th>{escape(found.name)}</th>{heads}</tr><tr><th>prompt</th>{prompts}</tr>"]
+    for i, rank in enumerate(found.texts[0].ranks):
+        cells = "".join(
+            f"<td{' class=same' if i and findings.is_clean(text, i) else ''}><div>{escape(text.tasks[i].text()[1])}</div></td>"
+            for text in found.texts
+        )
+        label = "clean" if rank is None else f"k = {rank}{' (critical)' if rank == found.critical.rank else ''}"
+        rows.append(f"<tr><th>{label}</th>{cells}</tr>")
+    return f'<table class="written">{"".join(rows)}</table>'
+
+
+def several(comparison: Comparison) -> str:
+    """The subspaces of several prompts, held against each other and against chance."""
+    top = heading(
+        "prompts",
+        "The subspaces of several prompts",
+        "The subspaces of the critical ranks: how many dimensions each pair shares (‖AᵀB‖²) beside what random subspaces of the same "
+        "ranks share, and the spectrum of all bases side by side. Two subspaces whose ranks sum to more than the dimension share "
+        "directions by necessity, random ones too.",
+        "The shortform found the subspaces of its four prompts to overlap as random ones do, to about 1 %.",
+        findings.several(comparison),
+    )
+    plots = {
+        "overlap_map": figures.overlap_map(comparison.overlap, comparison.names),
+        "pooled_spectrum": figures.pooled_spectrum(comparison.pool),
+    }
+    angles = {"principal angles": ["smallest, median, largest"]}
+    angles |= {pair: [numbers] for pair, numbers in findings.smallest_angles(comparison).items()}
+    return top + grid([plot(name, "", figure) for name, figure in plots.items()]) + table(angles)

@@ -1,0 +1,164 @@
+"""The shortform's experiment on one prompt, in its order, and what several prompts have in common."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from mechsvd.attribution.curvature import DENSE
+from mechsvd.attribution.gradients import collect_gradients, gradient_basis
+from mechsvd.attribution.hessian import PAIRS, hessian_attribution
+from mechsvd.attribution.scores import Attribution
+from mechsvd.edits.gates import keep
+from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.experiments.generation import generate_tasks
+from mechsvd.experiments.ranking import (
+    Ranking,
+    order_at_random,
+    order_by_compromise,
+    order_by_effect,
+    order_by_singular_value,
+    rank_directions,
+)
+from mechsvd.experiments.ridge import RidgeSweep, sweep_ridge
+from mechsvd.experiments.search import CriticalRank, critical_rank_of
+from mechsvd.experiments.sweeps import RankSweep, sweep_rank
+from mechsvd.linalg.comparison import Overlap, Pool, overlap, pool, principal_angles
+from mechsvd.linalg.decomposition import Decomposition, decompose
+from mechsvd.linalg.subspace import Subspace
+from mechsvd.model.sites import COMPONENTS, Model
+from mechsvd.model.tasks import Task
+
+BY_SIZE = "singular value"  # the name of the first order
+SWEEPS = 6  # of all directions for each task: five orders, and the ranking
+FEWER = (0.75, 0.5, 0.25)  # of the critical rank: what else is written from
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was written from one start, by the clean model and from inside several subspaces.
+
+    Attributes:
+        start: whose prompt it goes on from.
+        ranks: how many directions were kept; None for the clean model.
+    """
+
+    start: str
+    ranks: tuple[int | None, ...]
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that was found for one prompt."""
+
+    name: str
+    task: Task
+    writes: Writes
+    pooled: Decomposition
+    layers: tuple[Decomposition, ...]
+    ranking: Ranking
+    sweeps: dict[str, RankSweep]  # by the name of the order
+    ridge: RidgeSweep
+    critical: CriticalRank
+    texts: tuple[Text, ...]
+    attribution: Attribution  # of the probability to the gains
+
+    @property
+    def sweep(self) -> RankSweep:
+        """The sweep by falling singular value."""
+        return self.sweeps[BY_SIZE]
+
+    @property
+    def subspace(self) -> Subspace:
+        """The critical rank's subspace; all directions where no rank gives the text."""
+        return self.pooled.subspace(_rank_or_all(self.critical, self.pooled))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The subspaces of several prompts, each at its critical rank, held against each other and against chance."""
+
+    names: tuple[str, ...]
+    overlap: Overlap
+    pool: Pool
+    angles: dict[tuple[str, str], Tensor]  # principal angles of each pair, in radians
+
+
+def study_task(
+    model: Model,
+    name: str,
+    task: Task,
+    starts: Mapping[str, Tensor],
+    components: Sequence[str] = COMPONENTS,
+    progress: bool | None = None,
+    *,
+    others: Sequence[Task] = (),
+) -> Study:
+    """Do everything for one task.
+
+    Args:
+        starts: token ids to write on from, by the name of the start.
+        others: tasks whose gradients are collected too, for the basis of their second moment.
+        components: whose writes are collected and clipped.
+    """
+    options: RunOptions = {"components": components, "progress": progress}
+    with open_session(model, **options):
+        writes = collect_writes(model, task, **options)
+        svd = decompose(writes)
+        ranking = rank_directions(model, task, svd, **options)
+        sweeps = {order: sweep_rank(model, task, svd, order=o, **options) for order, o in _orders(svd, ranking).items()}
+        critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
+        layers = decompose(writes, per_layer=True)
+        ridge = sweep_ridge(model, task, svd, **options)
+        texts = _texts(model, svd, _rank_or_all(critical, svd), starts, len(task.continuation), options)
+        attribution = _attribution(model, task, svd, [task, *others], options)
+    return Study(name, task, writes, svd, layers, ranking, sweeps, ridge, critical, texts, attribution)
+
+
+def compare(studies: Sequence[Study]) -> Comparison:
+    """Compare the subspaces of at least two prompts, each at its critical rank."""
+    subspaces = [found.subspace for found in studies]
+    names = tuple(found.name for found in studies)
+    pairs = combinations(zip(names, subspaces, strict=True), 2)
+    angles = {(a, b): principal_angles(first, second) for (a, first), (b, second) in pairs}
+    return Comparison(names, overlap(subspaces), pool(subspaces), angles)
+
+
+def _rank_or_all(critical: CriticalRank, svd: Decomposition) -> int:
+    return svd.rank if critical.rank is None else critical.rank
+
+
+def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:
+    by_size = order_by_singular_value(svd)
+    return {
+        BY_SIZE: by_size,
+        "effect": order_by_effect(ranking),
+        "compromise": order_by_compromise(svd, ranking),
+        "random": order_at_random(svd),
+        "reversed": by_size.flip(0),
+    }
+
+
+def _attribution(model: Model, task: Task, svd: Decomposition, tasks: Sequence[Task], options: RunOptions) -> Attribution:
+    """The probability, attributed to the gains in the Hessian's basis and in three others, as many components in each."""
+    gradients = gradient_basis(collect_gradients(model, tasks, svd, **options)).directions
+    most = len(gradients) if len(gradients) <= DENSE else PAIRS
+    bases = {"singular directions": torch.eye(len(gradients))[:, :most], "gradients": gradients[:, :most]}
+    return hessian_attribution(model, task, svd, pairs=most, bases=bases, **options)
+
+
+def _texts(
+    model: Model, svd: Decomposition, critical: int, starts: Mapping[str, Tensor], length: int, options: RunOptions
+) -> tuple[Text, ...]:
+    fewer = sorted({max(1, round(share * critical)) for share in FEWER} & {*range(critical)}, reverse=True)
+    ranks = (None, critical, *fewer)
+    edits = [None if rank is None else keep(svd.subspace(rank)) for rank in ranks]
+    found = []
+    for start, tokens in starts.items():
+        room = min(length, model.cfg.n_ctx - len(tokens))
+        found.append(Text(start, ranks, tuple(generate_tasks(model, tokens, edits, max_new_tokens=room, **options))))
+    return tuple(found)
