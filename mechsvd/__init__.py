@@ -19,7 +19,7 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mechsvd.attribution.gradients import Gradients, collect_gradients, gradient_basis
+from mechsvd.attribution.gradients import GradientBasis, Gradients, collect_gradients, gradient_basis
 from mechsvd.attribution.hessian import hessian_attribution, hessian_attribution_of
 from mechsvd.attribution.scores import Attribution
 from mechsvd.edits.gates import ablate, gate, keep, shrink
@@ -65,7 +65,8 @@ __all__ = [  # noqa: RUF022 (grouped by what they are for)
     # the smallest rank, and text from inside a subspace
     "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "same_greedy_text", "generate", "generate_tasks",
     # attribution in a Hessian eigenbasis, and in others
-    "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients", "Gradients", "gradient_basis",
+    "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients", "Gradients",
+    "gradient_basis", "GradientBasis",
     # subspaces compared
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     # results and pictures

@@ -44,11 +44,17 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if is_dataclass(value) and not isinstance(value, type):
-        packed = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in fields(value)}
+        said = [f for f in fields(value) if not _is_default(getattr(value, f.name), f.default)]
+        packed = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in said}
         return {"class": type(value).__name__, "fields": packed}
     if isinstance(value, (list, tuple)):
         return [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
     return value
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether a field says nothing new; left out, it can be read by versions that do not know it."""
+    return type(value) is type(default) and isinstance(value, str) and value == default
 
 
 class _Reader:

@@ -1,7 +1,6 @@
 """Results that say where they came from: provenance, and saving as one safetensors file with a JSON header.
 
-A result is a frozen dataclass of tensors, numbers, text and other results; its `.save` and `.load` are `save_result` and
-`load_result`.
+A result is a frozen dataclass of tensors, numbers, text and other results. `Result` gives it `.save` and `.load`.
 """
 
 import hashlib
@@ -40,6 +39,24 @@ def result(cls: type[T]) -> type[T]:
     no_type_check(cls.__init__)  # the tests' shape checking would come first, in other words
     _CLASSES[cls.__name__] = cls
     return cls
+
+
+class Result:
+    """What every result can do: save itself, be loaded, and say where it comes from."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save as one safetensors file; see `save_result`."""
+        save_result(self, path)
+
+    @classmethod
+    def load(cls: type[T], path: str | os.PathLike[str]) -> T:
+        """Load what `save` wrote; see `load_result`."""
+        return load_result(cls, path)
+
+    def _origin(self, unknown: str = "an unnamed model") -> str:
+        """The name of the model, for the last line of a printed result."""
+        source = getattr(self, "source", None)
+        return source.model if source else unknown
 
 
 @result

@@ -50,7 +50,7 @@ ROWS = {
     "ms.keep(svd.directions[:, :4].T)": "ValueError: A basis holds directions as columns",
     "ms.gate(svd, [1.0, 2.0])": "ValueError: `gains` has shape [2], but the basis has 128 directions",
     "ms.shift(torch.ones(2, 2))": "ValueError: `vector` must be finite and of shape [d_model], but has shape [2, 2]",
-    "ms.measure(model, task, [ms.shift(torch.ones(64))])": "RuntimeError: The edit failed at layer 0 attn: `vector` has 64 entries",
+    "ms.measure(model, task, [ms.shift(torch.ones(64))])": "ValueError: The edit failed at layer 0 attn: `vector` has 64 entries",
     "ms.fwd_hooks(model, None)": "TypeError: An edit must be a function of the writes, but this is NoneType",
     "ms.measure(model, task, [svd.subspace(2)])": "TypeError: An edit must be a function of the writes, but this is Subspace",
     "ms.measure(model, task, [])": "TypeError: `edits` must be a stack of gates or a list of edits, at least one",

@@ -154,3 +154,37 @@ def test_a_gate_first_used_without_gradients_gives_them_later():
     plain(written).sum().backward()
     assert written.grad[..., :2].eq(1).all()
     assert written.grad[..., 2:].eq(0).all()
+
+
+@pytest.mark.parametrize("rank", [0, 3, 12])
+@pytest.mark.parametrize("gains", ["zeros", "ones", "mixed"])
+def test_a_rest_for_each_edit_equals_a_number_for_each(rank, gains):
+    basis, rests = orthonormal(12, rank), torch.tensor([0.0, 1.0, 0.3, -2.0], dtype=torch.float64)
+    made = {"zeros": torch.zeros(4, rank), "ones": torch.ones(4, rank), "mixed": torch.arange(4.0 * rank).view(4, rank) % 3}
+    stack = gate(basis, made[gains].double(), rests)
+    assert len(stack) == 4
+    expected = [gate(basis, g, float(r)) for g, r in zip(stack.gains, rests, strict=True)]
+    x = X[:1] if len(X) else X
+    torch.testing.assert_close(stack(x.expand(4, -1, -1)), torch.cat([edit(x) for edit in expected]))
+    torch.testing.assert_close(stack[2](x), expected[2](x))
+    order = stack.like_together()
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    torch.testing.assert_close(stack[order](x.expand(4, -1, -1)), torch.cat([expected[i](x) for i in order]))
+    assert stack.changes_nothing.tolist() == [bool(edit.changes_nothing.all()) for edit in expected]
+
+
+def test_a_rest_has_a_gradient():
+    basis = orthonormal(12, 3)
+    rest = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    gains = torch.ones(2, 3, dtype=torch.float64)
+    x = X[:1].expand(2, -1, -1)
+    (slope,) = torch.autograd.grad(gate(basis, gains, rest)(x).sum(), rest)
+    outside = x - x @ basis @ basis.T
+    torch.testing.assert_close(slope, outside.sum(dim=(1, 2)))
+
+
+def test_a_rest_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"`rest` has shape \[3\], but must be one number per edit, \[2\]"):
+        gate(orthonormal(12, 3), torch.ones(2, 3), torch.ones(3))
+    with pytest.raises(ValueError, match="must be finite"):
+        gate(orthonormal(12, 3), torch.ones(3), float("nan"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.attribution.gradients import Gradients
+from mechsvd.attribution.gradients import GradientBasis, Gradients
 from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.linalg.comparison import Pool
 from mechsvd.model.selfcheck import SelfCheck
@@ -40,6 +40,7 @@ def tiny_results():
         Pool(falling, falling - 1, falling, falling + 1, 0, SOURCE),
         SelfCheck(three, 0.0, (1,), 1.0, 0.0, float("inf"), 1e-5),
         Gradients(sizes, whole, whole, "gains", (("gain", (1, 2)),), SOURCE),
+        GradientBasis(three, torch.eye(3), torch.eye(3), "gains", (("gain", (3,)),), SOURCE),
         replace(control, beside=(("random", control),), source=SOURCE),
     ]
     return {type(result).__name__: result for result in found}

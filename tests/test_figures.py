@@ -135,7 +135,7 @@ def test_the_critical_rank_is_marked_where_the_curve_crosses(embedded, meaning, 
     assert found.rank in [shape.x0 for shape in figure.layout.shapes]
     assert f"k = {found.rank} for a drop of at most 0 nats; {len(found.crossings)} crossing(s)" in figure.layout.annotations[0].text
     greedy = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text)
-    assert figures.margins(greedy).layout.yaxis.title.text == "above the bar"  # in tokens, not in nats
+    assert figures.margins(greedy).layout.yaxis.title.text == "above the threshold (tokens)"
 
 
 def test_an_overlap_map_shows_ratio_and_shared_dimensions_of_every_pair(meaning_svd):

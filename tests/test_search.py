@@ -194,7 +194,7 @@ def test_bars_that_cannot_be_are_refused(embedded, meaning, meaning_svd):
     with pytest.raises(ValueError, match=r"`criterion` must return a float for each edit, .* but gave torch.bool \[1\] for 1"):
         ms.critical_rank(embedded, meaning, meaning_svd, criterion=lambda measured: measured.log_prob > -9)
     task = ms.Task.from_text(embedded, "I believe the meaning of life is", " soleil")
-    with pytest.raises(ValueError, match="The clean model itself misses the bar, same_greedy_text, by 4"):
+    with pytest.raises(ValueError, match="The clean model itself misses the threshold, same_greedy_text, by 4"):
         ms.critical_rank(embedded, task, meaning_svd, criterion=ms.same_greedy_text)
 
 

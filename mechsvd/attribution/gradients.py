@@ -1,7 +1,6 @@
 """Gradient vectors of many tokens, and the eigenvectors of their second moment: a basis that competes with the Hessian's."""
 
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -10,19 +9,20 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.attribution.curvature import Function, backward
-from mechsvd.attribution.objective import GRADIENTS, Objective, Over, Part, objective_over, require_parts
+from mechsvd.attribution.objective import Objective, Over, Part, objective_over, require_parts
 from mechsvd.checks import with_options
 from mechsvd.engine.batches import run_batches
 from mechsvd.engine.session import RunOptions, open_session
-from mechsvd.fields import require_between, require_declared, require_finite
-from mechsvd.linalg.decomposition import Decomposition, decompose_groups
+from mechsvd.fields import require_between, require_declared, require_falling, require_finite
+from mechsvd.linalg.decomposition import decompose_groups
+from mechsvd.linalg.subspace import require_orthonormal, rounding
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
-from mechsvd.results import Provenance, load_result, require_kind, result, save_result, with_notes
+from mechsvd.results import Provenance, Result, require_kind, result
 
 
 @result
-class Gradients:
+class Gradients(Result):
     """The gradient of every continuation token's log-probability with respect to w.
 
     Attributes:
@@ -39,13 +39,6 @@ class Gradients:
     over: str
     parts: tuple[Part, ...]
     source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Gradients":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -70,7 +63,7 @@ class Gradients:
         return (
             f"Gradients of the log-probabilities of {len(self)} tokens in {int(self.task_index.max()) + 1} task(s)\n"
             f"  with respect to {self.values.shape[1]:,} entries: {self.over[:80]}\n"
-            f"  on {self.source.model if self.source else 'an unnamed model'}"
+            f"  on {self._origin()}"
         )
 
 
@@ -111,15 +104,68 @@ def collect_gradients(
     return Gradients(torch.cat(rows).cpu(), index, scored, f.over, parts[0], source)
 
 
-def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> Decomposition:
+@result
+class GradientBasis(Result):
+    """The eigenvectors of the gradients' second moment, by falling eigenvalue: a basis of w.
+
+    Attributes:
+        singular_values: of all gradients together; see `eigenvalues`.
+        directions: the eigenvectors as columns.
+        left: what each gradient holds of them; its columns are orthonormal.
+        over, parts: what w is, as in `Gradients`.
+    """
+
+    singular_values: Float[Tensor, " rank"]
+    directions: Float[Tensor, "entry rank"]
+    left: Float[Tensor, "sample rank"]
+    over: str
+    parts: tuple[Part, ...]
+    source: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        require_declared(self)
+        require_parts(self.parts, len(self.directions))
+
+    def _require_values(self) -> None:
+        require_finite(self, "singular_values", "directions", "left")
+        require_between(self, ["singular_values"], 0)
+        require_falling(self, "singular_values")
+        require_orthonormal(self.directions, rounding(self.directions.dtype), "`directions`")
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return len(self.singular_values)
+
+    @property
+    def eigenvalues(self) -> Float[Tensor, " rank"]:
+        """Of the second moment, the empirical Fisher information: the squared singular values over the number of gradients."""
+        return self.singular_values.square() / len(self.left)
+
+    def to_pandas(self) -> Any:
+        """One row per direction: singular_value, eigenvalue."""
+        import pandas as pd
+
+        columns = {"singular_value": self.singular_values, "eigenvalue": self.eigenvalues}
+        return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()}).rename_axis("direction").reset_index()
+
+    def __repr__(self) -> str:
+        top = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:4].tolist())
+        return (
+            f"GradientBasis of {self.rank} directions from {len(self.left)} gradients, eigenvalues {top}, …\n"
+            f"  of {len(self.directions):,} entries: {self.over[:80]}\n"
+            f"  on {self._origin()}"
+        )
+
+
+def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> GradientBasis:
     """The eigenvectors of the gradients' second moment, the empirical Fisher information, by falling eigenvalue.
 
     Args:
         gradients: of one model, or one for each of several training checkpoints.
 
     Returns:
-        The SVD of all gradients together: `.directions` are the eigenvectors, as one of the `bases` of `hessian_attribution`; the
-        eigenvalues are the squared singular values over the number of gradients; `.left` says what each gradient holds.
+        `.directions` are the eigenvectors, as one of the `bases` of `hessian_attribution`; `.eigenvalues` fall.
 
     Raises:
         TypeError: something else.
@@ -137,8 +183,9 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> Decomposition:
             )
     if not any(each.values.any() for each in several):
         raise ValueError(f"The gradients are all zero, so they have no directions: nothing depends on {several[0].over[:60]}.")
-    source = several[0].source and with_notes(several[0].source, f"{GRADIENTS}{several[0].over}")
-    return decompose_groups(torch.cat([each.values for each in several])[None, None], source=source)[0]
+    svd = decompose_groups(torch.cat([each.values for each in several])[None, None])[0]
+    first = several[0]
+    return GradientBasis(svd.singular_values, svd.directions, svd.left[0], first.over, first.parts, first.source)
 
 
 def _jacobian(f: Objective, function: Function) -> Float[Tensor, "scored entry"]:

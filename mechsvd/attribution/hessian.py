@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,8 +13,9 @@ from typing_extensions import Unpack
 
 from mechsvd.attribution.curvature import DENSE, Function, differentiate, eigenpairs
 from mechsvd.attribution.diagnostics import warn_unconverged, warn_undefined, warn_unlike_values
-from mechsvd.attribution.objective import GRADIENTS, Over, by_rows, objective_over
-from mechsvd.attribution.scores import HESSIAN, RANDOM, Attribution, described, score_components
+from mechsvd.attribution.gradients import GradientBasis
+from mechsvd.attribution.objective import Over, by_rows, objective_over
+from mechsvd.attribution.scores import HESSIAN, RANDOM, Attribution, attribution_of, score_components
 from mechsvd.checks import is_number, is_whole, require_whole, with_options
 from mechsvd.edits.gates import Basis, directions_of
 from mechsvd.engine.measurement import clean_noise
@@ -36,7 +37,7 @@ def hessian_attribution(
     *,
     objective: Kind = "probability",
     pairs: int | None = None,
-    bases: Mapping[str, Basis] | None = None,
+    bases: Mapping[str, Basis | GradientBasis] | None = None,
     tolerance: float = 1e-4,
     max_products: int | None = None,
     path_steps: int = 32,
@@ -85,10 +86,9 @@ def hessian_attribution(
         size = session.rows_per_pass(task)
         function = Function(f.log_prob, f.point, size, session.halve(task), session.progress, relative_to)
         noise = clean_noise(session, task)
-        scored = _attribute(function, choices, f.over, noise)
-    about = {"objective": objective, "over": f.over, "parts": f.parts, "noise_floor": noise}
-    source = replace(source, hooks=f.hooks, seed=int(choices.seed))
-    return described(scored, unit, source=source, **about)
+        source = replace(source, hooks=f.hooks, seed=int(choices.seed))
+        header = {"objective": objective, "over": f.over, "parts": f.parts, "noise_floor": noise * unit, "source": source}
+        return _attribute(function, choices, unit, header, noise)
 
 
 def hessian_attribution_of(
@@ -96,7 +96,7 @@ def hessian_attribution_of(
     w: Float[Tensor, " entry"],
     *,
     pairs: int | None = None,
-    bases: Mapping[str, Basis] | None = None,
+    bases: Mapping[str, Basis | GradientBasis] | None = None,
     tolerance: float = 1e-4,
     max_products: int | None = None,
     path_steps: int = 32,
@@ -129,7 +129,8 @@ def hessian_attribution_of(
 
     choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
     with torch.inference_mode(False):  # in which there are no gradients
-        return _attribute(Function(by_rows(function), w.clone(), require_whole("batch_size", batch_size, 1), _halve), choices)
+        f = Function(by_rows(function), w.clone(), require_whole("batch_size", batch_size, 1), _halve)
+        return _attribute(f, choices, 1.0, {"objective": "value of a function", "over": "a vector", "parts": (("w", (len(w),)),)})
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class _Choices:
     """What is asked of an attribution, checked."""
 
     pairs: int | None = None
-    bases: Mapping[str, Basis] | None = None
+    bases: Mapping[str, Basis | GradientBasis] | None = None
     tolerance: float = 1e-4
     max_products: int | None = None
     path_steps: int = 32
@@ -169,24 +170,26 @@ class _Choices:
         for name, basis in self.bases.items():
             if name in (HESSIAN, RANDOM):
                 raise ValueError(f"`bases` names one {name!r}, which is always there; choose another name.")
-            directions, source = directions_of(basis)
+            directions = basis.directions if isinstance(basis, GradientBasis) else directions_of(basis)[0]
             if len(directions) != len(point):
                 raise ValueError(
                     f"The basis {name!r} has columns of {len(directions)} entries, but w has {len(point)}: {over[:80]}."
                 )
-            made_for = [note for note in (source.notes if source else ()) if note.startswith(GRADIENTS)]
-            if made_for and made_for[-1] != f"{GRADIENTS}{over}":
+            if isinstance(basis, GradientBasis) and basis.over != over:
                 raise ValueError(
-                    f"The basis {name!r} is of {made_for[-1][:90]}, but w is {over[:60]}; collect the gradients over it."
+                    f"The basis {name!r} is of gradients with respect to {basis.over[:60]}, but w is {over[:60]}; collect the "
+                    "gradients over it."
                 )
             found[name] = directions.to(point)
         return found
 
 
-def _attribute(function: Function, choices: _Choices, over: str = "a vector", noise: float | None = None) -> Attribution:
+def _attribute(
+    function: Function, choices: _Choices, unit: float, header: dict[str, Any], noise: float | None = None
+) -> Attribution:
     """One gradient, one path integral and one Hessian, or Lanczos, for all bases."""
     entries = len(function.point)
-    pairs, others = choices.count(entries), choices.directions(function.point, over)
+    pairs, others = choices.count(entries), choices.directions(function.point, header["over"])
     most = 200 + 20 * pairs if choices.max_products is None else choices.max_products
     curvature = differentiate(function)
     if noise is not None:
@@ -194,14 +197,12 @@ def _attribute(function: Function, choices: _Choices, over: str = "a vector", no
     found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
     from_zero = function.path_gradient(choices.path_steps), function.at_zero
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
-    beside = tuple((name, score_components(curvature, each, *from_zero)) for name, each in {**others, RANDOM: random}.items())
-    scored = replace(
-        score_components(curvature, found.vectors.to(function.point), *from_zero), beside=beside, products=found.products
-    )
-    scored = described(scored, tolerance=float(choices.tolerance))
-    warn_unconverged(scored, most if entries > DENSE else None)
-    warn_undefined(scored, curvature, choices.path_steps)
-    return scored
+    bases = {HESSIAN: found.vectors.to(function.point), **others, RANDOM: random}
+    scores = {name: score_components(curvature, basis, *from_zero) for name, basis in bases.items()}
+    attribution = attribution_of(scores, unit, found.products, tolerance=float(choices.tolerance), **header)
+    warn_unconverged(attribution, most if entries > DENSE else None)
+    warn_undefined(attribution, curvature, choices.path_steps)
+    return attribution
 
 
 def _probability(log_prob: float) -> float:

@@ -18,13 +18,12 @@ from mechsvd.engine.measurement import score
 from mechsvd.engine.memory import is_out_of_memory
 from mechsvd.engine.session import Session, warn_other_sites
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
-from mechsvd.linalg.subspace import at_least_single, complete, widest
+from mechsvd.linalg.subspace import at_least_single, widest
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.model.sites import Hook, Model, Site, Where, find_sites, find_weights
 from mechsvd.model.tasks import Task
 
 Over = Decomposition | Site | str | Sequence[Site] | Sequence[str]
-GRADIENTS = "gradients with respect to "  # and what w is: the note of a basis that is made of them
 Part = tuple[str, tuple[int, ...]]  # a piece of w: what it is, and its shape
 
 
@@ -114,19 +113,17 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     device, dtype = _like(model)
     basis = svd.directions.to(device, dtype).clone()  # one made in inference mode could not serve a gradient
     require_fitting_edit(model, Gate(basis, basis.new_ones(svd.rank), source=svd.source), session.required_source)
-    unseen = svd.d_model - svd.rank
-    basis = complete(basis) if unseen else basis
+    has_rest = svd.rank < svd.d_model
     sites, positions = session.sites, session.positions(len(task.tokens))
     warn_other_sites(svd, sites)
 
     def log_probs(rows: Tensor) -> Tensor:
-        gains = torch.cat([rows, rows[:, -1:].expand(-1, unseen - 1)], dim=1) if unseen else rows
-        gate = Gate(basis, gains)
+        gate = Gate(basis, rows[:, : svd.rank], rows[:, -1] if has_rest else 0.0)
         hooks = [(site.hook_name, bind(gate, site, positions, rows=len(rows))) for site in sites]
         return score(model, task, check, hooks, len(rows))[0]
 
-    parts: tuple[Part, ...] = (("gain", (svd.rank,)), *([("gain of the rest", (1,))] if unseen else []))
-    point, hooks = torch.ones(svd.rank + bool(unseen), device=device, dtype=dtype), tuple(site.hook_name for site in sites)
+    parts: tuple[Part, ...] = (("gain", (svd.rank,)), *([("gain of the rest", (1,))] if has_rest else []))
+    point, hooks = torch.ones(svd.rank + has_rest, device=device, dtype=dtype), tuple(site.hook_name for site in sites)
     digest = hashlib.sha256(svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
     over = f"gains of {svd.rank} directions ({digest}) at {_at(hooks, positions)}"
     return Objective(log_probs, point, over, parts, hooks)

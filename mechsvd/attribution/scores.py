@@ -1,8 +1,8 @@
 """What the components of a vector w are worth to a function of it: estimates beside what is measured, in one table."""
 
 import math
-from dataclasses import replace
-from os import PathLike
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,16 +13,16 @@ from mechsvd.attribution.curvature import Curvature
 from mechsvd.attribution.objective import Part, require_parts
 from mechsvd.fields import require_between, require_declared, require_finite
 from mechsvd.linalg.subspace import require_orthonormal, rounding
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.results import Provenance, Result, result
 
 HESSIAN, RANDOM = "Hessian", "random"  # names of the bases that are always there
 _IN_UNITS = (
-    "eigenvalues", "residuals", "slopes", "integrated", "measured", "value", "baseline", "path_error", "noise_floor",
+    "eigenvalues", "residuals", "slopes", "integrated", "measured", "value", "baseline", "path_error",
 )  # fmt: skip
 
 
 @result
-class Attribution:
+class Attribution(Result):
     """How a function f of a vector w is made up of components: the parts of w along orthonormal directions u.
 
     The directions are eigenvectors of the Hessian of f at w, by falling size of the eigenvalue; in `.bases` there are others.
@@ -64,13 +64,6 @@ class Attribution:
     products: int = 0
     beside: "tuple[tuple[str, Attribution], ...]" = ()
     source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Attribution":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -187,13 +180,29 @@ class Attribution:
             f"{len(self.vectors):,} entries\n"
             f"  eigenvalues {top}; {int(self.converged.sum())} converged; of {int((~self.is_noise).sum())} scores above the "
             f"noise, {near['linear']} within 10 % of the linear estimate, {near['quadratic']} of the quadratic\n"
-            f"  on {self.source.model if self.source else 'a function'}"
+            f"  on {self._origin('a function')}"
         )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of the components of w along some directions, in the units of f; see `Attribution`."""
+
+    vectors: Float[Tensor, "entry component"]
+    eigenvalues: Float[Tensor, " component"]
+    residuals: Float[Tensor, " component"]
+    projections: Float[Tensor, " component"]
+    slopes: Float[Tensor, " component"]
+    integrated: Float[Tensor, " component"]
+    measured: Float[Tensor, " component"]
+    value: float
+    baseline: float
+    path_error: float
 
 
 def score_components(
     curvature: Curvature, vectors: Float[Tensor, "entry component"], path: Float[Tensor, " entry"], baseline: float
-) -> Attribution:
+) -> Scores:
     """All scores of some directions, in float64 from what the model's dtype gave.
 
     Args:
@@ -208,10 +217,7 @@ def score_components(
     some = torch.cat([torch.zeros_like(parts[:, :1]), parts], dim=1)  # first nothing is removed: w itself, in the same batch
     values = f.at(lambda rows: w - some[:, rows].mT, some.shape[1]).cpu().double()
     value, removed = float(values[0]), values[1:]
-    return Attribution(
-        objective="value of a function",
-        over="a vector",
-        parts=(("w", (len(w),)),),
+    return Scores(
         vectors=vectors.cpu(),
         eigenvalues=eigenvalues,
         residuals=(product - exact * eigenvalues).norm(dim=0),
@@ -225,8 +231,19 @@ def score_components(
     )
 
 
-def described(scored: Attribution, unit: float = 1.0, **about: Any) -> Attribution:
-    """The same, in all its bases, in another unit of f and with what is known about f."""
-    known = replace(scored, **about)
-    columns: dict[str, Any] = {name: getattr(known, name) * unit for name in _IN_UNITS}
-    return replace(known, **columns, beside=tuple((name, described(each, unit, **about)) for name, each in scored.beside))
+def attribution_of(scores: Mapping[str, Scores], unit: float, products: int, **header: Any) -> Attribution:
+    """Make the attribution of the Hessian's scores, and of those in other bases beside it.
+
+    Args:
+        scores: by the name of the basis, the Hessian's among them.
+        unit: of f, by which all scores are multiplied.
+        products: that finding the Hessian's directions took.
+        header: what is known about f: objective, over, parts, tolerance, noise_floor, source.
+    """
+
+    def attribution(scores: Scores, **more: Any) -> Attribution:
+        columns = {field.name: getattr(scores, field.name) for field in fields(scores)}
+        return Attribution(**columns | {name: columns[name] * unit for name in _IN_UNITS}, **header, **more)
+
+    others = tuple((name, attribution(each)) for name, each in scores.items() if name != HESSIAN)
+    return attribution(scores[HESSIAN], products=products, beside=others)

@@ -27,11 +27,12 @@ class Gate:
     It is computed as r·x + V_S diag(g_S − r) V_Sᵀx, where S holds only the directions whose gain differs from r: removing one
     direction costs a dot product, and when the basis spans everything, r is whichever of `rest` and 1 leaves the smaller S.
     Where a gradient is wanted, r is `rest` and S is everything, for a gain that equals r has a slope like any other.
+    `rest` may be a tensor, one number per edit, so that it can have a gradient too.
     """
 
     basis: Float[Tensor, "d_model rank"]
     gains: Float[Tensor, "*edit rank"]
-    rest: float = 0.0
+    rest: float | Float[Tensor, "*edit"] = 0.0
     source: Provenance | None = None
 
     def __call__(self, x: Float[Tensor, "... d_model"], hook: Any = None) -> Float[Tensor, "... d_model"]:
@@ -41,20 +42,27 @@ class Gate:
         # rows with columns of their own: the transposed product is ten times as fast on a CPU where they are few
         product = (columns.mT @ wide.mT).mT if columns.ndim > 2 else wide @ columns
         coordinates = product.mul(delta)
-        if plan.constant == 0:
+        if plan.is_constant(0):
             return (coordinates @ columns.mT).to(x.dtype)
-        base = wide if plan.constant == 1 else wide * plan.constant
+        base = wide if plan.is_constant(1) else wide * plan.constant
         return _add_product(base, coordinates, columns).to(x.dtype)
 
     def __repr__(self) -> str:
         stack = f"stack of {len(self)} gates" if self.is_stack else "gate"
         rank, d_model = self.basis.shape[1], self.d_model
+        rest = f"times {self.rest:g}" if isinstance(self.rest, float | int) else "times a gain of its own per edit"
         origin = self.source.model if self.source else "bare tensors"
-        return f"A {stack} over {rank} directions in {d_model} dimensions\n  the rest times {self.rest:g}\n  from {origin}"
+        return f"A {stack} over {rank} directions in {d_model} dimensions\n  the rest {rest}\n  from {origin}"
 
     def __getitem__(self, rows: Any) -> "Gate":
         """Some edits of a stack, in the order asked for."""
-        return Gate(self.basis, self.gains[rows], self.rest, self.source)
+        rest = self.rest[rows] if isinstance(self.rest, Tensor) else self.rest
+        return Gate(self.basis, self.gains[rows], rest, self.source)
+
+    def to(self, device: torch.device) -> "Gate":
+        """The gate on another device."""
+        rest = self.rest.to(device) if isinstance(self.rest, Tensor) else self.rest
+        return Gate(self.basis.to(device), self.gains.to(device), rest, self.source)
 
     def __len__(self) -> int:
         """Number of edits in the stack."""
@@ -74,13 +82,14 @@ class Gate:
     def costs(self) -> Int[Tensor, "constant edit"]:
         """Number of directions that each edit must touch, for each way of computing it."""
         gains = self.gains if self.is_stack else self.gains[None]
-        return torch.stack([(gains != constant).sum(dim=-1) for constant in self._constants])
+        return torch.stack([(gains != _beside_gains(constant)).sum(dim=-1) for constant in self._constants])
 
     @property
     def changes_nothing(self) -> Bool[Tensor, " edit"]:
         """Which edits are the identity: every gain is 1, and outside the basis there is nothing, or its gain is 1 too."""
         gains = self.gains if self.is_stack else self.gains[None]
-        return (gains == 1).all(dim=-1) & (1.0 in self._constants)
+        keeps_rest = torch.stack([torch.as_tensor(constant, device=gains.device) == 1 for constant in self._constants])
+        return (gains == 1).all(dim=-1) & keeps_rest.any(dim=0)
 
     def like_together(self) -> Int[Tensor, " edit"]:
         """An order of the stack in which edits that are computed the same way, at like cost, are neighbours."""
@@ -89,9 +98,9 @@ class Gate:
 
     @property
     def _plan(self) -> "_Plan":
-        if self.gains.requires_grad or self.basis.requires_grad:
-            delta = self.gains - self.rest
-            return _Plan(self.rest, self.basis, delta[:, None] if self.is_stack else delta)
+        if any(isinstance(part, Tensor) and part.requires_grad for part in (self.gains, self.basis, self.rest)):
+            delta = self.gains - _beside_gains(self.rest)
+            return _Plan(_beside_writes(self.rest), self.basis, delta[:, None] if self.is_stack else delta)
         return self._kept_plan
 
     @cached_property
@@ -101,30 +110,46 @@ class Gate:
             return min(plans, key=lambda plan: plan.columns.shape[-1])
 
     @property
-    def _constants(self) -> tuple[float, ...]:
-        spans_everything = self.basis.shape[0] == self.basis.shape[1]
-        return (self.rest, 1.0) if spans_everything and self.rest != 1.0 else (self.rest,)
+    def _constants(self) -> tuple[float | Tensor, ...]:
+        if self.basis.shape[0] != self.basis.shape[1]:
+            return (self.rest,)
+        return (1.0,) if isinstance(self.rest, Tensor) or self.rest == 1.0 else (self.rest, 1.0)  # there is no rest
 
 
 @dataclass(frozen=True)
 class _Plan:
     """How a gate is computed: r, the columns V_S (shared by all edits, or gathered for each), and g_S − r."""
 
-    constant: float
+    constant: float | Float[Tensor, "..."]
     columns: Float[Tensor, "*own d_model m"]
     delta: Float[Tensor, "*edit m"]
 
+    def is_constant(self, value: float | int) -> bool:
+        """Whether r is this number."""
+        return not isinstance(self.constant, Tensor) and self.constant == value
 
-def _plan_with(basis: Tensor, gains: Tensor, constant: float) -> _Plan:
-    differs = gains != constant
+
+def _plan_with(basis: Tensor, gains: Tensor, constant: float | Tensor) -> _Plan:
+    delta, r = gains - _beside_gains(constant), _beside_writes(constant)
+    differs = delta != 0
     if gains.ndim == 1:
-        return _Plan(constant, basis[:, differs], gains[differs] - constant)
+        return _Plan(r, basis[:, differs], delta[differs])
     widest, union = int(differs.sum(dim=-1).max()), differs.any(dim=0)
     if 4 * widest < int(union.sum()):  # few directions an edit, different ones: each row gets its own columns
         own = differs.float().topk(widest, dim=-1).indices
         columns = basis.T[own].mT
-        return _Plan(constant, columns, (gains.gather(-1, own) - constant)[:, None])
-    return _Plan(constant, basis[:, union], (gains[:, union] - constant)[:, None])
+        return _Plan(r, columns, delta.gather(-1, own)[:, None])
+    return _Plan(r, basis[:, union], delta[:, union][:, None])
+
+
+def _beside_gains(rest: float | Tensor) -> Any:
+    """One number per edit, with an axis for the directions."""
+    return rest[..., None] if isinstance(rest, Tensor) else rest
+
+
+def _beside_writes(rest: float | Tensor) -> Any:
+    """One number per edit, with axes for positions and dimensions."""
+    return rest[..., None, None] if isinstance(rest, Tensor) else rest
 
 
 def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Tensor, "*edit pos d_model"]:
@@ -139,7 +164,9 @@ def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Te
     return flat.view(base.shape)
 
 
-def gate(basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], rest: float = 0.0) -> Gate:
+def gate(
+    basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], rest: float | int | Float[Tensor, "*rest"] = 0.0
+) -> Gate:
     """Give each direction a gain, and everything outside the basis the gain `rest`.
 
     `rest` is 0 by default, so `gate(basis, ones)` keeps the subspace; with `rest=1`, gains of 1 change nothing.
@@ -147,7 +174,7 @@ def gate(basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], res
     Args:
         basis: orthonormal directions as columns, a subspace, or the directions of a decomposition.
         gains: one a direction; with a leading axis, a stack of edits.
-        rest: gain of what the basis does not span.
+        rest: gain of what the basis does not span; a tensor has one per edit.
 
     Raises:
         ValueError: a basis that is not orthonormal, gains of another length, NaN or inf.
@@ -160,9 +187,11 @@ def gate(basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], res
     rank, gains = directions.shape[1], torch.as_tensor(gains)
     if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
         raise ValueError(f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; give one gain for each.")
-    if not gains.isfinite().all() or not math.isfinite(rest):
+    if not gains.isfinite().all() or not torch.as_tensor(rest).isfinite().all():
         raise ValueError("`gains` and `rest` must be finite, but hold NaN or inf.")
-    return Gate(directions, gains.to(directions), float(rest), source)
+    if isinstance(rest, Tensor) and rest.shape != gains.shape[:-1]:
+        raise ValueError(f"`rest` has shape {list(rest.shape)}, but must be one number per edit, {list(gains.shape[:-1])}.")
+    return Gate(directions, gains.to(directions), rest.to(directions) if isinstance(rest, Tensor) else float(rest), source)
 
 
 def keep(subspace: Basis) -> Gate:

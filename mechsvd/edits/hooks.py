@@ -1,6 +1,7 @@
 """Edits bound to sites: the `(name, function)` pairs that `run_with_hooks(fwd_hooks=…)` takes, next to anyone else's."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -90,8 +91,7 @@ def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | Each
     if isinstance(edits, Gate):
         require_fitting_edit(model, edits, source)
         device = next(model.parameters()).device
-        stacked = edits.gains if edits.is_stack else edits.gains[None]
-        return Gate(edits.basis.to(device), stacked.to(device), edits.rest, edits.source)
+        return (edits if edits.is_stack else edits[None]).to(device)
     edits = once(edits)
     if not isinstance(edits, Sequence) or not edits:
         what = "is empty" if isinstance(edits, Sequence) else f"is {type(edits).__name__}"
@@ -118,19 +118,22 @@ def bind(
         rows: how many rows the edit returns; as many as it gets by default.
         reading: knows where in the text a run begins; at its beginning by default.
     """
-    chosen = None if positions is None else torch.tensor(sorted(positions))
+
+    @lru_cache(maxsize=1)
+    def mask_of(start: int, length: int, device: torch.device) -> Tensor:
+        return torch.isin(torch.arange(start, start + length), torch.tensor(sorted(positions or ()))).to(device)
 
     def hook_function(x: Tensor, hook: Any = None) -> Tensor:
         if x.ndim == 2:  # OPT's MLP sees [batch·pos, d_model]
             shape = (reading.rows, reading.length, x.shape[-1]) if reading else (1, *x.shape)
             return hook_function(x.reshape(shape), hook).flatten(0, 1)
         edited = _run(edit, x, SitePoint(site, hook), rows)
-        if chosen is None:
+        if positions is None:
             if observe:
                 observe(site, x, edited)
             return edited
         start = reading.start(site) if reading else 0
-        mask = torch.isin(torch.arange(start, start + x.shape[1]), chosen).to(x.device)
+        mask = mask_of(start, x.shape[1], x.device)
         if observe:
             observe(site, x[:, mask], edited[:, mask])
         return torch.where(mask[:, None], edited, x)
@@ -162,8 +165,12 @@ def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:
         edited = edit(x, hook=point)
     except (torch.OutOfMemoryError, MemoryError, EditError):
         raise
-    except Exception as error:
-        raise RuntimeError(f"The edit failed at {point}: {error}") from error
+    except Exception as error:  # the user's own keeps its type, and says where it was raised
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (f"The edit failed at {point}: {error.args[0]}",)
+        elif hasattr(error, "add_note"):
+            error.add_note(f"The edit failed at {point}.")
+        raise
     if before is not None and x._version != before:
         raise ValueError(
             f"The edit at {point} changed its input in place, which would change the clean run and other edits too; return a new "

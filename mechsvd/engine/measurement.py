@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from os import PathLike
 from typing import Any
 
 import torch
@@ -25,13 +24,13 @@ from mechsvd.model.runs import run_model
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.model.sites import Hook, Model, Site, Where
 from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.results import Provenance, Result, result
 
 _BY_EDIT = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
 
 
 @result
-class Measurement:
+class Measurement(Result):
     """What is left of a task under each edit of a stack.
 
     Attributes:
@@ -51,13 +50,6 @@ class Measurement:
     clean: "Measurement | None" = None
     source: Provenance | None = None
     noise_floor: float | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Measurement":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -141,7 +133,7 @@ class Measurement:
         return (
             f"Measurement of {len(self)} edits at {len(self.sites)} sites\n"
             f"  log-probability of {self.log_probs.shape[1]} tokens: {clean}{low:.4f} to {high:.4f} edited\n"
-            f"  on {self.source.model if self.source else 'an unnamed model'}"
+            f"  on {self._origin()}"
         )
 
 

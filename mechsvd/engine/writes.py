@@ -1,7 +1,6 @@
 """Collecting writes: what every site adds to the residual stream at every position of a text."""
 
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from mechsvd.fields import require_between, require_declared, require_finite, re
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import COMPONENTS, Model, Site
 from mechsvd.model.tasks import Task, as_tasks
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.results import Provenance, Result, result
 
 
 @result
-class Writes:
+class Writes(Result):
     """Writes of a model, site by site in the order of writing, over the positions of one text or several.
 
     Attributes:
@@ -37,13 +36,6 @@ class Writes:
     task_index: Int[Tensor, " pos"]
     pieces: tuple[str, ...] = ()
     source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Writes":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -81,7 +73,7 @@ class Writes:
         return (
             f"{len(self)} writes: {len(self.sites)} sites × {len(self.tokens)} positions, in {self.values.shape[2]} dimensions\n"
             f"  {kinds} of {layers} layers, {int(self.task_index.max()) + 1} task(s)\n"
-            f"  from {self.source.model if self.source else 'bare tensors'}"
+            f"  from {self._origin('bare tensors')}"
         )
 
 

@@ -1,6 +1,5 @@
 """One direction at a time: what the text loses without it, and the orders of the directions that follow from that."""
 
-from os import PathLike
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from mechsvd.fields import require_between, require_declared, require_falling, r
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, load_result, require_kind, require_same_model, result, save_result
+from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
 
 
 @result
-class Ranking:
+class Ranking(Result):
     """What each direction is worth to a task: the measurement without it, beside the singular value.
 
     Attributes:
@@ -30,13 +29,6 @@ class Ranking:
 
     singular_values: Float[Tensor, " rank"]
     measurement: Measurement
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Ranking":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -93,7 +85,7 @@ class Ranking:
         return (
             f"Ranking of {len(self.singular_values)} directions, each removed alone: direction {worst} does most damage\n"
             f"  {float(self.effect[worst]):.4g} nats; {silent} effects within the noise floor of {self.noise_floor:.1e} nats\n"
-            f"  on {self.source.model if self.source else 'an unnamed model'}"
+            f"  on {self._origin()}"
         )
 
 

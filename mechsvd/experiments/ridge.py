@@ -1,7 +1,6 @@
 """Ridge in place of clipping: shrink every direction by its singular value, more and more strongly."""
 
 from collections.abc import Iterable
-from os import PathLike
 from typing import Any
 
 import torch
@@ -17,13 +16,13 @@ from mechsvd.fields import require_between, require_declared, require_finite, re
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.results import Provenance, Result, result
 
 STEPS = 64  # strengths, where none are given
 
 
 @result
-class RidgeSweep:
+class RidgeSweep(Result):
     """What is left of a task when every write is shrunk as ridge regression does, for several strengths.
 
     Attributes:
@@ -38,13 +37,6 @@ class RidgeSweep:
     effective_directions: Float[Tensor, " edit"]
     measurement: Measurement
     basis_source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "RidgeSweep":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)

@@ -1,9 +1,8 @@
 """The smallest rank from which a model still gives the text, from few probes of a curve that need not be monotone."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from os import PathLike
 from typing import Any
 
 import torch
@@ -21,16 +20,35 @@ from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.linalg.subspace import Subspace
 from mechsvd.model.sites import Model, require_model, where_of
 from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, load_result, require_kind, require_same_model, result, save_result
+from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
 
-Criterion = Callable[[Measurement], Float[Tensor, " edit"]]  # how far each edit is above (≥ 0) or below the bar
 PROBES = 8  # a round
 SHARE = 10  # a search may cost one in so many of a full sweep's evaluations,
 LEAST = 48  # or so many, where that is more
+NATS = "nats"  # the unit that the noise floor is in
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A threshold that an edit reaches or misses.
+
+    Attributes:
+        name: what is asked, in words.
+        unit: of the margin.
+        margin: a function of a measurement that gives how far each edit is above (≥ 0) or below the threshold.
+    """
+
+    name: str
+    unit: str
+    margin: Callable[[Measurement], Float[Tensor, " edit"]]
+
+    def __call__(self, measured: Measurement) -> Any:
+        """How far each edit is above (≥ 0) or below the threshold."""
+        return self.margin(measured)
 
 
 @result
-class CriticalRank:
+class CriticalRank(Result):
     """The smallest rank, of those tried, whose directions give the text, and all that was tried.
 
     Attributes:
@@ -38,7 +56,8 @@ class CriticalRank:
         margins: how far each is above (≥ 0) or below the bar: in nats, unless the criterion says otherwise.
         noise_floor: margins no further below 0 than this count as reaching the bar; 0 for a bar that is not in nats.
         evaluations: how many rows went through the model, the clean ones and those for the noise floor too.
-        criterion: the bar's name.
+        criterion: the threshold's name.
+        unit: of the margins.
     """
 
     sweep: RankSweep
@@ -46,13 +65,7 @@ class CriticalRank:
     noise_floor: float
     evaluations: int
     criterion: str
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "CriticalRank":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
+    unit: str = NATS
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -125,7 +138,7 @@ class CriticalRank:
         return (
             f"Critical rank {which} of {len(self.sweep.order)} directions, for {self.criterion}\n"
             f"  {len(self.crossings)} crossing(s) at {self.evaluations} evaluations; {certain}\n"
-            f"  on {self.source.model if self.source else 'an unnamed model'}"
+            f"  on {self._origin()}"
         )
 
 
@@ -146,14 +159,15 @@ def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
             return (measured.log_probs - measured.against.log_probs).amin(dim=-1) + nats
         return measured.log_prob - measured.against.log_prob + nats
 
-    margin.in_nats = True  # type: ignore[attr-defined]  # so that the noise floor can be held against it
-    margin.__name__ = f"a drop of at most {nats:g} nats" + (" at each token" if each_token else "")
-    return margin
+    return Criterion(f"a drop of at most {nats:g} nats" + (" at each token" if each_token else ""), NATS, margin)
 
 
-def same_greedy_text(measured: Measurement) -> Float[Tensor, " edit"]:
-    """The bar that the model would say the continuation greedily; the margin is minus the number of tokens it would not."""
+def _greedy_margin(measured: Measurement) -> Float[Tensor, " edit"]:
     return -(~measured.is_greedy).sum(dim=-1).to(measured.log_probs)
+
+
+# The model would say the continuation greedily; the margin is minus the number of tokens that it would not.
+same_greedy_text = Criterion("same_greedy_text", "tokens", _greedy_margin)
 
 
 @with_options(RunOptions)
@@ -163,7 +177,7 @@ def critical_rank(
     svd: Decomposition,
     tolerance: float = 0.0,
     *,
-    criterion: Criterion | None = None,
+    criterion: Callable[[Measurement], Float[Tensor, " edit"]] | None = None,
     order: Any = None,
     exhaustive: bool = False,
     **options: Unpack[RunOptions],
@@ -202,7 +216,11 @@ def critical_rank(
 
 
 def critical_rank_of(
-    sweep: RankSweep, tolerance: float = 0.0, *, criterion: Criterion | None = None, noise_floor: float | None = None
+    sweep: RankSweep,
+    tolerance: float = 0.0,
+    *,
+    criterion: Callable[[Measurement], Float[Tensor, " edit"]] | None = None,
+    noise_floor: float | None = None,
 ) -> CriticalRank:
     """Read the critical rank off a sweep that is there already, among the ranks that it has.
 
@@ -215,28 +233,29 @@ def critical_rank_of(
     """
     require_kind(sweep, RankSweep)
     bar = _bar(tolerance, criterion)
-    name = getattr(bar, "__name__", "a bar of your own")
     rising = sweep.ranks.argsort(stable=True)
     measured = sweep.measurement[rising]
     clean, floor = measured.against, measured.noise_floor if noise_floor is None else float(noise_floor)
-    floor = floor or 0.0 if getattr(bar, "in_nats", False) else 0.0
+    floor = floor or 0.0 if bar.unit == NATS else 0.0
     if not (best := float(_margins(bar, replace(clean, clean=clean))[0])) >= -floor:
         raise ValueError(
-            f"The clean model itself misses the bar, {name}, by {-best:.4g}, so no rank can be held against it; for the "
+            f"The clean model itself misses the threshold, {bar.name}, by {-best:.4g}, so no rank can be held against it; for the "
             "same greedy text, make the task without a continuation."
         )
     rising_sweep = replace(sweep, ranks=sweep.ranks[rising], measurement=measured)
-    return CriticalRank(rising_sweep, _margins(bar, measured), floor, len(rising) + 1, name)
+    return CriticalRank(rising_sweep, _margins(bar, measured), floor, len(rising) + 1, bar.name, bar.unit)
 
 
-def _bar(tolerance: float, criterion: Criterion | None) -> Criterion:
+def _bar(tolerance: float, criterion: Callable[[Measurement], Tensor] | None) -> Criterion:
     if criterion is None:
         return drop_at_most(tolerance)
     if tolerance:
         raise ValueError("`tolerance` and `criterion` are two bars; give one of them.")
     if not callable(criterion):
         raise TypeError(f"`criterion` must be a function of a measurement, but is {criterion!r:.60}; see `mechsvd.drop_at_most`.")
-    return criterion
+    if isinstance(criterion, Criterion):
+        return criterion
+    return Criterion(getattr(criterion, "__name__", "a threshold of your own"), "", criterion)
 
 
 def _margins(bar: Criterion, measured: Measurement) -> Float[Tensor, " edit"]:

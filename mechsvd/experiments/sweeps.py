@@ -1,7 +1,6 @@
 """Rank sweeps: keep the first k directions of every write, for every k, in any order of the directions."""
 
 from collections.abc import Iterable
-from os import PathLike
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.results import Provenance, Result, result
 
 
 @result
-class RankSweep:
+class RankSweep(Result):
     """What is left of a task in the first k directions, for several k.
 
     Attributes:
@@ -35,13 +34,6 @@ class RankSweep:
     order: Int[Tensor, " rank"]
     measurement: Measurement
     basis_source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "RankSweep":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)

@@ -101,7 +101,9 @@ def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
 def margins(found: CriticalRank) -> go.Figure:
     """How far each rank that was tried is above or below the bar, around the crossings; the critical rank is marked."""
     require_kind(found, CriticalRank)
-    figure = empty_figure("Critical rank", "kept directions", "above the bar" + (" (nats)" if "nats" in found.criterion else ""))
+    figure = empty_figure(
+        "Critical rank", "kept directions", f"above the threshold ({found.unit})" if found.unit else "above the threshold"
+    )
     ranks, tie = found.sweep.ranks, found.is_tie
     hover = "k = %{x}<br>%{y:.4g} above the bar"
     figure.add_trace(line(ranks, found.margins, "margin", EDITED, hover=hover).update(mode="lines+markers", marker={"size": 4}))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from os import PathLike
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from torch import Tensor
 from mechsvd.checks import is_whole, require_whole
 from mechsvd.fields import require_between, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace
-from mechsvd.results import Provenance, load_result, require_same_model, result, save_result
+from mechsvd.results import Provenance, Result, require_same_model, result
 
 
 @result
-class Overlap:
+class Overlap(Result):
     """Pairwise overlaps ‖AᵀB‖² of subspaces, and what uniformly random ones of the same ranks have.
 
     The overlap is the sum of the squared cosines of the principal angles: the number of dimensions shared, 0 to the smaller
@@ -33,13 +32,6 @@ class Overlap:
     expected: Float[Tensor, "n n"]
     deviation: Float[Tensor, "n n"]
     source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Overlap":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def _require_values(self) -> None:
         require_finite(self, "values", "expected", "deviation")
@@ -126,7 +118,7 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
 
 
 @result
-class Pool:
+class Pool(Result):
     """The spectrum of several bases side by side, and the band that random subspaces of the same ranks give.
 
     A singular value of √n is a direction that all n subspaces share; 1, one that a single subspace has.
@@ -142,13 +134,6 @@ class Pool:
     random_high: Float[Tensor, " rank"]
     seed: int
     source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Pool":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def _require_values(self) -> None:
         names = ("singular_values", "random_low", "random_mean", "random_high")

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from os import PathLike
-from typing import Any
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -13,11 +12,11 @@ from torch import Tensor
 from mechsvd.checks import is_whole, warn
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
-from mechsvd.results import Provenance, load_result, result, save_result, with_notes
+from mechsvd.results import Provenance, Result, result, with_notes
 
 
 @result
-class Decomposition:
+class Decomposition(Result):
     """The singular value decomposition of a sample of writes, by falling singular value.
 
     Attributes:
@@ -33,13 +32,6 @@ class Decomposition:
     left: Float[Tensor, "site pos rank"]
     layer: int | None = None
     source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Decomposition":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -98,14 +90,32 @@ class Decomposition:
     def __repr__(self) -> str:
         where = "pooled over layers" if self.layer is None else f"layer {self.layer}"
         top = ", ".join(f"{s:.3g}" for s in self.singular_values[:4].tolist())
-        origin = self.source.model if self.source else "bare tensors"
         return (
             f"Decomposition of {self.left.shape[0]} sites × {self.left.shape[1]} positions, {where}\n"
-            f"  rank {self.rank} of {self.d_model} dimensions, singular values {top}, …\n  from {origin}"
+            f"  rank {self.rank} of {self.d_model} dimensions, singular values {top}, …\n  from {self._origin('bare tensors')}"
         )
 
 
-def decompose(writes: Any, *, per_layer: bool = False, center: bool = False) -> Any:
+@runtime_checkable
+class Sample(Protocol):
+    """Vectors by site and position, and where they come from: what `collect_writes` gives."""
+
+    @property
+    def values(self) -> Tensor:
+        """Of shape [site, pos, d_model]."""
+
+    @property
+    def source(self) -> Provenance | None:
+        """The model that they come from."""
+
+
+@overload
+def decompose(writes: Sample | Tensor, *, per_layer: Literal[False] = False, center: bool = False) -> Decomposition: ...
+@overload
+def decompose(writes: Sample | Tensor, *, per_layer: Literal[True], center: bool = False) -> tuple[Decomposition, ...]: ...
+def decompose(
+    writes: Sample | Tensor, *, per_layer: bool = False, center: bool = False
+) -> Decomposition | tuple[Decomposition, ...]:
     """Take the SVD of all writes, pooled over layers or one a layer.
 
     Pooled and per layer are the same batched function; nothing is centred unless asked, as in the shortform. Directions

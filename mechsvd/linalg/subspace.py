@@ -1,6 +1,5 @@
 """Orthonormal bases of subspaces of the residual stream."""
 
-from os import PathLike
 from typing import Any
 
 import torch
@@ -8,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.fields import require_declared
-from mechsvd.results import Provenance, load_result, result, save_result
+from mechsvd.results import Provenance, Result, result
 
 
 @result
-class Subspace:
+class Subspace(Result):
     """A subspace of the residual stream, held as an orthonormal basis whose columns are the directions.
 
     Example:
@@ -25,13 +24,6 @@ class Subspace:
 
     basis: Float[Tensor, "d_model rank"]
     source: Provenance | None = None
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Subspace":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -54,7 +46,7 @@ class Subspace:
         return pd.DataFrame(self.basis.cpu().numpy(), columns=range(self.rank)).rename_axis("dimension").reset_index()
 
     def __repr__(self) -> str:
-        origin = self.source.model if self.source else "bare tensors"
+        origin = self._origin("bare tensors")
         return f"Subspace of rank {self.rank} in {self.d_model} dimensions\n  from {origin}\n  dtype {self.basis.dtype}"
 
 

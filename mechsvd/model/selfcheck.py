@@ -1,6 +1,5 @@
 """Is it true of this model? That its writes make up the residual stream, measured on a few tokens, once a model."""
 
-from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,13 +11,13 @@ from mechsvd.fields import require_between
 from mechsvd.model.evaluation import evaluation, other_hooks, without_hook_points
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
-from mechsvd.results import load_result, result, save_result
+from mechsvd.results import Result, result
 
 _CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
 
 
 @result
-class SelfCheck:
+class SelfCheck(Result):
     """What was measured.
 
     Attributes:
@@ -40,13 +39,6 @@ class SelfCheck:
     scored_error: float
     sharing_error: float
     tolerance: float
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "SelfCheck":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def _require_values(self) -> None:
         errors = ("block_error", "stream_error", "output_change", "scored_error", "sharing_error", "tolerance")

@@ -1,7 +1,6 @@
 """What is asked of a model: a prompt and its continuation, as tokens, and the positions that are scored."""
 
 from collections.abc import Iterable, Sequence
-from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from mechsvd.model.evaluation import evaluation
 from mechsvd.model.runs import continue_tokens
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tokenization import continuation_tokens, fit_context, pieces_of, prompt_tokens, require_text, warn_unusual_start
-from mechsvd.results import load_result, result, save_result
+from mechsvd.results import Result, result
 
 SHORTFORM_PROMPTS: dict[str, str] = {
     "meaning": "I believe the meaning of life is",
@@ -28,7 +27,7 @@ SHORTFORM_PROMPTS: dict[str, str] = {
 
 
 @result
-class Task:
+class Task(Result):
     """A prompt and its continuation as tokens; the continuation is what is scored.
 
     Attributes:
@@ -44,13 +43,6 @@ class Task:
     tokens: Int[Tensor, " pos"]
     prompt_length: int
     pieces: tuple[str, ...] = ()
-
-    save = save_result
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> "Task":
-        """Load what `save` wrote; see `load_result`."""
-        return load_result(cls, path)
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, Tensor):
