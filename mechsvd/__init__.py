@@ -19,7 +19,12 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mechsvd.attribution.gradients import GradientBasis, Gradients, collect_gradients, gradient_basis
+from mechsvd.attribution.gradients import (
+    GradientBasis,
+    Gradients,
+    collect_gradients,
+    gradient_basis,
+)
 from mechsvd.attribution.hessian import hessian_attribution, hessian_attribution_of
 from mechsvd.attribution.scores import Attribution
 from mechsvd.edits.gates import ablate, gate, keep, shrink
@@ -37,9 +42,22 @@ from mechsvd.experiments.ranking import (
     rank_directions,
 )
 from mechsvd.experiments.ridge import RidgeSweep, sweep_ridge
-from mechsvd.experiments.search import CriticalRank, critical_rank, critical_rank_of, drop_at_most, same_greedy_text
+from mechsvd.experiments.search import (
+    CriticalRank,
+    critical_rank,
+    critical_rank_of,
+    drop_at_most,
+    same_greedy_text,
+)
 from mechsvd.experiments.sweeps import RankSweep, sweep_rank
-from mechsvd.linalg.comparison import Overlap, Pool, overlap, pool, principal_angles, random_subspace
+from mechsvd.linalg.comparison import (
+    Overlap,
+    Pool,
+    overlap,
+    pool,
+    principal_angles,
+    random_subspace,
+)
 from mechsvd.linalg.decomposition import Decomposition, decompose
 from mechsvd.linalg.subspace import Subspace, span
 from mechsvd.model.loading import load_model
@@ -79,6 +97,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "figures":  # imported when first used: plotly takes longer to import than all the rest
+    if (
+        name == "figures"
+    ):  # imported when first used: plotly takes longer to import than all the rest
         return import_module("mechsvd.figures")
     raise AttributeError(f"module 'mechsvd' has no attribute {name!r}")

@@ -19,7 +19,10 @@ from torch import Tensor
 _SUBJECT = ContextVar("subject", default="")  # what the warnings of the moment are about
 Call = TypeVar("Call", bound=Callable[..., Any])
 Number = int | float
-_WRAPPERS = ("jaxtyping", "beartype")  # shape checks that may stand between the package and its user
+_WRAPPERS = (
+    "jaxtyping",
+    "beartype",
+)  # shape checks that may stand between the package and its user
 
 
 def warn(message: str) -> None:
@@ -46,7 +49,9 @@ def about(subject: str) -> Iterator[None]:
 
 def is_whole(value: Any, least: Number = -math.inf, most: Number = math.inf) -> bool:
     """Whether a value is a whole number in a range; numpy's count, and bools do not."""
-    return not isinstance(value, bool) and isinstance(value, Integral) and least <= int(value) <= most
+    return (
+        not isinstance(value, bool) and isinstance(value, Integral) and least <= int(value) <= most
+    )
 
 
 def require_whole(name: str, value: Any, least: int = 0, most: Number = math.inf) -> int:
@@ -68,19 +73,32 @@ def whole_numbers(name: str, numbers: Any) -> Tensor:
         TypeError, ValueError: something else.
     """
     if not isinstance(numbers, Iterable):
-        raise TypeError(f"`{name}` must be a list of whole numbers, but is {type(numbers).__name__}.")
+        raise TypeError(
+            f"`{name}` must be a list of whole numbers, but is {type(numbers).__name__}."
+        )
     listed = numbers if isinstance(numbers, Tensor | str) else [*numbers]
-    if isinstance(listed, str) or (isinstance(listed, list) and any(isinstance(n, bool | str) for n in listed)):
+    if isinstance(listed, str) or (
+        isinstance(listed, list) and any(isinstance(n, bool | str) for n in listed)
+    ):
         raise ValueError(f"`{name}` must be a list of whole numbers, but is {numbers!r:.60}.")
     tensor = torch.as_tensor(listed)
-    if tensor.ndim != 1 or len(tensor) == 0 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise ValueError(f"`{name}` must be a non-empty list of whole numbers, but is {numbers!r:.60}.")
+    if (
+        tensor.ndim != 1
+        or len(tensor) == 0
+        or tensor.is_floating_point()
+        or tensor.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"`{name}` must be a non-empty list of whole numbers, but is {numbers!r:.60}."
+        )
     return tensor.cpu().long()
 
 
 def is_number(value: Any, least: Number = -math.inf) -> bool:
     """Whether a value is a finite number of at least `least`; numpy's count, and bools do not."""
-    return not isinstance(value, bool) and isinstance(value, Real) and least <= float(value) < math.inf
+    return (
+        not isinstance(value, bool) and isinstance(value, Real) and least <= float(value) < math.inf
+    )
 
 
 def with_options(kind: type) -> Callable[[Call], Call]:
@@ -100,10 +118,14 @@ def with_options(kind: type) -> Callable[[Call], Call]:
             for name in options:
                 if name not in known:
                     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                    hint = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(known)}."
+                    hint = (
+                        f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(known)}."
+                    )
                     raise TypeError(f"`{call.__name__}` has no option `{name}`: {hint}")
                 if name in own[: len(args)]:
-                    raise TypeError(f"`{name}` is given to `{call.__name__}` twice: by its place and by its name; give it once.")
+                    raise TypeError(
+                        f"`{name}` is given to `{call.__name__}` twice: by its place and by its name; give it once."
+                    )
             return call(*args, **options)
 
         return checked  # type: ignore[return-value]

@@ -14,7 +14,10 @@ from torch import Tensor
 
 _DTYPES: dict[str, tuple[str, set[torch.dtype]]] = {
     "Float": ("a float tensor", {torch.float16, torch.bfloat16, torch.float32, torch.float64}),
-    "Int": ("a tensor of signed whole numbers", {torch.int8, torch.int16, torch.int32, torch.int64}),
+    "Int": (
+        "a tensor of signed whole numbers",
+        {torch.int8, torch.int16, torch.int32, torch.int64},
+    ),
     "Bool": ("a tensor of truth values", {torch.bool}),
 }
 _WORDS = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
@@ -35,9 +38,13 @@ def require_declared(result: Any) -> None:
     for name, hint in _declared(cls).items():
         value = getattr(result, name)
         if not _fits(value, hint):
-            raise TypeError(f"{_field(result, name)} is {_described(value)}, but must be {_wanted(hint)}.")
+            raise TypeError(
+                f"{_field(result, name)} is {_described(value)}, but must be {_wanted(hint)}."
+            )
         if isinstance(value, Tensor):
-            axes = next(one.dim_str.split() for one in (hint, *get_args(hint)) if hasattr(one, "dim_str"))
+            axes = next(
+                one.dim_str.split() for one in (hint, *get_args(hint)) if hasattr(one, "dim_str")
+            )
             _require_axes(result, name, axes, sizes)
 
 
@@ -45,7 +52,9 @@ def require_length(result: Any, name: str, length: int, counted: str) -> None:
     """Refuse a field without exactly one entry for each of what the result counts elsewhere."""
     if len(getattr(result, name)) != length:
         found = len(getattr(result, name))
-        raise ValueError(f"{_field(result, name)} has length {found}, but must have {length}: one for each {counted}.")
+        raise ValueError(
+            f"{_field(result, name)} has length {found}, but must have {length}: one for each {counted}."
+        )
 
 
 def require_finite(result: Any, *names: str) -> None:
@@ -58,7 +67,9 @@ def require_finite(result: Any, *names: str) -> None:
             raise ValueError(f"{_field(result, name)} holds NaN or inf{where}, but must be finite.")
 
 
-def require_between(result: Any, names: Sequence[str], low: float | int, high: float | int = float("inf")) -> None:
+def require_between(
+    result: Any, names: Sequence[str], low: float | int, high: float | int = float("inf")
+) -> None:
     """Refuse tensors and numbers outside a range; NaN and None pass: some results may hold them."""
     for name in names:
         value = getattr(result, name)
@@ -66,7 +77,9 @@ def require_between(result: Any, names: Sequence[str], low: float | int, high: f
         wrong = entries[(entries < low) | (entries > high)]
         if len(wrong):
             allowed = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
-            raise ValueError(f"{_field(result, name)} holds {wrong[0].item():g}, but must be {allowed}.")
+            raise ValueError(
+                f"{_field(result, name)} holds {wrong[0].item():g}, but must be {allowed}."
+            )
 
 
 def require_falling(result: Any, name: str) -> None:
@@ -75,7 +88,9 @@ def require_falling(result: Any, name: str) -> None:
     rises = (values[1:] > values[:-1]).nonzero().flatten().tolist()
     if rises:
         before, after = values[rises[0] : rises[0] + 2].tolist()
-        raise ValueError(f"{_field(result, name)} rises from {before:g} to {after:g} at place {rises[0] + 1}, but must fall.")
+        raise ValueError(
+            f"{_field(result, name)} rises from {before:g} to {after:g} at place {rises[0] + 1}, but must fall."
+        )
 
 
 def named(class_name: str) -> str:
@@ -115,10 +130,14 @@ def _is_a(kind: type, hint: type) -> bool:
     return issubclass(kind, (int, float) if hint is float else hint) and kind is not bool
 
 
-def _require_axes(result: Any, name: str, axes: list[str], sizes: dict[str, tuple[int, str]]) -> None:
+def _require_axes(
+    result: Any, name: str, axes: list[str], sizes: dict[str, tuple[int, str]]
+) -> None:
     shape = list(getattr(result, name).shape)
     if len(shape) != len(axes):
-        raise ValueError(f"{_field(result, name)} has shape {shape}, but must have the axes [{', '.join(axes)}].")
+        raise ValueError(
+            f"{_field(result, name)} has shape {shape}, but must have the axes [{', '.join(axes)}]."
+        )
     for axis, size in zip(axes, shape, strict=True):
         expected, other = sizes.setdefault(axis, (size, name))
         if size != expected:

@@ -28,12 +28,18 @@ def unpack(body: str, tensors: Mapping[str, Tensor], classes: Mapping[str, type]
         document = json.loads(body)
     except ValueError as error:
         raise ValueError(f"its header is not JSON ({error})") from error
-    if not isinstance(document, dict) or document.keys() != {"class", "value"} or not isinstance(document["value"], dict):
+    if (
+        not isinstance(document, dict)
+        or document.keys() != {"class", "value"}
+        or not isinstance(document["value"], dict)
+    ):
         raise ValueError("its header must have a `class` and a `value`, but has not")
     reader = _Reader(dict(tensors), classes)
     value = reader.read(document["value"], "")
     if type(value).__name__ != document["class"]:
-        raise ValueError(f"its header names the class {document['class']!r:.40}, but holds {named(type(value).__name__)}")
+        raise ValueError(
+            f"its header names the class {document['class']!r:.40}, but holds {named(type(value).__name__)}"
+        )
     if reader.left:
         raise ValueError(f"it has tensors that belong to no field: {sorted(reader.left)[:5]}")
     return value
@@ -45,7 +51,10 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if is_dataclass(value) and not isinstance(value, type):
         said = [f for f in fields(value) if not _is_default(getattr(value, f.name), f.default)]
-        packed = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in said}
+        packed = {
+            f.name: _pack(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors)
+            for f in said
+        }
         return {"class": type(value).__name__, "fields": packed}
     if isinstance(value, (list, tuple)):
         return [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
@@ -70,10 +79,17 @@ class _Reader:
             return value
         if value.keys() == {"tensor"}:
             if value["tensor"] != name or name not in self.left:
-                raise ValueError(f"`{name}` must be the tensor of that name, but is {value['tensor']!r:.40}, or there is none")
+                raise ValueError(
+                    f"`{name}` must be the tensor of that name, but is {value['tensor']!r:.40}, or there is none"
+                )
             return self.left.pop(name)
         cls = self._class_of(value, name)
-        result = cls(**{key: self.read(item, f"{name}.{key}".lstrip(".")) for key, item in value["fields"].items()})
+        result = cls(
+            **{
+                key: self.read(item, f"{name}.{key}".lstrip("."))
+                for key, item in value["fields"].items()
+            }
+        )
         if hasattr(result, "_require_values"):
             result._require_values()
         return result
@@ -82,14 +98,26 @@ class _Reader:
         """The class that a packed result names, if its fields are those of the class."""
         where = f"`{name}`" if name else "it"
         if value.keys() != {"class", "fields"} or not isinstance(value["fields"], dict):
-            raise ValueError(f"{where} must be a tensor, or a result with a `class` and `fields`, but has {sorted(value)[:5]}")
+            raise ValueError(
+                f"{where} must be a tensor, or a result with a `class` and `fields`, but has {sorted(value)[:5]}"
+            )
         cls = self.classes.get(value["class"]) if isinstance(value["class"], str) else None
         if cls is None:
-            raise ValueError(f"{where} is of the class {value['class']!r:.40}, which this version does not know")
+            raise ValueError(
+                f"{where} is of the class {value['class']!r:.40}, which this version does not know"
+            )
         known = {field.name: field.default is MISSING for field in fields(cls)}
-        lacking = [field for field, is_needed in known.items() if is_needed and field not in value["fields"]]
+        lacking = [
+            field
+            for field, is_needed in known.items()
+            if is_needed and field not in value["fields"]
+        ]
         if lacking:  # a file of an older version may lack newer fields, which have defaults
-            raise ValueError(f"{named(cls.__name__)} needs the fields {lacking}, which {where} lacks")
+            raise ValueError(
+                f"{named(cls.__name__)} needs the fields {lacking}, which {where} lacks"
+            )
         if unknown := sorted(value["fields"].keys() - known.keys()):
-            raise ValueError(f"{where} has the fields {unknown[:5]}, which {named(cls.__name__)} of this version does not")
+            raise ValueError(
+                f"{where} has the fields {unknown[:5]}, which {named(cls.__name__)} of this version does not"
+            )
         return cls

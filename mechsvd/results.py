@@ -114,7 +114,9 @@ def require_kind(value: Any, kind: type) -> None:
     """
     if not isinstance(value, kind):
         needed, shown = named(kind.__name__), " ".join(repr(value).split())
-        raise TypeError(f"{needed[0].upper()}{needed[1:]} is needed here, but this is {type(value).__name__} {shown!r:.50}.")
+        raise TypeError(
+            f"{needed[0].upper()}{needed[1:]} is needed here, but this is {type(value).__name__} {shown!r:.50}."
+        )
 
 
 def save_result(self: Any, path: str | os.PathLike[str]) -> None:
@@ -128,7 +130,12 @@ def save_result(self: Any, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save
 
     body, tensors = pack(self)
-    metadata = {"mechsvd": body, "version": __version__, "format": str(FORMAT), "sha256": _digest(body, tensors)}
+    metadata = {
+        "mechsvd": body,
+        "version": __version__,
+        "format": str(FORMAT),
+        "sha256": _digest(body, tensors),
+    }
     write_atomically(path, save(tensors, metadata=metadata))
 
 
@@ -143,15 +150,21 @@ def load_result(cls: type[T], path: str | os.PathLike[str]) -> T:
     metadata, tensors = _read(Path(path))
     _require_format(path, metadata)
     if _digest(metadata["mechsvd"], tensors) != metadata["sha256"]:
-        raise ValueError(f"{path} is damaged: its contents do not match the SHA-256 in its header. Nothing was loaded.")
+        raise ValueError(
+            f"{path} is damaged: its contents do not match the SHA-256 in its header. Nothing was loaded."
+        )
     try:
         value = unpack(metadata["mechsvd"], tensors, _CLASSES)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         wrong = _in_words(error).rstrip(".")
-        raise ValueError(f"{path}, of mechsvd {metadata['version']}, cannot be used: {wrong}. Nothing was loaded.") from error
+        raise ValueError(
+            f"{path}, of mechsvd {metadata['version']}, cannot be used: {wrong}. Nothing was loaded."
+        ) from error
     if not isinstance(value, cls):
         held = type(value).__name__
-        raise ValueError(f"{path} holds {named(held)}, not {named(cls.__name__)}; call {held}.load.")
+        raise ValueError(
+            f"{path} holds {named(held)}, not {named(cls.__name__)}; call {held}.load."
+        )
     return value
 
 
@@ -159,8 +172,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a whole file or nothing: a temporary name, fsync, replace."""
     target = Path(path)
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"Cannot write {target}: the folder {target.parent} does not exist; create it first.")
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED, delete=False) as file:
+        raise FileNotFoundError(
+            f"Cannot write {target}: the folder {target.parent} does not exist; create it first."
+        )
+    with tempfile.NamedTemporaryFile(
+        dir=target.parent, prefix=f".{target.name}.", suffix=UNFINISHED, delete=False
+    ) as file:
         try:
             file.write(data)
             file.flush()
@@ -192,22 +209,30 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         head = file.read(9)
     is_foreign = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93N")
     if is_foreign and head[8:] != b"{":  # a safetensors header of 640 bytes begins like a pickle
-        raise ValueError(f"{path} looks like a pickle, .pt or .npy file, which mechsvd never opens; results are safetensors only.")
+        raise ValueError(
+            f"{path} looks like a pickle, .pt or .npy file, which mechsvd never opens; results are safetensors only."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}. Nothing was loaded.") from error
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file: {error}. Nothing was loaded."
+        ) from error
     if missing := {"mechsvd", "version", "format", "sha256"} - metadata.keys():
-        raise ValueError(f"{path} is a safetensors file, but not a result of mechsvd: its header lacks {sorted(missing)}.")
+        raise ValueError(
+            f"{path} is a safetensors file, but not a result of mechsvd: its header lacks {sorted(missing)}."
+        )
     return metadata, tensors
 
 
 def _require_format(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
     written, version = metadata["format"], metadata["version"]
     if not re.fullmatch("[1-9][0-9]*", written):
-        raise ValueError(f"{path} is damaged: its format is {written!r:.20}, but must be a whole number. Nothing was loaded.")
+        raise ValueError(
+            f"{path} is damaged: its format is {written!r:.20}, but must be a whole number. Nothing was loaded."
+        )
     if written not in map(str, range(1, FORMAT + 1)):
         raise ValueError(
             f"{path} was written by mechsvd {version} in format {written:.20}, but this version reads up to format {FORMAT}; "
@@ -218,12 +243,20 @@ def _require_format(path: str | os.PathLike[str], metadata: dict[str, str]) -> N
 def _in_words(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "its header is nested too deeply"
-    return str(error) if isinstance(error, TypeError | ValueError) else "a number in its header is too large"
+    return (
+        str(error)
+        if isinstance(error, TypeError | ValueError)
+        else "a number in its header is too large"
+    )
 
 
 def _digest(body: str, tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256(body.encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        sha.update(
+            tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            if tensor.numel()
+            else b""
+        )
     return sha.hexdigest()

@@ -20,7 +20,9 @@ def main():
         subspaces[name] = svd.subspace(found.rank)
         if name == "meaning":
             draw_one(model, task, svd, found)
-    save("overlap_map", ms.figures.overlap_map(ms.overlap(list(subspaces.values())), list(subspaces)))
+    save(
+        "overlap_map", ms.figures.overlap_map(ms.overlap(list(subspaces.values())), list(subspaces))
+    )
 
 
 def draw_one(model, task, svd, found):
@@ -35,13 +37,21 @@ def draw_one(model, task, svd, found):
     save("singular_values", ms.figures.singular_values(svd, log=True))
     save("surprise", ms.figures.surprise(found.sweep))
     save("direction_effects", ms.figures.direction_effects(ranking))
-    save("race_of_orders", ms.figures.race_of_orders({n: ms.sweep_rank(model, task, svd, order=o) for n, o in orders.items()}))
+    save(
+        "race_of_orders",
+        ms.figures.race_of_orders(
+            {n: ms.sweep_rank(model, task, svd, order=o) for n, o in orders.items()}
+        ),
+    )
     save("critical_rank", ms.figures.margins(found))
     save("clip_and_ridge", ms.figures.clip_and_ridge(found.sweep, ms.sweep_ridge(model, task, svd)))
     tasks = [ms.Task.from_text(model, prompt) for prompt in ms.SHORTFORM_PROMPTS.values()]
     gradients = ms.gradient_basis(ms.collect_gradients(model, tasks, svd))
     bases = {"singular directions": torch.eye(svd.rank), "gradients": gradients}
-    save("accumulated_scores", ms.figures.accumulated_scores(ms.hessian_attribution(model, task, svd, bases=bases).bases))
+    save(
+        "accumulated_scores",
+        ms.figures.accumulated_scores(ms.hessian_attribution(model, task, svd, bases=bases).bases),
+    )
 
 
 def save(name, figure):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network; a hub name must fail at once
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # the tests need no network; a hub name must fail at once
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
@@ -67,7 +69,13 @@ def silent():
 def _configurations():
     import transformers as hf
 
-    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
     grouped = {**sizes, "intermediate_size": 64, "num_key_value_heads": 2, "pad_token_id": None}
     gemma = {**grouped, "head_dim": 8, "query_pre_attn_scalar": 8}
     named = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -84,11 +92,25 @@ def _configurations():
         "OPT": lambda: hf.OPTConfig(**{**sizes, "ffn_dim": 64, "word_embed_proj_dim": 32}),
         "Bloom": lambda: hf.BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4),
         "Lfm2": lambda: hf.Lfm2Config(**grouped, layer_types=["conv", "full_attention"]),
-        "Mamba": lambda: hf.MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "Mamba": lambda: hf.MambaConfig(
+            vocab_size=256, hidden_size=32, num_hidden_layers=2, state_size=4
+        ),
     }
 
 
-ACCEPTED = ["GPT-2", "Llama", "Mistral", "Qwen2", "Gemma-2", "GPT-NeoX", "OLMo-2", "Phi", "GPT-J", "OPT", "Bloom"]
+ACCEPTED = [
+    "GPT-2",
+    "Llama",
+    "Mistral",
+    "Qwen2",
+    "Gemma-2",
+    "GPT-NeoX",
+    "OLMo-2",
+    "Phi",
+    "GPT-J",
+    "OPT",
+    "Bloom",
+]
 
 
 def tiny_hf(architecture):
@@ -96,7 +118,9 @@ def tiny_hf(architecture):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_configurations()[architecture](), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        _configurations()[architecture](), attn_implementation="eager"
+    ).eval()
     model.config.architectures = [type(model).__name__]
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
@@ -120,7 +144,9 @@ def tiny_task(length=9, prompt_length=5, seed=0):
 
     generator = torch.Generator().manual_seed(seed)
     return ms.Task(
-        tokens=torch.cat([torch.tensor([0]), torch.randint(2, 256, (length - 1,), generator=generator)]),
+        tokens=torch.cat(
+            [torch.tensor([0]), torch.randint(2, 256, (length - 1,), generator=generator)]
+        ),
         prompt_length=prompt_length,
     )
 
@@ -130,4 +156,9 @@ def loop_log_prob(model, task, edit_of_site, layers, components=("attn", "mlp"))
     hooks = [(f"blocks.{layer}.hook_{c}_out", edit_of_site) for layer in layers for c in components]
     with torch.no_grad():
         logits = model.run_with_hooks(task.tokens[None], fwd_hooks=hooks)
-    return logits[0, task.prompt_length - 1 : -1].double().log_softmax(-1).gather(-1, task.continuation[:, None])[:, 0]
+    return (
+        logits[0, task.prompt_length - 1 : -1]
+        .double()
+        .log_softmax(-1)
+        .gather(-1, task.continuation[:, None])[:, 0]
+    )

@@ -13,10 +13,14 @@ class Reference:
     """A Llama in float64 whose attention and MLP outputs are seen, and replaced, at their output projections."""
 
     def __init__(self, directory, tokens, prompt_length):
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float64, attn_implementation="eager"
+        ).eval()
         self.tokens, self.prompt_length = tokens, prompt_length
         layers = self.model.model.layers
-        self.outputs = [module for layer in layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+        self.outputs = [
+            module for layer in layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)
+        ]
 
     def run(self, edit):
         attempted, kept = [], []
@@ -32,7 +36,10 @@ class Reference:
             log_probs = self.model(self.tokens[None]).logits[0].log_softmax(-1)
         for handle in handles:
             handle.remove()
-        scored = [log_probs[i - 1, self.tokens[i]].item() for i in range(self.prompt_length, len(self.tokens))]
+        scored = [
+            log_probs[i - 1, self.tokens[i]].item()
+            for i in range(self.prompt_length, len(self.tokens))
+        ]
         return sum(scored), torch.stack(attempted), torch.stack(kept)
 
 
@@ -54,14 +61,18 @@ def test_singular_values_pooled_and_per_layer(stories, story_task, reference):
     with pytest.warns(UserWarning, match="56 writes in each of 5 layers"):
         layers = ms.decompose(collected, per_layer=True)
     for layer, found in enumerate(layers):
-        expected = np.linalg.svd(writes[2 * layer : 2 * layer + 2].reshape(-1, 64).numpy(), compute_uv=False)
+        expected = np.linalg.svd(
+            writes[2 * layer : 2 * layer + 2].reshape(-1, 64).numpy(), compute_uv=False
+        )
         np.testing.assert_allclose(found.singular_values.numpy(), expected[: found.rank], rtol=1e-4)
 
 
 def test_log_probabilities_and_deltas_of_every_rank(stories, story_task, reference):
     _, writes, _ = reference.run(lambda x: x)
     directions = np.linalg.svd(writes.reshape(-1, 64).numpy(), full_matrices=False)[2].T
-    sweep = ms.sweep_rank(stories, story_task, ms.decompose(ms.collect_writes(stories, story_task))).to_pandas()
+    sweep = ms.sweep_rank(
+        stories, story_task, ms.decompose(ms.collect_writes(stories, story_task))
+    ).to_pandas()
     for rank in range(65):
         projector = torch.from_numpy(directions[:, :rank] @ directions[:, :rank].T)
         log_prob, attempted, kept = reference.run(lambda x, p=projector: x @ p)

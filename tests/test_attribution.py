@@ -34,14 +34,20 @@ def in_double(raw):
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
 
     for module in raw.double().modules():
-        if type(module).__name__ == "LlamaRMSNorm":  # another class, for a patched forward would be somebody's
+        if (
+            type(module).__name__ == "LlamaRMSNorm"
+        ):  # another class, for a patched forward would be somebody's
             module.__class__ = type("LlamaRMSNorm", (type(module),), {"forward": forward})
     return raw
 
 
 def raw_log_prob(raw, task, edits=None, weights=None):
     """The log-probability from the raw modules, whose attention and MLP outputs are edited one after the other."""
-    outputs = [module for layer in raw.model.layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    outputs = [
+        module
+        for layer in raw.model.layers
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj)
+    ]
     handles = [
         module.register_forward_hook(lambda _, __, out, edit=edit: edit(out))
         for module, edit in zip(outputs, edits or [], strict=False)
@@ -89,10 +95,14 @@ def write_function(raw, task, place, positions):
 def weight_function(raw, task, name):
     """f of one weight matrix."""
     weight = dict(raw.named_parameters())[name].detach()
-    return lambda w: raw_log_prob(raw, task, weights={name: w.view_as(weight)}), weight.flatten().clone()
+    return lambda w: raw_log_prob(
+        raw, task, weights={name: w.view_as(weight)}
+    ), weight.flatten().clone()
 
 
-@pytest.fixture(scope="module", params=["gains", "gains of few directions", "a shift of the writes", "weights"])
+@pytest.fixture(
+    scope="module", params=["gains", "gains of few directions", "a shift of the writes", "weights"]
+)
 def kind(request, exact):
     raw, model, task = exact
     raw.requires_grad_(False)
@@ -108,9 +118,14 @@ def kind(request, exact):
 
 
 def two_norms(raw, task):
-    names = ["model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"]
+    names = [
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+    ]
     point = torch.cat([dict(raw.named_parameters())[name].detach() for name in names])
-    return lambda w: raw_log_prob(raw, task, weights=dict(zip(names, w.split(32), strict=True))), point
+    return lambda w: raw_log_prob(
+        raw, task, weights=dict(zip(names, w.split(32), strict=True))
+    ), point
 
 
 @pytest.mark.filterwarnings("ignore:9 writes for 32")
@@ -123,22 +138,33 @@ def test_every_column_equals_an_independent_computation(kind, exact, objective):
     close = {"rtol": 1e-7, "atol": 1e-9 * abs(float(f(point)))}
     expected = hessian(f)(point)
     values = torch.linalg.eigvalsh(expected)
-    torch.testing.assert_close(found.eigenvalues, values[values.abs().argsort(descending=True)], **close)
-    torch.testing.assert_close(u.T @ expected @ u, found.eigenvalues.diag(), rtol=0, atol=1e-10 * float(values.abs().max()))
+    torch.testing.assert_close(
+        found.eigenvalues, values[values.abs().argsort(descending=True)], **close
+    )
+    torch.testing.assert_close(
+        u.T @ expected @ u, found.eigenvalues.diag(), rtol=0, atol=1e-10 * float(values.abs().max())
+    )
     gradient = torch.func.grad(f)(point)
     torch.testing.assert_close(found.slopes, gradient @ u, **close)
     torch.testing.assert_close(found.projections, point @ u)
     removed = torch.stack([f(point - each * (each @ point)) for each in u.T])
     torch.testing.assert_close(found.measured, f(point) - removed, **close)
     torch.testing.assert_close(found.linear, (point @ u) * (gradient @ u), **close)
-    torch.testing.assert_close(found.quadratic, found.linear - values_of(u, expected) * (point @ u) ** 2 / 2, **close)
-    assert (found.value, found.baseline) == (pytest.approx(float(f(point))), pytest.approx(float(f(0 * point))))
+    torch.testing.assert_close(
+        found.quadratic, found.linear - values_of(u, expected) * (point @ u) ** 2 / 2, **close
+    )
+    assert (found.value, found.baseline) == (
+        pytest.approx(float(f(point))),
+        pytest.approx(float(f(0 * point))),
+    )
     torch.testing.assert_close(found.share, found.measured / (f(point) - f(0 * point)).detach())
     assert (found.residuals <= 1e-10 * values.abs().max()).all()
     # over a complete basis
     assert float(found.linear.sum()) == pytest.approx(float(point @ gradient), rel=1e-9)
     missed = float(found.integrated.sum()) - (found.value - found.baseline)
-    assert abs(missed) == pytest.approx(found.path_error, rel=1e-3, abs=1e-9 * found.value if objective == "probability" else 1e-9)
+    assert abs(missed) == pytest.approx(
+        found.path_error, rel=1e-3, abs=1e-9 * found.value if objective == "probability" else 1e-9
+    )
     assert abs(missed) <= 0.02 * abs(found.value - found.baseline)
 
 
@@ -163,7 +189,10 @@ def test_the_path_integral_converges_and_is_that_of_the_gradient(exact, silent):
 def test_a_rough_path_integral_is_said(exact):
     _, model, task = exact
     svd = ms.decompose(ms.collect_writes(model, task))
-    with pytest.warns(UserWarning, match=r"with 2 steps along the path their sum misses f\(w\) − f\(0\) = \S+ by \S+\. More steps"):
+    with pytest.warns(
+        UserWarning,
+        match=r"with 2 steps along the path their sum misses f\(w\) − f\(0\) = \S+ by \S+\. More steps",
+    ):
         ms.hessian_attribution(model, task, svd, path_steps=2)
 
 
@@ -176,30 +205,40 @@ def test_products_equal_finite_differences_of_the_gradient(kind, exact):
         slopes = [torch.func.grad(log_prob)(point + sign * step * u) for sign in (1, -1)]
         product = (slopes[0] - slopes[1]) / (2 * step)
         torch.testing.assert_close(
-            product, found.eigenvalues[component] * u, rtol=1e-5, atol=1e-6 * float(found.eigenvalues[0].abs())
+            product,
+            found.eigenvalues[component] * u,
+            rtol=1e-5,
+            atol=1e-6 * float(found.eigenvalues[0].abs()),
         )
 
 
 def test_the_gate_gradient_equals_finite_differences_of_the_engines_own_measurements(exact):
     _, model, task = exact
     svd = ms.decompose(ms.collect_writes(model, task))
-    found = ms.hessian_attribution(model, task, svd, objective="log_prob", bases={"singular": torch.eye(svd.rank).double()}).bases[
-        "singular"
-    ]
+    found = ms.hessian_attribution(
+        model, task, svd, objective="log_prob", bases={"singular": torch.eye(svd.rank).double()}
+    ).bases["singular"]
     step = 1e-5 * torch.eye(svd.rank, dtype=torch.float64)
-    up, down = (ms.measure(model, task, Gate(svd.directions, 1 + sign * step, source=svd.source)).log_prob for sign in (1, -1))
+    up, down = (
+        ms.measure(model, task, Gate(svd.directions, 1 + sign * step, source=svd.source)).log_prob
+        for sign in (1, -1)
+    )
     torch.testing.assert_close(found.slopes, (up - down) / 2e-5, rtol=1e-6, atol=1e-7)
     ranking = ms.rank_directions(model, task, svd)
-    torch.testing.assert_close(found.measured, ranking.effect, rtol=0, atol=1e-9)  # removing a gain is removing a direction
+    torch.testing.assert_close(
+        found.measured, ranking.effect, rtol=0, atol=1e-9
+    )  # removing a gain is removing a direction
 
 
 @pytest.mark.parametrize("architecture", ACCEPTED)
 def test_every_accepted_architecture_has_exact_products(architecture, silent):
     model, task = tiny(architecture, tiny_hf(architecture).double()), tiny_task()
     svd = ms.decompose(ms.collect_writes(model, task))
-    clean = float(ms.measure(model, task, [ms.chain()]).against.log_prob)
+    clean = float(ms.measure(model, task, [ms.chain()]).clean_run.log_prob)
     for over in (svd, ms.find_sites(model, layers=[0]), "blocks.1.*"):
-        found = ms.hessian_attribution(model, task, over, pairs=3, objective="log_prob", path_steps=4)
+        found = ms.hessian_attribution(
+            model, task, over, pairs=3, objective="log_prob", path_steps=4
+        )
         assert found.value == pytest.approx(clean, rel=1e-9)
         with open_session(model, [task], gradients=True) as session:
             f = objective_over(session, task, over)
@@ -209,13 +248,26 @@ def test_every_accepted_architecture_has_exact_products(architecture, silent):
 
         with evaluation(model, gradients=True):
             rows = torch.stack([f.point, 0.9 * f.point])  # together, and each alone
-            torch.testing.assert_close(f.log_probs(rows).sum(dim=1), torch.stack([one(row) for row in rows]), rtol=1e-6, atol=1e-6)
-            for u, value, residual in zip(found.vectors.T, found.eigenvalues, found.residuals, strict=True):
-                if architecture == "Bloom":  # its activation is written for plain backward passes alone
+            torch.testing.assert_close(
+                f.log_probs(rows).sum(dim=1),
+                torch.stack([one(row) for row in rows]),
+                rtol=1e-6,
+                atol=1e-6,
+            )
+            for u, value, residual in zip(
+                found.vectors.T, found.eigenvalues, found.residuals, strict=True
+            ):
+                if (
+                    architecture == "Bloom"
+                ):  # its activation is written for plain backward passes alone
                     product = torch.autograd.functional.hvp(one, f.point, u)[1]
                 else:
-                    product = torch.func.jvp(torch.func.grad(one), (f.point,), (u,))[1]  # forward mode over one backward pass
-                assert float((product - value * u).norm()) == pytest.approx(float(residual), abs=2e-5 * float(value.abs()))
+                    product = torch.func.jvp(torch.func.grad(one), (f.point,), (u,))[
+                        1
+                    ]  # forward mode over one backward pass
+                assert float((product - value * u).norm()) == pytest.approx(
+                    float(residual), abs=2e-5 * float(value.abs())
+                )
 
 
 def test_lanczos_finds_what_the_whole_hessian_holds(exact):
@@ -232,16 +284,24 @@ def test_lanczos_finds_what_the_whole_hessian_holds(exact):
 
     def f(w):
         pieces = zip(names, shapes, w.split(2048), strict=True)
-        return raw_log_prob(raw, task, weights={name: piece.view(shape) for name, shape, piece in pieces}).exp()
+        return raw_log_prob(
+            raw, task, weights={name: piece.view(shape) for name, shape, piece in pieces}
+        ).exp()
 
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     gradient = torch.func.grad(f)
 
     def product(v):
-        return torch.func.jvp(gradient, (point,), (torch.from_numpy(v.copy()).view(-1),))[1].detach().numpy()
+        return (
+            torch.func.jvp(gradient, (point,), (torch.from_numpy(v.copy()).view(-1),))[1]
+            .detach()
+            .numpy()
+        )
 
-    values = eigsh(LinearOperator((len(point),) * 2, matvec=product, dtype=float), 8, which="LM", tol=1e-10)[0]
+    values = eigsh(
+        LinearOperator((len(point),) * 2, matvec=product, dtype=float), 8, which="LM", tol=1e-10
+    )[0]
     np.testing.assert_allclose(found.eigenvalues.numpy(), sorted(values, key=abs)[::-1], rtol=1e-8)
     assert found.converged.all()
 
@@ -252,7 +312,9 @@ def stories_exact():
         pytest.skip(f"the real model stories260k is not in {STORIES.parent}")
     from transformers import AutoModelForCausalLM
 
-    raw = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float64, attn_implementation="eager").eval()
+    raw = AutoModelForCausalLM.from_pretrained(
+        STORIES, dtype=torch.float64, attn_implementation="eager"
+    ).eval()
     return raw, ms.load_model(STORIES, device="cpu", dtype=torch.float64)
 
 
@@ -269,13 +331,24 @@ def stories_weights(raw, found):
         "ln_final": "model.norm",
         "unembed": "lm_head",
     }
-    inner = {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj"}
+    inner = {
+        "attn.q": "self_attn.q_proj",
+        "attn.k": "self_attn.k_proj",
+        "attn.v": "self_attn.v_proj",
+        "attn.o": "self_attn.o_proj",
+    }
     inner |= {"mlp.gate": "mlp.gate_proj", "mlp.in": "mlp.up_proj", "mlp.out": "mlp.down_proj"}
     inner |= {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
     for layer in range(5):
-        names |= {f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in inner.items()}
+        names |= {
+            f"blocks.{layer}.{ours}": f"model.layers.{layer}.{theirs}"
+            for ours, theirs in inner.items()
+        }
     chosen = [f"{names[name.removesuffix('.weight')]}.weight" for name, _ in found.parts]
-    assert all(tuple(plain[name].shape) == shape for name, (_, shape) in zip(chosen, found.parts, strict=True))
+    assert all(
+        tuple(plain[name].shape) == shape
+        for name, (_, shape) in zip(chosen, found.parts, strict=True)
+    )
     return chosen, torch.cat([plain[name].detach().flatten() for name in chosen])
 
 
@@ -294,12 +367,17 @@ def assert_table(found, f, point, rows, rounding):
             "projection": (held, point.norm()),
             "slope": (slope, gradient.norm()),
             "linear": (held * slope, abs(held) * gradient.norm() + point.norm() * abs(slope)),
-            "quadratic": (held * slope - curved * held**2 / 2, abs(held) * gradient.norm() + abs(curved * held) * point.norm()),
+            "quadratic": (
+                held * slope - curved * held**2 / 2,
+                abs(held) * gradient.norm() + abs(curved * held) * point.norm(),
+            ),
             "measured": (value - f(point - u * held), value),
         }
         table = found.to_pandas().iloc[row]
         for column, (number, whole) in expected.items():
-            assert table[column] == pytest.approx(float(number), rel=1e-3, abs=rounding * float(whole)), (row, column)
+            assert table[column] == pytest.approx(
+                float(number), rel=1e-3, abs=rounding * float(whole)
+            ), (row, column)
 
 
 def test_gates_of_stories_agree_with_raw_modules(stories_exact, stories, story_task):
@@ -310,12 +388,20 @@ def test_gates_of_stories_agree_with_raw_modules(stories_exact, stories, story_t
     expected = hessian(f)(torch.ones(64, dtype=torch.float64))
     values, vectors = torch.linalg.eigh(expected)
     order = values.abs().argsort(descending=True)
-    torch.testing.assert_close(found.eigenvalues, values[order], rtol=1e-4, atol=0)  # norms and softmax are in single precision
-    torch.testing.assert_close((found.vectors * vectors[:, order]).sum(dim=0).abs(), torch.ones(64, dtype=torch.float64))
+    torch.testing.assert_close(
+        found.eigenvalues, values[order], rtol=1e-4, atol=0
+    )  # norms and softmax are in single precision
+    torch.testing.assert_close(
+        (found.vectors * vectors[:, order]).sum(dim=0).abs(), torch.ones(64, dtype=torch.float64)
+    )
     assert_table(found, f, torch.ones(64, dtype=torch.float64), range(64), rounding=1e-6)
     # and in single precision, where the residuals say how far an eigenvalue can be off
     single = ms.hessian_attribution(stories, story_task, svd_of(stories, story_task))
-    exact = torch.linalg.eigvalsh(hessian(stories_gains(raw, story_task, svd_of(stories, story_task)))(torch.ones(64).double()))
+    exact = torch.linalg.eigvalsh(
+        hessian(stories_gains(raw, story_task, svd_of(stories, story_task)))(
+            torch.ones(64).double()
+        )
+    )
     off = (single.eigenvalues[:, None] - exact).abs().min(dim=1).values
     assert (off[single.converged] <= 1e-3 * single.eigenvalues[single.converged].abs()).all()
     assert single.converged.sum() >= 60
@@ -337,7 +423,9 @@ def test_all_weights_of_stories_agree_with_raw_modules(stories_exact, stories, s
         def f(w, names=names, shapes=shapes):
             sizes = [math.prod(shape) for shape in shapes]
             pieces = zip(names, w.split(sizes), shapes, strict=True)
-            return raw_log_prob(raw, story_task, weights={name: piece.view(shape) for name, piece, shape in pieces}).exp()
+            return raw_log_prob(
+                raw, story_task, weights={name: piece.view(shape) for name, piece, shape in pieces}
+            ).exp()
 
         assert_table(found, f, point, range(20), rounding=1e-6 if model is double else 1e-5)
         if model is double:
@@ -347,9 +435,13 @@ def test_all_weights_of_stories_agree_with_raw_modules(stories_exact, stories, s
             (slope,) = torch.autograd.grad(f(graph), graph, create_graph=True)
 
             def product(v, s=slope, w=graph):
-                return torch.autograd.grad(s, w, torch.from_numpy(v.reshape(-1).copy()), retain_graph=True)[0]
+                return torch.autograd.grad(
+                    s, w, torch.from_numpy(v.reshape(-1).copy()), retain_graph=True
+                )[0]
 
-            operator = LinearOperator((len(point),) * 2, matvec=lambda v, p=product: p(v).numpy(), dtype=float)
+            operator = LinearOperator(
+                (len(point),) * 2, matvec=lambda v, p=product: p(v).numpy(), dtype=float
+            )
             values = sorted(eigsh(operator, 20, which="LM", tol=1e-6)[0], key=abs)[::-1]
         np.testing.assert_allclose(found.eigenvalues.numpy(), values, rtol=1e-3)
 
@@ -358,11 +450,16 @@ def test_given_bases_are_scored_as_they_are(exact):
     _, model, task = exact
     svd = ms.decompose(ms.collect_writes(model, task))
     whole = ms.hessian_attribution(model, task, svd)
-    bases = {"two of them": whole.vectors[:, 3:5], "random too": ms.random_subspace(svd.rank, 6, seed=1)}
+    bases = {
+        "two of them": whole.vectors[:, 3:5],
+        "random too": ms.random_subspace(svd.rank, 6, seed=1),
+    }
     found = ms.hessian_attribution(model, task, svd, bases=bases)
     assert list(found.bases) == ["Hessian", "two of them", "random too", "random"]
     for name in ("eigenvalues", "projections", "slopes", "integrated", "measured"):
-        torch.testing.assert_close(getattr(found.bases["two of them"], name), getattr(whole, name)[3:5])
+        torch.testing.assert_close(
+            getattr(found.bases["two of them"], name), getattr(whole, name)[3:5]
+        )
     other = found.bases["random too"]
     assert len(other) == 6
     assert not other.converged.any()
@@ -373,12 +470,16 @@ def test_given_bases_are_scored_as_they_are(exact):
 def test_bases_of_many_weights_are_scored_by_products(exact):
     _, model, task = exact
     mine = ms.random_subspace(6144, 5).basis
-    found = ms.hessian_attribution(model, task, "blocks.1.mlp.*", pairs=2, bases={"mine": mine}).bases["mine"]
+    found = ms.hessian_attribution(
+        model, task, "blocks.1.mlp.*", pairs=2, bases={"mine": mine}
+    ).bases["mine"]
     with open_session(model, [task], gradients=True) as session:
         f = objective_over(session, task, "blocks.1.mlp.*")
     with evaluation(model, gradients=True):
         for u, value in zip(mine.T, found.eigenvalues, strict=True):
-            product = torch.func.jvp(torch.func.grad(lambda w: f.log_probs(w[None]).sum().exp()), (f.point,), (u,))[1]
+            product = torch.func.jvp(
+                torch.func.grad(lambda w: f.log_probs(w[None]).sum().exp()), (f.point,), (u,)
+            )[1]
             assert float(u @ product) == pytest.approx(float(value), rel=1e-8)
 
 
@@ -390,7 +491,11 @@ def test_the_control_is_of_random_directions_and_seeded(exact):
     assert not torch.equal(found.control.measured, other.control.measured)
     expected = ms.random_subspace(svd.rank, min(svd.rank, CONTROLS), 0).basis
     torch.testing.assert_close(found.control.vectors, expected)
-    assert (found.control.objective, found.control.parts, found.control.value) == (found.objective, found.parts, found.value)
+    assert (found.control.objective, found.control.parts, found.control.value) == (
+        found.objective,
+        found.parts,
+        found.value,
+    )
 
 
 def test_the_batch_size_changes_nothing(exact):
@@ -399,13 +504,19 @@ def test_the_batch_size_changes_nothing(exact):
     whole = ms.hessian_attribution(model, task, svd)
     for size in (1, 7):
         small = ms.hessian_attribution(model, task, svd, batch_size=size)
-        torch.testing.assert_close(small.measured, whole.measured, rtol=1e-9, atol=1e-12 * whole.value)
-        torch.testing.assert_close(small.eigenvalues, whole.eigenvalues, rtol=1e-9, atol=1e-12 * whole.value)
+        torch.testing.assert_close(
+            small.measured, whole.measured, rtol=1e-9, atol=1e-12 * whole.value
+        )
+        torch.testing.assert_close(
+            small.eigenvalues, whole.eigenvalues, rtol=1e-9, atol=1e-12 * whole.value
+        )
 
 
 def test_a_piece_of_a_direction_has_the_shape_of_its_weight(exact):
     _, model, task = exact
-    found = ms.hessian_attribution(model, task, ["blocks.0.mlp.in.weight", "blocks.1.mlp.in.weight"], pairs=2)
+    found = ms.hessian_attribution(
+        model, task, ["blocks.0.mlp.in.weight", "blocks.1.mlp.in.weight"], pairs=2
+    )
     piece = found.part("blocks.1.mlp.in.weight")
     assert piece.shape == (2, 64, 32)
     torch.testing.assert_close(piece.flatten(1).T, found.vectors[2048:])
@@ -416,7 +527,10 @@ def test_a_piece_of_a_direction_has_the_shape_of_its_weight(exact):
 def test_a_weight_may_be_named_in_several_ways_and_comes_once(exact):
     _, model, task = exact
     same = ["blocks.0.mlp.in.weight", "blocks.0.mlp.up_proj.weight", "blocks.0.mlp.[iu]*"]
-    points = [ms.hessian_attribution(model, task, names, pairs=1).projections for names in (same[0], same[1], same)]
+    points = [
+        ms.hessian_attribution(model, task, names, pairs=1).projections
+        for names in (same[0], same[1], same)
+    ]
     assert torch.equal(points[0], points[1])
     assert torch.equal(points[0], points[2])
 
@@ -441,7 +555,11 @@ def test_fused_attention_is_set_aside_for_the_call():
     query = torch.randn(1, 2, 4, 8, requires_grad=True)
 
     def second_derivative():
-        out = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).square().sum()
+        out = (
+            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+            .square()
+            .sum()
+        )
         (slope,) = torch.autograd.grad(out, query, create_graph=True)
         return torch.autograd.grad(slope.square().sum(), query)[0]
 
@@ -460,7 +578,10 @@ def test_a_model_with_fused_attention_gives_what_an_eager_one_gives():
     fused = AutoModelForCausalLM.from_config(raw.config, attn_implementation="sdpa").eval()
     fused.load_state_dict(raw.state_dict())
     model, eager, task = tiny("Llama", fused), tiny("Llama"), tiny_task()
-    results = [ms.hessian_attribution(m, task, "blocks.0.ln1.weight", objective="log_prob") for m in (model, eager)]
+    results = [
+        ms.hessian_attribution(m, task, "blocks.0.ln1.weight", objective="log_prob")
+        for m in (model, eager)
+    ]
     torch.testing.assert_close(results[0].eigenvalues, results[1].eigenvalues, rtol=1e-3, atol=1e-3)
 
 
@@ -475,7 +596,11 @@ def test_the_users_hooks_and_train_mode_take_part_and_stay(exact):
             found = ms.hessian_attribution(model, task, "blocks.1.ln1.weight", objective="log_prob")
         assert model.training
         assert not frozen.requires_grad
-        assert [len(point.fwd_hooks) for point in model.hook_dict.values() if point.name == "blocks.0.mlp.hook_out"][:1] == [1]
+        assert [
+            len(point.fwd_hooks)
+            for point in model.hook_dict.values()
+            if point.name == "blocks.0.mlp.hook_out"
+        ][:1] == [1]
         assert any(note.startswith("hooks of the user at blocks.0") for note in found.source.notes)
     finally:
         model.reset_hooks()
@@ -493,7 +618,8 @@ def test_a_hook_that_hides_the_slope_is_noticed(stories, story_task):
     stories.add_hook("blocks.3.hook_mlp_out", lambda x, hook: x.detach())
     try:
         with pytest.warns(
-            UserWarning, match=r"f rises by 0.02 along itself, but running the model says 0\.\d+: something in it hides"
+            UserWarning,
+            match=r"f rises by 0.02 along itself, but running the model says 0\.\d+: something in it hides",
         ):
             ms.hessian_attribution(stories, story_task, svd)
     finally:
@@ -501,8 +627,15 @@ def test_a_hook_that_hides_the_slope_is_noticed(stories, story_task):
 
 
 def test_an_improbable_text_stays_finite_where_float32_would_overflow(stories):
-    tokens = torch.cat([torch.tensor([1]), torch.randint(3, 512, (30,), generator=torch.Generator().manual_seed(1))])
-    task = ms.Task(tokens=tokens, prompt_length=1)  # random: without its weights the model thinks it e^100 times as probable
+    tokens = torch.cat(
+        [
+            torch.tensor([1]),
+            torch.randint(3, 512, (30,), generator=torch.Generator().manual_seed(1)),
+        ]
+    )
+    task = ms.Task(
+        tokens=tokens, prompt_length=1
+    )  # random: without its weights the model thinks it e^100 times as probable
     logs = ms.hessian_attribution(stories, task, "ln_final.weight", objective="log_prob")
     assert logs.baseline - logs.value > 88.8
     found = ms.hessian_attribution(stories, task, "ln_final.weight", path_steps=64)
@@ -512,7 +645,9 @@ def test_an_improbable_text_stays_finite_where_float32_would_overflow(stories):
 
 
 def test_an_f_that_is_not_finite_without_some_component_is_said():
-    with pytest.warns(UserWarning, match="f is not finite at w = 0, or where some components are removed"):
+    with pytest.warns(
+        UserWarning, match="f is not finite at w = 0, or where some components are removed"
+    ):
         found = ms.hessian_attribution_of(lambda w: w.log().sum(), torch.tensor([2.0, 3.0]))
     assert found.share.isnan().all()
     assert found.integrated.isnan().all()
@@ -523,7 +658,9 @@ def test_an_f_that_is_not_finite_without_some_component_is_said():
 
 
 def test_a_function_that_vmap_does_not_take_is_run_point_by_point():
-    strange = ms.hessian_attribution_of(lambda w: w.prod() if w[0].item() > -100 else w.sum(), torch.tensor([3.0, 2.0]).double())
+    strange = ms.hessian_attribution_of(
+        lambda w: w.prod() if w[0].item() > -100 else w.sum(), torch.tensor([3.0, 2.0]).double()
+    )
     plain = ms.hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]).double())
     torch.testing.assert_close(strange.measured, plain.measured)
     torch.testing.assert_close(strange.integrated, plain.integrated)
@@ -537,15 +674,22 @@ def test_few_products_still_give_as_many_pairs_as_asked(exact, silent):
 
 
 def test_a_shared_eigenvalue_comes_as_often_as_it_is_there():
-    curvatures = torch.cat([torch.full((10,), 3.0), torch.linspace(1, 2, 20), torch.zeros(2970)]).double()
-    found = ms.hessian_attribution_of(lambda w: (curvatures * w.square()).sum() / 2, torch.ones(3000).double(), pairs=20)
+    curvatures = torch.cat(
+        [torch.full((10,), 3.0), torch.linspace(1, 2, 20), torch.zeros(2970)]
+    ).double()
+    found = ms.hessian_attribution_of(
+        lambda w: (curvatures * w.square()).sum() / 2, torch.ones(3000).double(), pairs=20
+    )
     torch.testing.assert_close(found.eigenvalues, curvatures.sort(descending=True).values[:20])
 
 
 def test_directions_of_one_layer_are_not_used_elsewhere_without_a_word(stories, story_task, silent):
     layer = ms.decompose(ms.collect_writes(stories, story_task), per_layer=True)[3]
     warnings.simplefilter("always")
-    with pytest.warns(UserWarning, match="10 sites are edited, but the directions were computed from the writes of 2 sites"):
+    with pytest.warns(
+        UserWarning,
+        match="10 sites are edited, but the directions were computed from the writes of 2 sites",
+    ):
         ms.hessian_attribution(stories, story_task, layer)
 
 
@@ -553,7 +697,8 @@ def test_a_basis_for_another_w_is_refused(stories, story_task):
     svd = svd_of(stories, story_task)
     basis = ms.gradient_basis(ms.collect_gradients(stories, story_task, svd, components=["mlp"]))
     with pytest.raises(
-        ValueError, match=r"The basis 'mine' is of gradients with respect to gains of 64 directions \(.*but w is gains of 64"
+        ValueError,
+        match=r"The basis 'mine' is of gradients with respect to gains of 64 directions \(.*but w is gains of 64",
     ):
         ms.hessian_attribution(stories, story_task, svd, bases={"mine": basis})
 
@@ -585,7 +730,9 @@ def test_derivatives_are_there_in_a_mode_without_gradients_too(exact, mode):
         own = ms.hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]))
         gradients = ms.collect_gradients(model, task, svd)
     for each, found in zip(over, inside, strict=True):
-        torch.testing.assert_close(found.eigenvalues, ms.hessian_attribution(model, task, each).eigenvalues)
+        torch.testing.assert_close(
+            found.eigenvalues, ms.hessian_attribution(model, task, each).eigenvalues
+        )
     assert own.eigenvalues.tolist() == pytest.approx([1, -1])
     assert gradients.values.any()
 
@@ -602,7 +749,10 @@ def test_an_exception_inside_leaves_the_weights_alone(exact, monkeypatch):
     monkeypatch.setattr(objective, "score", fails)
     with pytest.raises(RuntimeError, match="in the middle"):
         ms.hessian_attribution(model, task, "blocks.0.*")
-    assert all(torch.equal(a, b) and b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) and b.requires_grad
+        for a, b in zip(before, model.parameters(), strict=True)
+    )
 
 
 def test_memory_that_runs_out_halves_the_batch(exact, monkeypatch):
@@ -628,7 +778,10 @@ def test_more_vectors_than_memory_are_refused_with_the_bytes(exact, monkeypatch)
     from mechsvd.attribution import curvature
 
     monkeypatch.setattr(curvature, "free_bytes", lambda device: 2**20)
-    with pytest.raises(MemoryError, match=r"5 eigenpairs of 6,144 entries need 36 vectors, 0.0 GiB, but 0.0 GiB are free"):
+    with pytest.raises(
+        MemoryError,
+        match=r"5 eigenpairs of 6,144 entries need 36 vectors, 0.0 GiB, but 0.0 GiB are free",
+    ):
         ms.hessian_attribution(model, task, "blocks.1.mlp.*", pairs=5)
 
 
@@ -666,8 +819,12 @@ def test_the_table_says_which_estimate_was_nearer_and_what_is_noise(stories, sto
 def test_what_does_not_depend_on_w_is_said(exact):
     _, model, task = exact
     last = ms.find_sites(model, layers=[1], components=["mlp"])
-    with pytest.warns(UserWarning, match="f does not depend on w here: its gradient and its Hessian are zero"):
-        found = ms.hessian_attribution(model, task, last, positions=[len(task.tokens) - 1])  # nothing is scored behind it
+    with pytest.warns(
+        UserWarning, match="f does not depend on w here: its gradient and its Hessian are zero"
+    ):
+        found = ms.hessian_attribution(
+            model, task, last, positions=[len(task.tokens) - 1]
+        )  # nothing is scored behind it
     assert not found.measured.any()
     assert found.share.isnan().all()
     with pytest.warns(UserWarning, match="f does not depend on w here"):
@@ -680,12 +837,19 @@ def test_pairs_that_do_not_converge_are_marked_and_warned_of(exact):
         UserWarning,
         match=r"of 5 eigenpairs did not converge to a residual of 1e-12·\|λ\| in 24 products; .* Allow more `max_products`",
     ):
-        found = ms.hessian_attribution(model, task, "blocks.1.mlp.*", pairs=5, tolerance=1e-12, max_products=24)
+        found = ms.hessian_attribution(
+            model, task, "blocks.1.mlp.*", pairs=5, tolerance=1e-12, max_products=24
+        )
     assert not found.converged.all()
     assert list(found.to_pandas().converged) == found.converged.tolist()
     single = tiny("Llama")
-    with pytest.warns(UserWarning, match=r"marks them\. Perhaps rounding allows no better: a model in dtype=torch.float64"):
-        ms.hessian_attribution(single, task, "blocks.1.mlp.*", pairs=5, tolerance=1e-9, max_products=4000)
+    with pytest.warns(
+        UserWarning,
+        match=r"marks them\. Perhaps rounding allows no better: a model in dtype=torch.float64",
+    ):
+        ms.hessian_attribution(
+            single, task, "blocks.1.mlp.*", pairs=5, tolerance=1e-9, max_products=4000
+        )
 
 
 def test_a_function_that_is_not_finite_is_refused(exact):
@@ -705,10 +869,11 @@ def test_a_probability_that_underflows_is_refused_and_its_logarithm_is_not(exact
     with torch.no_grad():
         next(iter(model.parameters())).mul_(50)
         list(model.parameters())[-1].mul_(200)
-    if float(ms.measure(model, task, [ms.chain()]).against.log_prob) > -746:
+    if float(ms.measure(model, task, [ms.chain()]).clean_run.log_prob) > -746:
         pytest.fail("the task is too probable for this test")
     with pytest.raises(
-        ValueError, match=r'nats, so its probability is too small.*attribute the logarithm by `objective="log_prob"`'
+        ValueError,
+        match=r'nats, so its probability is too small.*attribute the logarithm by `objective="log_prob"`',
     ):
         ms.hessian_attribution(model, task, "blocks.0.ln1.weight")
     found = ms.hessian_attribution(model, task, "blocks.0.ln1.weight", objective="log_prob")
@@ -727,6 +892,11 @@ def test_a_decomposition_of_another_model_is_refused(exact, meaning_svd):
 def test_two_tasks_must_share_w_in_gradients_of_writes(exact):
     _, model, task = exact
     sites = ms.find_sites(model, layers=[1])
-    with pytest.raises(ValueError, match=r"w differ in shape: \('blocks.1.hook_attn_out', \(9, 32\)\)"):
+    with pytest.raises(
+        ValueError, match=r"w differ in shape: \('blocks.1.hook_attn_out', \(9, 32\)\)"
+    ):
         ms.collect_gradients(model, [task, tiny_task(length=11)], sites)
-    assert len(ms.collect_gradients(model, [task, tiny_task(length=11)], sites, positions=[2, 3])) == 4 + 6
+    assert (
+        len(ms.collect_gradients(model, [task, tiny_task(length=11)], sites, positions=[2, 3]))
+        == 4 + 6
+    )

@@ -31,7 +31,9 @@ def test_when_it_tries_again_nothing_of_the_failed_pass_is_held():
     activations = []
 
     def forward(rows):
-        assert not any(activation() is not None for activation in activations)  # they would fill the memory that is short
+        assert not any(
+            activation() is not None for activation in activations
+        )  # they would fill the memory that is short
         activation = torch.ones(len(rows))
         activations.append(weakref.ref(activation))
         if len(rows) > 2:

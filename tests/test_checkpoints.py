@@ -13,7 +13,12 @@ from mechsvd.demo import WEIGHTS
 from mechsvd.model.checkpoints import only_trusted
 from tests.conftest import tiny_hf
 
-OPTIONS = [{}, {"n_ctx": 32}, {"trust_remote_code": True}, {"hf_config_overrides": {"initializer_range": 0.1}}]
+OPTIONS = [
+    {},
+    {"n_ctx": 32},
+    {"trust_remote_code": True},
+    {"hf_config_overrides": {"initializer_range": 0.1}},
+]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 INDEX = "model.safetensors.index.json"
 
@@ -63,7 +68,9 @@ def change(path, **values):
 
 def leave_trace(path, trace):
     names = "LlamaForCausalLM OpenELMForCausalLM XConfig XForCausalLM XTokenizer"
-    path.write_text(f"open({str(trace)!r}, 'w')\n" + "".join(f"class {name}: pass\n" for name in names.split()))
+    path.write_text(
+        f"open({str(trace)!r}, 'w')\n" + "".join(f"class {name}: pass\n" for name in names.split())
+    )
 
 
 def refused(directory, match, **options):
@@ -76,7 +83,11 @@ def refused(directory, match, **options):
 def test_an_index_that_points_to_pickles_is_refused_whatever_the_options(checkpoint, options):
     places = pickle_instead(checkpoint)
     (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    refused(checkpoint, r"llama holds its weights as pickles \(pytorch_model\.bin\).*`allow_pickle=True`", **options)
+    refused(
+        checkpoint,
+        r"llama holds its weights as pickles \(pytorch_model\.bin\).*`allow_pickle=True`",
+        **options,
+    )
     assert ms.load_model(checkpoint, device="cpu", allow_pickle=True).cfg.n_layers == 2
 
 
@@ -85,7 +96,9 @@ def test_an_index_that_points_to_pickles_is_refused_whatever_the_options(checkpo
 def test_a_pickle_leaves_no_trace_whatever_the_options(checkpoint, trace, options):
     pickle_instead(checkpoint, trace)
     refused(checkpoint, "as pickles", **options)
-    (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}))
+    (checkpoint / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}})
+    )
     refused(checkpoint, "as pickles", **options)
     assert not trace.exists()
 
@@ -103,19 +116,27 @@ def test_a_pickle_leaves_no_trace_whatever_the_options(checkpoint, trace, option
 )
 def test_an_index_names_files_of_its_own_folder(checkpoint, places, message):
     shutil.move(checkpoint / "model.safetensors", checkpoint.parent / "elsewhere.safetensors")
-    (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": places}}))
+    (checkpoint / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": places}})
+    )
     refused(checkpoint, message)
     refused(checkpoint, message, n_ctx=32)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
-def test_shards_load_under_any_name_and_missing_weights_are_missed_with_any_option(checkpoint, options):
+def test_shards_load_under_any_name_and_missing_weights_are_missed_with_any_option(
+    checkpoint, options
+):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(checkpoint / "model.safetensors")
     places = {name: f"part-{place % 2}.safetensors" for place, name in enumerate(weights)}
     for part in set(places.values()):
-        save_file({n: w for n, w in weights.items() if places[n] == part}, checkpoint / part, metadata={"format": "pt"})
+        save_file(
+            {n: w for n, w in weights.items() if places[n] == part},
+            checkpoint / part,
+            metadata={"format": "pt"},
+        )
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     assert ms.load_model(checkpoint, device="cpu", **options).cfg.n_layers == 2
@@ -130,24 +151,46 @@ def test_the_configuration_does_not_choose_a_pickle(checkpoint):
     change(checkpoint / "config.json", transformers_weights="adapter_model.bin")
     refused(checkpoint, r"as pickles \(adapter_model\.bin\)", n_ctx=32)
     change(checkpoint / "config.json", transformers_weights=None)
-    refused(checkpoint, r"as pickles", hf_config_overrides={"transformers_weights": "adapter_model.bin"}, load_weights=True)
+    refused(
+        checkpoint,
+        r"as pickles",
+        hf_config_overrides={"transformers_weights": "adapter_model.bin"},
+        load_weights=True,
+    )
 
 
 def test_an_adapter_is_refused_for_it_names_weights_elsewhere(checkpoint):
-    (checkpoint / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "nobody/pickles"}))
+    (checkpoint / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "nobody/pickles"})
+    )
     refused(checkpoint, r"holds an adapter \(adapter_config\.json\).*merge it into its base model")
 
 
 def test_an_architecture_for_which_transformerlens_opens_pickles_does_not(tmp_path):
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-    sizes = {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "num_experts": 2}
-    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes, num_decoder_layers=2))
+    sizes = {
+        "vocab_size": 256,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_experts": 2,
+    }
+    model = SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(**sizes, num_decoder_layers=2)
+    )
     model.save_pretrained(tmp_path / "switch")
-    torch.save(model.state_dict(), tmp_path / "switch" / "pytorch_model.bin")  # opened even where safetensors lie beside it
+    torch.save(
+        model.state_dict(), tmp_path / "switch" / "pytorch_model.bin"
+    )  # opened even where safetensors lie beside it
     for name in TOKENIZER:
         shutil.copy(WEIGHTS / name, tmp_path / "switch")
-    with pytest.raises(ValueError, match="as pickles"), only_trusted("switch", pickles=False, code=False):
+    with (
+        pytest.raises(ValueError, match="as pickles"),
+        only_trusted("switch", pickles=False, code=False),
+    ):
         boot(tmp_path / "switch")
 
 
@@ -160,10 +203,15 @@ def boot(directory):
 @pytest.mark.older
 def test_code_that_a_configuration_names_never_runs(checkpoint, trace):
     leave_trace(checkpoint / "modeling_x.py", trace)
-    names = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"}
+    names = {
+        "AutoConfig": "modeling_x.XConfig",
+        "AutoModelForCausalLM": "modeling_x.LlamaForCausalLM",
+    }
     change(checkpoint / "config.json", auto_map=names, trust_remote_code=True)
     change(
-        checkpoint / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_x.XTokenizer", None]}, trust_remote_code=True
+        checkpoint / "tokenizer_config.json",
+        auto_map={"AutoTokenizer": ["modeling_x.XTokenizer", None]},
+        trust_remote_code=True,
     )
     ms.load_model(checkpoint, device="cpu")  # transformers has classes of its own for it
     change(checkpoint / "tokenizer_config.json", tokenizer_class="XTokenizer")
@@ -176,7 +224,11 @@ def test_code_that_a_configuration_names_never_runs(checkpoint, trace):
 @pytest.mark.older
 def test_code_is_not_asked_for_on_the_terminal_either(checkpoint, trace, monkeypatch):
     leave_trace(checkpoint / "modeling_x.py", trace)
-    change(checkpoint / "config.json", model_type="clip_text_model", auto_map={"AutoModelForCausalLM": "modeling_x.XForCausalLM"})
+    change(
+        checkpoint / "config.json",
+        model_type="clip_text_model",
+        auto_map={"AutoModelForCausalLM": "modeling_x.XForCausalLM"},
+    )
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     for options in ({}, {"n_ctx": 32}):
         refused(checkpoint, "needs code of its own", **options)
@@ -194,7 +246,9 @@ def test_code_that_transformerlens_imports_without_asking_never_runs(checkpoint,
 
 def test_the_users_own_word_runs_code(checkpoint, trace):
     leave_trace(checkpoint / "modeling_x.py", trace)
-    change(checkpoint / "config.json", model_type="x", auto_map={"AutoConfig": "modeling_x.XConfig"})
+    change(
+        checkpoint / "config.json", model_type="x", auto_map={"AutoConfig": "modeling_x.XConfig"}
+    )
     with pytest.raises(Exception, match="XConfig"):  # which is no configuration; but it ran
         ms.load_model(checkpoint, device="cpu", trust_remote_code=True)
     assert trace.exists()
@@ -221,7 +275,11 @@ def hub(saved, tmp_path, monkeypatch):
 def test_a_hub_model_passes_the_same_gate_at_the_revision_that_is_asked_for(hub):
     assert ms.load_model(hub, device="cpu").cfg.n_layers == 2
     for revision in ("pickled", "indexed"):
-        refused(hub, r"somebody/llama holds its weights as pickles \(pytorch_model\.bin\)", revision=revision)
+        refused(
+            hub,
+            r"somebody/llama holds its weights as pickles \(pytorch_model\.bin\)",
+            revision=revision,
+        )
     assert ms.load_model(hub, device="cpu", revision="pickled", allow_pickle=True).cfg.n_layers == 2
 
 

@@ -17,17 +17,50 @@ def of_two_sites(model, task):
 
 SAID = {  # what warns, and a word of it
     "decompose": (lambda model, task, svd: ms.decompose(torch.ones(1, 2, 8)), "is unseen"),
-    "sweep_rank": (lambda model, task, svd: ms.sweep_rank(model, task, svd, [0]), "12 sites are edited"),
-    "sweep_ridge": (lambda model, task, svd: ms.sweep_ridge(model, task, svd, [1.0]), "12 sites are edited"),
-    "rank_directions": (lambda model, task, svd: ms.rank_directions(model, task, svd), "12 sites are edited"),
-    "critical_rank": (lambda model, task, svd: ms.critical_rank(model, task, svd, 1e4), "12 sites are edited"),
-    "hessian_attribution": (lambda model, task, svd: ms.hessian_attribution(model, task, svd, pairs=1), "12 sites are edited"),
-    "collect_gradients": (lambda model, task, svd: ms.collect_gradients(model, task, svd), "12 sites are edited"),
-    "measure": (lambda model, task, svd: ms.measure(model, task, [lambda x, hook: x * torch.nan]), "not finite"),
-    "generate": (lambda model, task, svd: ms.generate(model, "a", lambda x, hook: x * torch.nan), "not finite"),
-    "truncate": (lambda model, task, svd: ms.Task.from_text(model, "a " * 600, "b", truncate="left"), "oldest tokens"),
-    "no BOS": (lambda model, task, svd: ms.Task.from_text(model, "a", "b", prepend_bos=False), "no BOS token"),
-    "token ids": (lambda model, task, svd: ms.generate(model, task.tokens[1:], max_new_tokens=1), "no BOS token"),
+    "sweep_rank": (
+        lambda model, task, svd: ms.sweep_rank(model, task, svd, [0]),
+        "12 sites are edited",
+    ),
+    "sweep_ridge": (
+        lambda model, task, svd: ms.sweep_ridge(model, task, svd, [1.0]),
+        "12 sites are edited",
+    ),
+    "rank_directions": (
+        lambda model, task, svd: ms.rank_directions(model, task, svd),
+        "12 sites are edited",
+    ),
+    "critical_rank": (
+        lambda model, task, svd: ms.critical_rank(model, task, svd, 1e4),
+        "12 sites are edited",
+    ),
+    "hessian_attribution": (
+        lambda model, task, svd: ms.hessian_attribution(model, task, svd, pairs=1),
+        "12 sites are edited",
+    ),
+    "collect_gradients": (
+        lambda model, task, svd: ms.collect_gradients(model, task, svd),
+        "12 sites are edited",
+    ),
+    "measure": (
+        lambda model, task, svd: ms.measure(model, task, [lambda x, hook: x * torch.nan]),
+        "not finite",
+    ),
+    "generate": (
+        lambda model, task, svd: ms.generate(model, "a", lambda x, hook: x * torch.nan),
+        "not finite",
+    ),
+    "truncate": (
+        lambda model, task, svd: ms.Task.from_text(model, "a " * 600, "b", truncate="left"),
+        "oldest tokens",
+    ),
+    "no BOS": (
+        lambda model, task, svd: ms.Task.from_text(model, "a", "b", prepend_bos=False),
+        "no BOS token",
+    ),
+    "token ids": (
+        lambda model, task, svd: ms.generate(model, task.tokens[1:], max_new_tokens=1),
+        "no BOS token",
+    ),
 }
 
 
@@ -50,7 +83,8 @@ def test_sites_that_were_not_decomposed_are_counted(embedded, meaning):
     with warnings.catch_warnings(record=True):
         svd = of_two_sites(embedded, meaning)
     with pytest.warns(
-        UserWarning, match="12 sites are edited, but the directions were computed from the writes of 2 sites; pass the"
+        UserWarning,
+        match="12 sites are edited, but the directions were computed from the writes of 2 sites; pass the",
     ):
         ms.sweep_rank(embedded, meaning, svd, [0])
 
@@ -62,13 +96,24 @@ def test_warnings_about_one_of_several_begin_with_it():
             with about(name):
                 warn("It is rough.")
         warn("It is rough.")
-    assert [str(w.message) for w in said] == ["first: It is rough.", "second: It is rough.", "It is rough."]
+    assert [str(w.message) for w in said] == [
+        "first: It is rough.",
+        "second: It is rough.",
+        "It is rough.",
+    ]
 
 
-def test_a_run_over_several_prompts_says_what_is_common_once_and_of_what_the_rest_is(stories, tmp_path, monkeypatch):
-    monkeypatch.setattr(OtherHooks, "one_row", False)  # one row per pass is slow, and tested elsewhere
+def test_a_run_over_several_prompts_says_what_is_common_once_and_of_what_the_rest_is(
+    stories, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        OtherHooks, "one_row", False
+    )  # one row per pass is slow, and tested elsewhere
     prompts = {"short": "I believe", "long": "The secrets of the end"}
-    tasks = {name: lambda text=text: ms.Task.from_text(stories, text, max_new_tokens=2) for name, text in prompts.items()}
+    tasks = {
+        name: lambda text=text: ms.Task.from_text(stories, text, max_new_tokens=2)
+        for name, text in prompts.items()
+    }
     hook = ("blocks.2.hook_resid_pre", lambda x, hook: x)
     with stories.hooks(fwd_hooks=[hook]), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -84,18 +129,24 @@ def test_a_run_over_several_prompts_says_what_is_common_once_and_of_what_the_res
 def test_a_generator_serves_every_pass_of_a_call(name, embedded, meaning, silent):
     """`critical_rank`, `collect_gradients` and others go over their options more than once."""
     values = {"layers": [0, 1, 2, 3, 4, 5], "positions": [*range(2, len(meaning.tokens))]}[name]
-    fresh = lambda: {name: (value for value in values)}  # noqa: E731
+    fresh = lambda: {name: (value for value in values)}
     kept = {name: values}
     tasks = [meaning, meaning]
     svd = ms.decompose(ms.collect_writes(embedded, meaning, layers=kept.get("layers")))
     ways = {
         "writes": lambda o: ms.collect_writes(embedded, tasks, layers=o.get("layers")).values,
-        "sweep": lambda o: ms.sweep_rank(embedded, meaning, svd, [0, 9, 99], **o).measurement.log_probs,
+        "sweep": lambda o: (
+            ms.sweep_rank(embedded, meaning, svd, [0, 9, 99], **o).measurement.log_probs
+        ),
         "ranking": lambda o: ms.rank_directions(embedded, meaning, svd, **o).effect,
-        "ridge": lambda o: ms.sweep_ridge(embedded, meaning, svd, [0.1, 1.0], **o).measurement.log_probs,
+        "ridge": lambda o: (
+            ms.sweep_ridge(embedded, meaning, svd, [0.1, 1.0], **o).measurement.log_probs
+        ),
         "search": lambda o: ms.critical_rank(embedded, meaning, svd, **o).margins,
         "gradients": lambda o: ms.collect_gradients(embedded, tasks, svd, **o).values,
-        "measure": lambda o: ms.measure(embedded, meaning, [ms.keep(svd.subspace(3))], **o).log_probs,
+        "measure": lambda o: (
+            ms.measure(embedded, meaning, [ms.keep(svd.subspace(3))], **o).log_probs
+        ),
     }
     for way, call in ways.items():
         assert torch.equal(call(kept), call(fresh())), way
@@ -104,10 +155,18 @@ def test_a_generator_serves_every_pass_of_a_call(name, embedded, meaning, silent
 def test_ranks_orders_and_strengths_may_be_generators(embedded, meaning, meaning_svd, silent):
     back = range(meaning_svd.rank - 1, -1, -1)
     ways = {
-        "ranks": lambda f: ms.sweep_rank(embedded, meaning, meaning_svd, f([0, 9, 99])).measurement.log_probs,
-        "order": lambda f: ms.sweep_rank(embedded, meaning, meaning_svd, [5], f(back)).measurement.log_probs,
-        "order of a search": lambda f: ms.critical_rank(embedded, meaning, meaning_svd, order=f(back)).margins,
-        "strengths": lambda f: ms.sweep_ridge(embedded, meaning, meaning_svd, f([0.1, 1.0])).measurement.log_probs,
+        "ranks": lambda f: (
+            ms.sweep_rank(embedded, meaning, meaning_svd, f([0, 9, 99])).measurement.log_probs
+        ),
+        "order": lambda f: (
+            ms.sweep_rank(embedded, meaning, meaning_svd, [5], f(back)).measurement.log_probs
+        ),
+        "order of a search": lambda f: (
+            ms.critical_rank(embedded, meaning, meaning_svd, order=f(back)).margins
+        ),
+        "strengths": lambda f: (
+            ms.sweep_ridge(embedded, meaning, meaning_svd, f([0.1, 1.0])).measurement.log_probs
+        ),
     }
     for way, call in ways.items():
         assert torch.equal(call(list), call(lambda values: (value for value in values))), way

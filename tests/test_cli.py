@@ -14,7 +14,9 @@ from mechsvd.report.build import reproduce
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    warnings.simplefilter("ignore")  # short texts have fewer writes a layer than dimensions; pytest restores the filters
+    warnings.simplefilter(
+        "ignore"
+    )  # short texts have fewer writes a layer than dimensions; pytest restores the filters
     assert main(["reproduce", "--out", str(out), "--device", "cpu", "--max-new-tokens", "12"]) == 0
     return out
 
@@ -42,9 +44,18 @@ def test_the_page_names_the_model_and_its_self_check(report):
 def test_tables_and_results_lie_beside_it(report):
     for name in ms.SHORTFORM_PROMPTS:
         table = pd.read_csv(data(report) / name / "sweep.csv")
-        assert list(table.columns) == ["rank", "log_prob", "probability", "surprise", "orig_delta", "kept_delta"]
+        assert list(table.columns) == [
+            "rank",
+            "log_prob",
+            "probability",
+            "surprise",
+            "orig_delta",
+            "kept_delta",
+        ]
         sweep = ms.RankSweep.load(data(report) / name / "sweep.safetensors")
-        assert table["log_prob"].tolist() == pytest.approx(sweep.measurement.log_prob.tolist(), rel=1e-6)
+        assert table["log_prob"].tolist() == pytest.approx(
+            sweep.measurement.log_prob.tolist(), rel=1e-6
+        )
         assert len(pd.read_csv(data(report) / name / "singular_values.csv")) == len(sweep.order)
 
 
@@ -60,7 +71,21 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
         "attn",
         "--cdn",
     ]
-    assert main(["reproduce", *arguments, "--out", str(tmp_path), "--dtype", "float64", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "reproduce",
+                *arguments,
+                "--out",
+                str(tmp_path),
+                "--dtype",
+                "float64",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     page = (tmp_path / "report.html").read_text()
     assert "I believe &lt;b&gt;<b> it &amp; him</b>" in page
     assert "float64" in page
@@ -69,7 +94,10 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
     table = pd.read_csv(data(tmp_path) / "prompt-1" / "sweep_by_site.csv")
     assert set(table["component"]) == {"attn"}
     said = capsys.readouterr().out
-    assert re.search(r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 774 edits in six sweeps, about \d+ s", said)
+    assert re.search(
+        r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 774 edits in six sweeps, about \d+ s",
+        said,
+    )
     assert re.search(r"report.html after \d+ s", said)
 
 
@@ -77,10 +105,15 @@ def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(re
     page = (report / "report.html").read_text()
     for anchor in ("spectrum", "clipping", "directions", "orders", "critical", "texts", "prompts"):
         assert page.count(f'href="#{anchor}"') == page.count(f'<h2 id="{anchor}">') == 1
-    assert page.count('<p class="then">') == page.count('<p class="now">') == 9
+    assert page.count('<p class="original">') == page.count('<p class="measured">') == 9
     assert "1886, 3329, 2696 and 2518 of 4096" in page
-    critical = {name: ms.CriticalRank.load(data(report) / name / "critical_rank.safetensors").rank for name in ms.SHORTFORM_PROMPTS}
-    assert f"Here it is {critical['meaning']} (meaning), {critical['relativity']} (relativity)" in page
+    critical = {
+        name: ms.CriticalRank.load(data(report) / name / "critical_rank.safetensors").rank
+        for name in ms.SHORTFORM_PROMPTS
+    }
+    assert (
+        f"Here it is {critical['meaning']} (meaning), {critical['relativity']} (relativity)" in page
+    )
 
 
 def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
@@ -91,7 +124,13 @@ def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
             ms.Ranking.load(folder / name / "ranking.safetensors").effect.tolist(), rel=1e-6
         )
         orders = pd.read_csv(folder / name / "orders.csv")
-        assert set(orders["order"]) == {"singular value", "effect", "compromise", "random", "reversed"}
+        assert set(orders["order"]) == {
+            "singular value",
+            "effect",
+            "compromise",
+            "random",
+            "reversed",
+        }
         full = orders[orders["rank"] == orders["rank"].max()]["log_prob"]
         assert full.max() - full.min() < 1e-3  # with everything kept, the order is no matter
         texts = pd.read_csv(folder / name / "texts.csv")
@@ -100,7 +139,11 @@ def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
     overlaps = pd.read_csv(folder / "_all" / "overlap.csv")
     assert overlaps[["first", "second"]].iloc[0].tolist() == ["meaning", "relativity"]
     angles = pd.read_csv(folder / "_all" / "principal_angles.csv")
-    shared = angles.assign(shared=angles["radians"].map(math.cos) ** 2).groupby(["first", "second"], sort=False)["shared"].sum()
+    shared = (
+        angles.assign(shared=angles["radians"].map(math.cos) ** 2)
+        .groupby(["first", "second"], sort=False)["shared"]
+        .sum()
+    )
     assert shared.tolist() == pytest.approx(overlaps["overlap"].tolist(), rel=1e-6)
 
 
@@ -141,7 +184,13 @@ def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, name, content, messa
 def test_doctor_says_versions_device_and_the_self_check(capsys):
     assert main(["doctor", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    for part in (f"mechsvd {ms.__version__}", "transformer-lens", "device cpu", "d_model 128", "SelfCheck: passed"):
+    for part in (
+        f"mechsvd {ms.__version__}",
+        "transformer-lens",
+        "device cpu",
+        "d_model 128",
+        "SelfCheck: passed",
+    ):
         assert part in said
 
 
@@ -149,7 +198,10 @@ def test_doctor_says_versions_device_and_the_self_check(capsys):
     ("arguments", "message"),
     [
         (["reproduce", "--continuation", "x"], "`--continuation` needs a `--prompt`"),
-        (["reproduce", "--prompt", "a", "--prompt", "b", "--continuation", "c"], "2 --prompt but 1 --continuation"),
+        (
+            ["reproduce", "--prompt", "a", "--prompt", "b", "--continuation", "c"],
+            "2 --prompt but 1 --continuation",
+        ),
         (["reproduce", "--prompt", "good", "--prompt", ""], "--continuation is empty"),
         (["reproduce", "--prompts", "no such file"], "There is no file of prompts no such file"),
         (["reproduce", "--prompts", "x", "--prompt", "y"], "`--prompts` stands alone"),
@@ -162,7 +214,9 @@ def test_an_error_is_one_line_and_status_one(arguments, message, capsys, tmp_pat
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_fails_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+def test_a_folder_that_cannot_be_written_fails_before_the_model_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
     def load(*_, **__):
         raise AssertionError("the model was loaded first")
 
@@ -177,5 +231,7 @@ def test_a_folder_that_cannot_be_written_fails_before_anything_is_computed(tmp_p
         raise AssertionError("a task was made first")
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"The report cannot be written to .*file: .*; choose another folder"):
+    with pytest.raises(
+        OSError, match=r"The report cannot be written to .*file: .*; choose another folder"
+    ):
         reproduce(embedded, {"a": make}, tmp_path / "file", say=lambda _: None)

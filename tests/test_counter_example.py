@@ -18,7 +18,9 @@ def product(w):
 
 @pytest.fixture(scope="module")
 def coordinates():
-    return ms.hessian_attribution_of(product, W, bases={"coordinates": torch.eye(5)}).bases["coordinates"]
+    return ms.hessian_attribution_of(product, W, bases={"coordinates": torch.eye(5)}).bases[
+        "coordinates"
+    ]
 
 
 def test_the_gradient_is_inverse_to_the_factor(coordinates):
@@ -56,13 +58,19 @@ def test_equal_factors_are_one_component_in_the_hessian_basis(n):
     top, rest = int(found.projections.abs().argmax()), found.projections.abs() < 1e-9
     assert int(rest.sum()) == n - 1
     assert float(found.eigenvalues[top]) == pytest.approx((n - 1) * f / a**2)
-    torch.testing.assert_close(found.eigenvalues[rest], torch.full((n - 1,), -f / a**2, dtype=torch.float64))
+    torch.testing.assert_close(
+        found.eigenvalues[rest], torch.full((n - 1,), -f / a**2, dtype=torch.float64)
+    )
     assert float(found.projections[top].abs()) == pytest.approx(n**0.5 * a)
-    assert float(found.measured[top]) == pytest.approx(f)  # it holds all of w, so without it nothing is left
+    assert float(found.measured[top]) == pytest.approx(
+        f
+    )  # it holds all of w, so without it nothing is left
     assert float(found.integrated[top]) == pytest.approx(f)
     assert float(found.linear[top]) == pytest.approx(n * f)
     assert float(found.quadratic[top]) == pytest.approx(n * f - (n - 1) * n * f / 2)
-    torch.testing.assert_close(found.measured[rest], torch.zeros(n - 1, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found.measured[rest], torch.zeros(n - 1, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 def test_two_factors_come_apart_into_independent_components():
@@ -80,7 +88,10 @@ def test_two_factors_come_apart_into_independent_components():
 @pytest.mark.parametrize("seed", range(3))
 def test_of_any_quadratic_function_the_hessian_basis_gives_independent_components(seed):
     generator = torch.Generator().manual_seed(seed)
-    matrix, b, w = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((6, 6), (6,), (6,)))
+    matrix, b, w = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((6, 6), (6,), (6,))
+    )
     matrix = matrix + matrix.T
 
     def f(x):
@@ -93,12 +104,16 @@ def test_of_any_quadratic_function_the_hessian_basis_gives_independent_component
     assert float(found.measured.sum()) == pytest.approx(found.value - found.baseline)
     other = ms.hessian_attribution_of(f, w, seed=seed).control
     torch.testing.assert_close(other.measured, other.quadratic)
-    assert float(other.measured.sum()) != pytest.approx(found.value - found.baseline, rel=0.01)  # they interact
+    assert float(other.measured.sum()) != pytest.approx(
+        found.value - found.baseline, rel=0.01
+    )  # they interact
 
 
 def test_a_linear_function_has_no_curvature_and_all_estimates_are_right():
     b, w = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([2.0, 1.0, 4.0]).double()
-    found = ms.hessian_attribution_of(lambda x: b @ x, w, bases={"coordinates": torch.eye(3)}).bases["coordinates"]
+    found = ms.hessian_attribution_of(
+        lambda x: b @ x, w, bases={"coordinates": torch.eye(3)}
+    ).bases["coordinates"]
     for name in ("measured", "linear", "quadratic", "integrated"):
         torch.testing.assert_close(getattr(found, name), b * w)
     assert not found.eigenvalues.any()
@@ -106,8 +121,13 @@ def test_a_linear_function_has_no_curvature_and_all_estimates_are_right():
 
 def test_a_long_vector_goes_through_lanczos():
     entries, generator = 2100, torch.Generator().manual_seed(0)
-    scales, w = (-0.97) ** torch.arange(entries).double(), torch.randn(entries, generator=generator).double()
-    found = ms.hessian_attribution_of(lambda x: (scales * x.square()).sum() / 2, w, pairs=6, tolerance=1e-8)
+    scales, w = (
+        (-0.97) ** torch.arange(entries).double(),
+        torch.randn(entries, generator=generator).double(),
+    )
+    found = ms.hessian_attribution_of(
+        lambda x: (scales * x.square()).sum() / 2, w, pairs=6, tolerance=1e-8
+    )
     assert found.products < entries
     expected = scales[scales.abs().argsort(descending=True)][:6]
     torch.testing.assert_close(found.eigenvalues.abs(), expected.abs())

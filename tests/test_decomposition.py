@@ -23,15 +23,21 @@ def test_it_recovers_a_prescribed_spectrum_and_its_projectors(n, d_model):
     spectrum = [100.0, 30.0, 29.0, 1.0, 1e-3, 1e-4]
     vectors = prescribed(n, d_model, spectrum)
     svd = decompose(vectors.reshape(4, n // 4, d_model))
-    torch.testing.assert_close(svd.singular_values[:6], torch.tensor(spectrum, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        svd.singular_values[:6], torch.tensor(spectrum, dtype=torch.float64), rtol=1e-5, atol=0
+    )
     right = torch.linalg.svd(vectors)[2][:4]
-    torch.testing.assert_close(svd.directions[:, :4] @ svd.directions[:, :4].T, right.T @ right, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        svd.directions[:, :4] @ svd.directions[:, :4].T, right.T @ right, rtol=0, atol=1e-9
+    )
 
 
 def test_fewer_writes_than_dimensions_warn_and_give_as_many_directions(recwarn):
     svd = decompose(torch.randn(2, 5, 30, dtype=torch.float64))
     assert svd.rank == 10
-    assert "10 writes for 30 dimensions: the decomposition has 10 directions" in str(recwarn.pop(UserWarning).message)
+    assert "10 writes for 30 dimensions: the decomposition has 10 directions" in str(
+        recwarn.pop(UserWarning).message
+    )
 
 
 def test_gram_and_thin_svd_agree():
@@ -61,7 +67,9 @@ def test_nothing_is_centred_unless_asked():
     values = torch.randn(2, 30, 4, dtype=torch.float64) + 5
     flat = values.reshape(-1, 4)
     torch.testing.assert_close(decompose(values).singular_values, torch.linalg.svdvals(flat))
-    torch.testing.assert_close(decompose(values, center=True).singular_values, torch.linalg.svdvals(flat - flat.mean(0)))
+    torch.testing.assert_close(
+        decompose(values, center=True).singular_values, torch.linalg.svdvals(flat - flat.mean(0))
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*unseen")
@@ -87,7 +95,10 @@ def test_half_precision_writes_are_decomposed_as_their_exact_values():
     svd = decompose(values)
     assert svd.directions.dtype == torch.float32
     torch.testing.assert_close(
-        svd.singular_values.double(), torch.linalg.svdvals(values.double().reshape(-1, 6)), rtol=1e-6, atol=0
+        svd.singular_values.double(),
+        torch.linalg.svdvals(values.double().reshape(-1, 6)),
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -95,7 +106,10 @@ def test_not_converging_falls_back_to_scipy_and_is_right(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.linalg.LinAlgError("did not converge")
 
-    tall, wide = torch.randn(2, 40, 6, dtype=torch.float64), torch.randn(1, 6, 6, dtype=torch.float64)
+    tall, wide = (
+        torch.randn(2, 40, 6, dtype=torch.float64),
+        torch.randn(1, 6, 6, dtype=torch.float64),
+    )
     expected = [scipy.linalg.svdvals(v.reshape(-1, 6).numpy()) for v in (tall, wide)]
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     monkeypatch.setattr(torch.linalg, "svd", fail)
@@ -113,7 +127,8 @@ def test_two_drivers_that_fail_are_an_error_in_words(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     monkeypatch.setattr(scipy.linalg, "eigh", fail_too)
     with pytest.raises(
-        RuntimeError, match=r"The SVD of a matrix of shape \[6, 6\] did not converge, nor with a second driver \(neither\)"
+        RuntimeError,
+        match=r"The SVD of a matrix of shape \[6, 6\] did not converge, nor with a second driver \(neither\)",
     ):
         decompose(torch.randn(2, 40, 6))
 
@@ -138,7 +153,9 @@ def test_nan_in_a_sample_is_refused_with_its_place():
 def test_a_rank_that_does_not_exist_is_refused():
     svd = decompose(torch.randn(2, 9, 3))
     for rank in (-1, 4, True):
-        with pytest.raises(ValueError, match=r"`rank` is .*, but the decomposition has 3 directions; choose 0 to 3"):
+        with pytest.raises(
+            ValueError, match=r"`rank` is .*, but the decomposition has 3 directions; choose 0 to 3"
+        ):
             svd.subspace(rank)
     with pytest.raises(ValueError, match="directions 0 to 2"):
         svd.writer_map(3)

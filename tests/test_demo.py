@@ -15,7 +15,9 @@ from mechsvd.demo.train import held_out_loss, train_tokenizer, translation_accur
 def hugging_face():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(WEIGHTS)
+    return AutoModelForCausalLM.from_pretrained(
+        WEIGHTS, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(WEIGHTS)
 
 
 def test_what_the_language_writes_is_grammatical_and_what_it_does_not_is_not():
@@ -38,13 +40,20 @@ def test_the_text_cannot_be_memorised_whole():
 
 def test_the_vocabulary_is_a_few_hundred_words_besides_the_dictionary():
     rng = random.Random(2)
-    words = {w for shape in SHAPES[:3] for _ in range(2000) for w in re.findall(r"[a-z']+", write(shape, rng)[0].lower())}
+    words = {
+        w
+        for shape in SHAPES[:3]
+        for _ in range(2000)
+        for w in re.findall(r"[a-z']+", write(shape, rng)[0].lower())
+    }
     assert 300 < len(words) < 700
     assert len(DICTIONARY) > 200
 
 
 @pytest.mark.parametrize(("name", "shape"), list(zip(ms.SHORTFORM_PROMPTS, SHAPES, strict=True)))
-def test_greedy_continuations_of_the_four_prompts_are_grammatical_text_of_their_kind(embedded, name, shape):
+def test_greedy_continuations_of_the_four_prompts_are_grammatical_text_of_their_kind(
+    embedded, name, shape
+):
     task = ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS[name], max_new_tokens=120)
     text = "".join(task.text())
     assert text.startswith("<s>")

@@ -48,7 +48,10 @@ def pages(embedded, tmp_path_factory):
     """The same two studies under plain names and texts, and under hostile ones."""
     model_name, out = embedded.cfg.model_name, {}
     try:
-        for kind, texts, names in (("plain", ("a", "b"), ("one", "two")), ("hostile", HOSTILE, NAMES)):
+        for kind, texts, names in (
+            ("plain", ("a", "b"), ("one", "two")),
+            ("hostile", HOSTILE, NAMES),
+        ):
             embedded.cfg.model_name = texts[1]
             out[kind] = tmp_path_factory.mktemp(kind)
             found = study(embedded, texts)
@@ -62,12 +65,19 @@ def pages(embedded, tmp_path_factory):
 def study(embedded, texts):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        task = ms.Task.from_text(embedded, "I believe the meaning of life is to be " * 2, max_new_tokens=8)
+        task = ms.Task.from_text(
+            embedded, "I believe the meaning of life is to be " * 2, max_new_tokens=8
+        )
         task = dataclasses.replace(task, pieces=tuple(islice(cycle(texts), len(task.tokens))))
         found = study_task(embedded, "", task, {"own": torch.tensor([0, 5])}, progress=False)
     # what the model writes is hostile too, and where it goes on from
-    written = [dataclasses.replace(t, pieces=tuple(islice(cycle(texts), len(t.tokens)))) for t in found.texts[0].tasks]
-    return dataclasses.replace(found, texts=(dataclasses.replace(found.texts[0], start=texts[0], tasks=tuple(written)),))
+    written = [
+        dataclasses.replace(t, pieces=tuple(islice(cycle(texts), len(t.tokens))))
+        for t in found.texts[0].tasks
+    ]
+    return dataclasses.replace(
+        found, texts=(dataclasses.replace(found.texts[0], start=texts[0], tasks=tuple(written)),)
+    )
 
 
 class Tags(HTMLParser):
@@ -88,7 +98,9 @@ class Tags(HTMLParser):
 
 
 def test_a_page_of_hostile_texts_has_the_tags_of_a_plain_one(pages):
-    plain, hostile = (Tags((pages[kind] / "report.html").read_text()) for kind in ("plain", "hostile"))
+    plain, hostile = (
+        Tags((pages[kind] / "report.html").read_text()) for kind in ("plain", "hostile")
+    )
     assert hostile.tags == plain.tags
     assert [tag for tag, _ in hostile.tags].count("script") == 1 + 2 * 17 + 2
     for text in (HOSTILE[0], HOSTILE[5], "<!--<script>", "%{customdata}", "שלום\n"):
@@ -99,24 +111,35 @@ def test_controls_are_shown_and_do_not_work(pages):
     page = (pages["hostile"] / "report.html").read_bytes().decode()
     own = page[page.rindex("</style>") :]
     own = own[own.index("<h1>") :]  # behind plotly, which has characters of its own
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u202a-\u202e\u2066-\u2069]", own)
+    assert not re.search(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u202a-\u202e\u2066-\u2069]", own
+    )
     assert r"\u202eright to left\u2069\u200f" in own
     assert r"\u0000\u0007\u001b[31m\u0085\u2028" in own
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_nothing_runs_in_a_browser_and_the_figures_show_the_text(pages, tmp_path):
-    dom = re.sub(r"<script.*?</script>", "", opened(pages["hostile"] / "report.html", tmp_path / "one"), flags=re.DOTALL)
+    dom = re.sub(
+        r"<script.*?</script>",
+        "",
+        opened(pages["hostile"] / "report.html", tmp_path / "one"),
+        flags=re.DOTALL,
+    )
     assert "data-owned" not in re.search(r"<html[^>]*>", dom)[0]
     assert dom.count('class="main-svg"') >= 2 * 17 + 2
     ours = ("#", "report-data/", "data:image/png;")  # sections, the run's folder, heat maps
     assert not [link for link in Tags(dom).links if not link.startswith(ours)]
     title = re.search(r'<text class="gtitle"[^>]*>(.*?)</text>', dom)[1]
-    assert re.sub(r"<[^>]*>", "", title).startswith(f"{HOSTILE[0]}: ".replace("<", "&lt;").replace(">", "&gt;"))
+    assert re.sub(r"<[^>]*>", "", title).startswith(
+        f"{HOSTILE[0]}: ".replace("<", "&lt;").replace(">", "&gt;")
+    )
     page = (pages["plain"] / "report.html").read_text()
     owned = tmp_path / "owned.html"
     owned.write_text(page.replace("</h1>", f"</h1>{HOSTILE[0]}"))
-    assert "data-owned" in re.search(r"<html[^>]*>", opened(owned, tmp_path / "two"))[0]  # the test sees what it looks for
+    assert (
+        "data-owned" in re.search(r"<html[^>]*>", opened(owned, tmp_path / "two"))[0]
+    )  # the test sees what it looks for
 
 
 def opened(page, profile):
@@ -147,8 +170,25 @@ def test_text_in_tables_is_no_formula_and_numbers_stay_numbers(pages):
 
 def test_a_name_is_one_folder_and_another_name_another_folder(pages):
     (run,) = (pages["hostile"] / "report-data").iterdir()
-    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == sorted(["_all", *(file_name(name) for name in NAMES)])
-    names = ["", ".", "..", "../x", "a/b", "a\\b", "%2E", "_all", "%5Fall", "a", "ä", "a-b_2", "C:", *HOSTILE]
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == sorted(
+        ["_all", *(file_name(name) for name in NAMES)]
+    )
+    names = [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "a\\b",
+        "%2E",
+        "_all",
+        "%5Fall",
+        "a",
+        "ä",
+        "a-b_2",
+        "C:",
+        *HOSTILE,
+    ]
     made = [file_name(name) for name in names]
     assert len(set(made)) == len(made)
     assert all(re.fullmatch(r"[\w%-]+", name) and not name.startswith("_") for name in made)
@@ -162,7 +202,9 @@ def test_figures_show_names_as_they_are(embedded, meaning, meaning_svd):
     (line,) = figures.race_of_orders({name: sweep}).data
     assert line.name == shown
     assert line.hovertemplate.startswith(f"{shown}<br>")
-    overlaps = figures.overlap_map(ms.overlap([meaning_svd.subspace(2), meaning_svd.subspace(3)]), [name, "b"])
+    overlaps = figures.overlap_map(
+        ms.overlap([meaning_svd.subspace(2), meaning_svd.subspace(3)]), [name, "b"]
+    )
     assert overlaps.data[0].x[0] == f"{shown}<br>(rank 2)"
 
 

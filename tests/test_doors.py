@@ -167,7 +167,9 @@ ROWS = {
 
 
 def test_every_row_is_met_by_its_own_sentence():
-    run = subprocess.run([sys.executable, "-m", "tests.test_doors"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.test_doors"], capture_output=True, text=True, check=True
+    )
     met = json.loads(run.stdout.splitlines()[-1])
     assert set(met) == set(ROWS)
     wrong = {row: met[row] for row, said in ROWS.items() if not str(met[row]).startswith(str(said))}
@@ -196,4 +198,11 @@ if __name__ == "__main__":
         "writes": writes,
         "svd": ms.decompose(writes),
     }
-    print(json.dumps({row: result if isinstance(result := _meet(row, names), int) else str(result) for row in ROWS}))
+    print(
+        json.dumps(
+            {
+                row: result if isinstance(result := _meet(row, names), int) else str(result)
+                for row in ROWS
+            }
+        )
+    )

@@ -30,7 +30,9 @@ def test_keep_and_ablate_add_up_to_the_identity():
 @pytest.mark.parametrize("rest", [0.0, 1.0, 0.3])
 def test_a_gate_equals_its_definition(rank, rest):
     basis = orthonormal(12, rank)
-    gains = torch.rand(rank, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).round(decimals=1)
+    gains = torch.rand(rank, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).round(
+        decimals=1
+    )
     torch.testing.assert_close(gate(basis, gains, rest=rest)(X), dense(basis, gains, rest, X))
 
 
@@ -68,8 +70,8 @@ def test_one_direction_is_removed_by_its_own_column_and_a_high_rank_by_the_small
 
 def test_edits_computed_the_same_way_are_neighbours():
     ranks = gate(orthonormal(8, 8), (torch.arange(8) < torch.arange(9)[:, None]).double())
-    assert ranks.like_together().tolist() == [0, 1, 2, 3, 4, 8, 7, 6, 5]
-    assert ranks[ranks.like_together()[5:]]._plan.columns.shape == (8, 3)
+    assert ranks.order_by_cost().tolist() == [0, 1, 2, 3, 4, 8, 7, 6, 5]
+    assert ranks[ranks.order_by_cost()[5:]]._plan.columns.shape == (8, 3)
 
 
 def test_a_completed_basis_gives_the_same_clip():
@@ -80,7 +82,11 @@ def test_a_completed_basis_gives_the_same_clip():
 
 
 def test_an_edit_returns_a_new_tensor_and_leaves_its_input():
-    for edit in (keep(Subspace(orthonormal(12, 12))), gate(orthonormal(12, 12), torch.ones(12), rest=1.0), shift(torch.ones(12))):
+    for edit in (
+        keep(Subspace(orthonormal(12, 12))),
+        gate(orthonormal(12, 12), torch.ones(12), rest=1.0),
+        shift(torch.ones(12)),
+    ):
         before = X.clone()
         edit(X).add_(1.0)
         assert torch.equal(X, before)
@@ -91,33 +97,45 @@ def test_removal_in_half_precision_is_computed_in_single():
     removed = ablate(Subspace(basis))(x)
     assert removed.dtype == torch.bfloat16
     exact = x.double() - (x.double() @ basis.double()) @ basis.double().T
-    torch.testing.assert_close(removed, exact.to(torch.bfloat16), rtol=0.01, atol=1e-6)  # one rounding, not a sum of them
+    torch.testing.assert_close(
+        removed, exact.to(torch.bfloat16), rtol=0.01, atol=1e-6
+    )  # one rounding, not a sum of them
 
 
 def test_shrink_has_the_gains_of_ridge_regression():
     svd = decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64))[None])
     x = torch.ones(1, 1, 3, dtype=torch.float64)
-    torch.testing.assert_close(shrink(svd, 2.0)(x), torch.tensor([[[9 / 11, 4 / 6, 1 / 3]]], dtype=torch.float64))
+    torch.testing.assert_close(
+        shrink(svd, 2.0)(x), torch.tensor([[[9 / 11, 4 / 6, 1 / 3]]], dtype=torch.float64)
+    )
     torch.testing.assert_close(shrink(svd, 0.0)(x), x)
 
 
 def test_chain_applies_the_first_edit_first():
     basis = orthonormal(12, 3)
     shifted = shift(torch.ones(12, dtype=torch.float64))
-    torch.testing.assert_close(chain(shifted, ablate(Subspace(basis)))(X), ablate(Subspace(basis))(X + 1))
+    torch.testing.assert_close(
+        chain(shifted, ablate(Subspace(basis)))(X), ablate(Subspace(basis))(X + 1)
+    )
     torch.testing.assert_close(chain()(X), X)
 
 
 def test_gradients_flow_through_gains_and_writes():
     gains = torch.rand(12, dtype=torch.float64, requires_grad=True)
     x = X.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda g, v: Gate(orthonormal(12, 12), g)(v), (gains, x[:1, :2]))
+    assert torch.autograd.gradcheck(
+        lambda g, v: Gate(orthonormal(12, 12), g)(v), (gains, x[:1, :2])
+    )
 
 
 @pytest.mark.parametrize("rest", [0.0, 1.0])
 @pytest.mark.parametrize("rank", [3, 12])
 def test_gains_that_change_nothing_have_gradients_too(rest, rank):
-    gains = torch.stack([torch.ones(rank), torch.zeros(rank), torch.arange(rank) % 2.0]).double().requires_grad_()
+    gains = (
+        torch.stack([torch.ones(rank), torch.zeros(rank), torch.arange(rank) % 2.0])
+        .double()
+        .requires_grad_()
+    )
     basis, x = orthonormal(12, rank), X[:1].expand(3, -1, -1)
     (slope,) = torch.autograd.grad(Gate(basis, gains, rest)(x).square().sum() / 2, gains)
     # of half the squared size in a direction's gain: the gain times the squared size of what the direction holds
@@ -160,16 +178,24 @@ def test_a_gate_first_used_without_gradients_gives_them_later():
 @pytest.mark.parametrize("gains", ["zeros", "ones", "mixed"])
 def test_a_rest_for_each_edit_equals_a_number_for_each(rank, gains):
     basis, rests = orthonormal(12, rank), torch.tensor([0.0, 1.0, 0.3, -2.0], dtype=torch.float64)
-    made = {"zeros": torch.zeros(4, rank), "ones": torch.ones(4, rank), "mixed": torch.arange(4.0 * rank).view(4, rank) % 3}
+    made = {
+        "zeros": torch.zeros(4, rank),
+        "ones": torch.ones(4, rank),
+        "mixed": torch.arange(4.0 * rank).view(4, rank) % 3,
+    }
     stack = gate(basis, made[gains].double(), rests)
     assert len(stack) == 4
     expected = [gate(basis, g, float(r)) for g, r in zip(stack.gains, rests, strict=True)]
     x = X[:1] if len(X) else X
-    torch.testing.assert_close(stack(x.expand(4, -1, -1)), torch.cat([edit(x) for edit in expected]))
+    torch.testing.assert_close(
+        stack(x.expand(4, -1, -1)), torch.cat([edit(x) for edit in expected])
+    )
     torch.testing.assert_close(stack[2](x), expected[2](x))
-    order = stack.like_together()
+    order = stack.order_by_cost()
     assert sorted(order.tolist()) == [0, 1, 2, 3]
-    torch.testing.assert_close(stack[order](x.expand(4, -1, -1)), torch.cat([expected[i](x) for i in order]))
+    torch.testing.assert_close(
+        stack[order](x.expand(4, -1, -1)), torch.cat([expected[i](x) for i in order])
+    )
     assert stack.changes_nothing.tolist() == [bool(edit.changes_nothing.all()) for edit in expected]
 
 
@@ -184,7 +210,9 @@ def test_a_rest_has_a_gradient():
 
 
 def test_a_rest_of_another_length_is_refused():
-    with pytest.raises(ValueError, match=r"`rest` has shape \[3\], but must be one number per edit, \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"`rest` has shape \[3\], but must be one number per edit, \[2\]"
+    ):
         gate(orthonormal(12, 3), torch.ones(2, 3), torch.ones(3))
     with pytest.raises(ValueError, match="must be finite"):
         gate(orthonormal(12, 3), torch.ones(3), float("nan"))

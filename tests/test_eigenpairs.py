@@ -13,16 +13,26 @@ def symmetric(spectrum, seed=0):
 
 
 def found_by_lanczos(matrix, pairs, tolerance=1e-9, max_products=4000, block=BLOCK, seed=0):
-    start = torch.randn(len(matrix), block, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(matrix)
-    return lanczos(lambda v: matrix @ v, start, pairs, tolerance=tolerance, max_products=max_products)
+    start = torch.randn(
+        len(matrix), block, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(matrix)
+    return lanczos(
+        lambda v: matrix @ v, start, pairs, tolerance=tolerance, max_products=max_products
+    )
 
 
 SPECTRA = {
     "both ends": torch.linspace(-1, 1, 300, dtype=torch.float64) ** 3,
     "falling fast": torch.tensor([(-0.8) ** i for i in range(300)], dtype=torch.float64),
-    "three alike, and both signs": torch.cat([torch.tensor([5.0, 5, 5, -5, -5, 4, -3]), torch.linspace(-1, 1, 293)]).double(),
-    "ten alike": torch.cat([torch.full((10,), 3.0), torch.linspace(1, 2, 20), torch.linspace(-0.9, 0.9, 270)]).double(),
-    "thirty alike, and nothing else": torch.cat([torch.full((30,), 3.0), torch.zeros(270)]).double(),
+    "three alike, and both signs": torch.cat(
+        [torch.tensor([5.0, 5, 5, -5, -5, 4, -3]), torch.linspace(-1, 1, 293)]
+    ).double(),
+    "ten alike": torch.cat(
+        [torch.full((10,), 3.0), torch.linspace(1, 2, 20), torch.linspace(-0.9, 0.9, 270)]
+    ).double(),
+    "thirty alike, and nothing else": torch.cat(
+        [torch.full((30,), 3.0), torch.zeros(270)]
+    ).double(),
     "of low rank": torch.cat([torch.tensor([3.0, -2, 1]), torch.zeros(297)]).double(),
     "zero": torch.zeros(300, dtype=torch.float64),
 }
@@ -37,13 +47,17 @@ def test_lanczos_finds_the_eigenpairs_of_eigh_at_both_ends(name, pairs):
     expected = torch.linalg.eigvalsh(matrix)
     expected = expected[expected.abs().argsort(descending=True)][:pairs]
     torch.testing.assert_close(found.values.abs(), expected.abs(), rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(pairs, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        found.vectors.T @ found.vectors, torch.eye(pairs, dtype=torch.float64), rtol=0, atol=1e-10
+    )
     residuals = (matrix @ found.vectors - found.vectors * found.values).norm(dim=0)
     assert (residuals <= 1e-9 * found.values.abs() + 1e-8).all()
 
 
 def test_a_restart_keeps_what_was_found():
-    matrix = symmetric(torch.linspace(-1, 1, 400, dtype=torch.float64))  # evenly spaced: slow, so that it restarts
+    matrix = symmetric(
+        torch.linspace(-1, 1, 400, dtype=torch.float64)
+    )  # evenly spaced: slow, so that it restarts
     found = found_by_lanczos(matrix, 6)
     assert found.products > 2 * capacity(6)
     expected = torch.linalg.eigvalsh(matrix).abs().sort(descending=True).values[:6]

@@ -12,7 +12,9 @@ from mechsvd.linalg.comparison import Pool
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.results import _CLASSES, Provenance
 
-SOURCE = Provenance("m", "w", "raw", "float32", "4", "0", ((1, 2, 3),), ("blocks.0.hook_mlp_out",), 0, ("note",))
+SOURCE = Provenance(
+    "m", "w", "raw", "float32", "4", "0", ((1, 2, 3),), ("blocks.0.hook_mlp_out",), 0, ("note",)
+)
 SITES = (ms.Site(0, "attn", "blocks.0.hook_attn_out"), ms.Site(0, "mlp", "blocks.0.hook_mlp_out"))
 
 
@@ -49,7 +51,11 @@ def tiny_results():
 def test_there_is_a_tiny_result_of_every_class_that_can_be_saved():
     for module in walk_packages(ms.__path__, "mechsvd."):
         import_module(module.name)
-    ours = {name for name, cls in _CLASSES.items() if cls.__module__.startswith("mechsvd.") and hasattr(cls, "save")}
+    ours = {
+        name
+        for name, cls in _CLASSES.items()
+        if cls.__module__.startswith("mechsvd.") and hasattr(cls, "save")
+    }
     assert set(tiny_results()) == ours
 
 
@@ -65,7 +71,11 @@ def test_a_field_of_another_kind_is_refused_by_name(name):
 @pytest.mark.parametrize("name", sorted(tiny_results()))
 def test_a_tensor_with_more_axes_is_refused_by_name(name):
     result = tiny_results()[name]
-    for field in (field.name for field in fields(result) if isinstance(getattr(result, field.name), torch.Tensor)):
+    for field in (
+        field.name
+        for field in fields(result)
+        if isinstance(getattr(result, field.name), torch.Tensor)
+    ):
         with pytest.raises(ValueError, match=rf"`{field}` .*must have (the axes \[|one axis)"):
             replace(result, **{field: getattr(result, field)[None]})
 

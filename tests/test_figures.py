@@ -102,7 +102,9 @@ def test_a_sweep_without_a_clean_run_cannot_be_compared(sweep):
         figures.probability(bare)
 
 
-def test_effects_are_drawn_by_sign_and_noise_with_every_direction_once(embedded, meaning, meaning_svd):
+def test_effects_are_drawn_by_sign_and_noise_with_every_direction_once(
+    embedded, meaning, meaning_svd
+):
     ranking = ms.rank_directions(embedded, meaning, meaning_svd)
     figure = figures.direction_effects(ranking)
     figure.to_json()
@@ -111,18 +113,27 @@ def test_effects_are_drawn_by_sign_and_noise_with_every_direction_once(embedded,
     damage = figure.data[0]
     np.testing.assert_allclose(damage.y, ranking.effect.numpy()[damage.customdata], rtol=1e-6)
     assert (damage.y > ranking.noise_floor).all()
-    ranks = [np.argsort(np.argsort(values)) for values in (ranking.singular_values.numpy(), ranking.effect.numpy())]
+    ranks = [
+        np.argsort(np.argsort(values))
+        for values in (ranking.singular_values.numpy(), ranking.effect.numpy())
+    ]
     assert f"rank correlation {np.corrcoef(*ranks)[0, 1]:.2f}" in figure.layout.title.text
 
 
 def test_orders_race_on_one_axis(embedded, meaning, meaning_svd):
-    orders = {"σ": ms.order_by_singular_value(meaning_svd), "random": ms.order_at_random(meaning_svd)}
+    orders = {
+        "σ": ms.order_by_singular_value(meaning_svd),
+        "random": ms.order_at_random(meaning_svd),
+    }
     sweeps = {
-        name: ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0, 30, 128], order=order) for name, order in orders.items()
+        name: ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0, 30, 128], order=order)
+        for name, order in orders.items()
     }
     figure = figures.race_of_orders(sweeps)
     assert [trace.name for trace in figure.data] == ["σ", "random"]
-    np.testing.assert_allclose(drawn(figure, 1).y, -sweeps["random"].measurement.log_prob.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        drawn(figure, 1).y, -sweeps["random"].measurement.log_prob.numpy(), rtol=1e-6
+    )
     with pytest.raises(ValueError, match="no sweeps to race"):
         figures.race_of_orders({})
 
@@ -133,7 +144,10 @@ def test_the_critical_rank_is_marked_where_the_curve_crosses(embedded, meaning, 
     np.testing.assert_allclose(drawn(figure).y, found.margins.numpy())
     assert list(figure.data[0].x) == found.sweep.ranks.tolist()
     assert found.rank in [shape.x0 for shape in figure.layout.shapes]
-    assert f"k = {found.rank} for a drop of at most 0 nats; {len(found.crossings)} crossing(s)" in figure.layout.annotations[0].text
+    assert (
+        f"k = {found.rank} for a drop of at most 0 nats; {len(found.crossings)} crossing(s)"
+        in figure.layout.annotations[0].text
+    )
     greedy = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text)
     assert figures.margins(greedy).layout.yaxis.title.text == "above the threshold (tokens)"
 
@@ -144,7 +158,9 @@ def test_an_overlap_map_shows_ratio_and_shared_dimensions_of_every_pair(meaning_
     heat = drawn(figures.overlap_map(found, ["a", "b", "c"]))
     assert list(heat.x) == ["a<br>(rank 20)", "b<br>(rank 30)", "c<br>(rank 40)"]
     assert np.isnan(heat.z.diagonal()).all()
-    assert heat.z[0, 2] == pytest.approx(20 / (20 * 40 / 128), rel=1e-5)  # the first lies in the third
+    assert heat.z[0, 2] == pytest.approx(
+        20 / (20 * 40 / 128), rel=1e-5
+    )  # the first lies in the third
     assert heat.text[0][2] == "3.200<br>20.0 shared"
     assert heat.zmin + heat.zmax == pytest.approx(2)
     with pytest.raises(ValueError, match="`names` has 1 entries for 3 subspaces"):
@@ -159,7 +175,9 @@ def test_a_pooled_spectrum_lies_over_its_random_band(meaning_svd):
     assert len(figure.data[0].x) == len(figure.data[0].y) == 2 * len(found.singular_values)
 
 
-def test_static_images_without_kaleido_or_chrome_say_what_to_install(meaning_svd, tmp_path, monkeypatch):
+def test_static_images_without_kaleido_or_chrome_say_what_to_install(
+    meaning_svd, tmp_path, monkeypatch
+):
     import plotly.graph_objects as go
 
     for missing in ("requires the Kaleido package", "Chrome was not found"):
@@ -200,7 +218,9 @@ def test_estimates_are_drawn_against_what_is_measured_without_the_noise(attribut
     chosen = figure.data[1].customdata
     assert len(chosen) == 32
     np.testing.assert_allclose(figure.data[1].x, attribution.measured.abs().numpy()[chosen])
-    np.testing.assert_allclose(figure.data[1].y, attribution.to_pandas().quadratic_error.to_numpy()[chosen])
+    np.testing.assert_allclose(
+        figure.data[1].y, attribution.to_pandas().quadratic_error.to_numpy()[chosen]
+    )
 
 
 def test_scores_accumulate_from_the_largest_to_their_sum(attribution):
@@ -209,15 +229,21 @@ def test_scores_accumulate_from_the_largest_to_their_sum(attribution):
     for trace, found in zip(figure.data, attribution.bases.values(), strict=True):
         steps = np.diff([0, *trace.y])
         assert (np.diff(steps) <= 1e-9).all()  # the largest first
-        assert trace.y[-1] == pytest.approx(float(found.measured.sum()) / (found.value - found.baseline))
+        assert trace.y[-1] == pytest.approx(
+            float(found.measured.sum()) / (found.value - found.baseline)
+        )
     assert [shape.y0 for shape in figure.layout.shapes] == [1]
     tiny = dataclasses.replace(attribution, baseline=-1e6)
     assert not figures.accumulated_scores({"far below 1": tiny}).layout.shapes
     elsewhere = dataclasses.replace(attribution.source, tokens=((1, 2, 3),))
     others = [{"objective": "log_prob"}, {"over": "gains of others"}, {"source": elsewhere}]
     for other in others:
-        with pytest.raises(ValueError, match=r"different functions: probability over gains of 64 directions \("):
-            figures.accumulated_scores({"a": attribution, "b": dataclasses.replace(attribution, **other)})
+        with pytest.raises(
+            ValueError, match=r"different functions: probability over gains of 64 directions \("
+        ):
+            figures.accumulated_scores(
+                {"a": attribution, "b": dataclasses.replace(attribution, **other)}
+            )
 
 
 def test_clipping_and_ridge_share_an_axis(stories, story_task):

@@ -17,9 +17,14 @@ def studies(embedded):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = {n: ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS[n], max_new_tokens=10) for n in ("meaning", "launch")}
+        made = {
+            n: ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS[n], max_new_tokens=10)
+            for n in ("meaning", "launch")
+        }
         starts = {"own": torch.tensor([0, 5]), "none": torch.tensor([0])}
-        return [study_task(embedded, name, task, starts, progress=False) for name, task in made.items()]
+        return [
+            study_task(embedded, name, task, starts, progress=False) for name, task in made.items()
+        ]
 
 
 def test_how_many_directions_carry_a_share(studies):
@@ -29,7 +34,11 @@ def test_how_many_directions_carry_a_share(studies):
         assert findings.directions_for(found, 0.9) == expected
         said = findings.spectrum([found])
         assert f"Here {expected} of 128 directions carry 90 %" in said
-        inside = (found.writes.values.double() @ found.pooled.directions[:, :expected].double()).square().sum(dim=(1, 2))
+        inside = (
+            (found.writes.values.double() @ found.pooled.directions[:, :expected].double())
+            .square()
+            .sum(dim=(1, 2))
+        )
         site, share = found.writes.sites[int(inside.argmax())], float(inside.max() / inside.sum())
         assert f"layer {site.layer} {site.component} wrote {share:.0%} ({found.name})" in said
 
@@ -44,14 +53,19 @@ def test_from_which_rank_on_the_text_stays_near(studies):
 
 
 def test_the_sentence_on_directions_names_the_most_needed_one(studies):
-    effects = {(s.name, int(s.ranking.effect.argmax())): float(s.ranking.effect.max()) for s in studies}
+    effects = {
+        (s.name, int(s.ranking.effect.argmax())): float(s.ranking.effect.max()) for s in studies
+    }
     (name, direction), size = max(effects.items(), key=lambda item: item[1])
     assert f"direction {direction} ({name}: {size:.3g} nats)" in findings.directions(studies)
 
 
 def test_the_orders_are_listed_by_how_few_directions_they_need(studies):
     said = findings.orders(studies)
-    means = {o: np.mean([findings.lasting_rank(s.sweeps[o], 1.0) for s in studies]) for o in studies[0].sweeps}
+    means = {
+        o: np.mean([findings.lasting_rank(s.sweeps[o], 1.0) for s in studies])
+        for o in studies[0].sweeps
+    }
     places = [said.index(f"({order})") for order in sorted(means, key=means.get)]
     assert places == sorted(places)
     assert f"{means['singular value']:.0f} (singular value)" in said
@@ -61,12 +75,17 @@ def test_the_orders_are_listed_by_how_few_directions_they_need(studies):
 def test_the_sentence_on_ridge_names_the_smallest_lasting_number(studies):
     said = findings.ridge(studies)
     for found in studies:
-        table, clean = found.ridge.to_pandas(), float(found.ridge.measurement.against.log_prob)
+        table, clean = found.ridge.to_pandas(), float(found.ridge.measurement.clean_run.log_prob)
         far = table.effective_directions[(table.log_prob - clean).abs() > 1.0]
         expected = table.effective_directions[table.effective_directions > far.max()].min()
         assert findings.lasting_number(found.ridge, 1.0) == pytest.approx(expected)
-        assert f"{expected:.0f} where clipping takes {findings.lasting_rank(found.sweep, 1.0)} ({found.name})" in said
-    never = dataclasses.replace(studies[0].ridge, measurement=far_from_clean(studies[0].ridge.measurement))
+        assert (
+            f"{expected:.0f} where clipping takes {findings.lasting_rank(found.sweep, 1.0)} ({found.name})"
+            in said
+        )
+    never = dataclasses.replace(
+        studies[0].ridge, measurement=far_from_clean(studies[0].ridge.measurement)
+    )
     assert findings.lasting_number(never, 1.0) is None
 
 
@@ -78,7 +97,9 @@ def test_the_sentence_on_attribution_counts_estimates_and_sums_scores(studies):
     said = findings.attribution(studies)
     for found in studies:
         table = found.attribution.to_pandas()
-        near = ((table.quadratic - table.measured).abs() <= 0.1 * table.measured.abs())[~table.is_noise].mean()
+        near = ((table.quadratic - table.measured).abs() <= 0.1 * table.measured.abs())[
+            ~table.is_noise
+        ].mean()
         assert findings.share_within(found.attribution, "quadratic") == pytest.approx(near)
     shares = sorted(round(100 * findings.share_within(s.attribution, "quadratic")) for s in studies)
     assert f"for {shares[0]}" in said
@@ -91,7 +112,9 @@ def test_the_sentence_on_attribution_counts_estimates_and_sums_scores(studies):
 
 def first_components(found):
     columns = ("eigenvalues", "residuals", "projections", "slopes", "integrated", "measured")
-    return dataclasses.replace(found, vectors=found.vectors[:, :5], **{name: getattr(found, name)[:5] for name in columns})
+    return dataclasses.replace(
+        found, vectors=found.vectors[:, :5], **{name: getattr(found, name)[:5] for name in columns}
+    )
 
 
 def test_the_critical_ranks_are_those_of_an_exhaustive_search(embedded, studies):
@@ -110,7 +133,9 @@ def test_texts_are_those_of_generate(embedded, studies):
             assert findings.is_clean(text, 0)
         rank, task = found.texts[1].ranks[2], found.texts[1].tasks[2]
         length = len(found.task.continuation)
-        said = ms.generate(embedded, "", ms.keep(found.pooled.subspace(rank)), max_new_tokens=length)
+        said = ms.generate(
+            embedded, "", ms.keep(found.pooled.subspace(rank)), max_new_tokens=length
+        )
         assert task.text()[1].removesuffix("</s>") == said
 
 
@@ -118,11 +143,16 @@ def test_overlaps_are_stated_and_nothing_is_concluded(studies):
     comparison = compare(studies)
     shared, ratio = float(comparison.overlap.values[0, 1]), float(comparison.overlap.ratio[0, 1])
     said = findings.several(comparison)
-    assert f"share {shared:.1f} dimensions, {ratio:.3f} times what random subspaces of the same ranks share" in said
+    assert (
+        f"share {shared:.1f} dimensions, {ratio:.3f} times what random subspaces of the same ranks share"
+        in said
+    )
     for word in ("claim", "hold", "deviation", "z-score"):
         assert word not in said
     angles = comparison.angles["meaning", "launch"]
-    assert float(angles.cos().square().sum()) == pytest.approx(float(comparison.overlap.values[0, 1]), rel=1e-6)
+    assert float(angles.cos().square().sum()) == pytest.approx(
+        float(comparison.overlap.values[0, 1]), rel=1e-6
+    )
 
 
 def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
@@ -131,12 +161,23 @@ def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
     gains = sorted(int(((t["effect"] < 0) & ~t["is_noise"]).sum()) for t in effects)
     silent = sorted(int(t["is_noise"].sum()) for t in effects)
     said = findings.directions(studies)
-    assert f"removing any one of {gains[0]} to {gains[1]} directions" in said or f"any one of {gains[0]} directions" in said
-    assert f"{silent[0]} change it by no" in said or f"{silent[0]} to {silent[1]} change it by no" in said
-    same = sum(s.texts[0].tasks[1].tokens.tolist() == s.texts[0].tasks[0].tokens.tolist() for s in studies)
+    assert (
+        f"removing any one of {gains[0]} to {gains[1]} directions" in said
+        or f"any one of {gains[0]} directions" in said
+    )
+    assert (
+        f"{silent[0]} change it by no" in said
+        or f"{silent[0]} to {silent[1]} change it by no" in said
+    )
+    same = sum(
+        s.texts[0].tasks[1].tokens.tolist() == s.texts[0].tasks[0].tokens.tolist() for s in studies
+    )
     assert f"is the clean one for {same} of 2 prompts, and" in findings.texts(studies)
     crossings = sorted(len(s.critical.crossings) for s in studies)
-    assert f"{crossings[0]} to {crossings[1]} times" in findings.critical_ranks(studies) or crossings[0] == crossings[1]
+    assert (
+        f"{crossings[0]} to {crossings[1]} times" in findings.critical_ranks(studies)
+        or crossings[0] == crossings[1]
+    )
     once = [s for s in studies if len(s.critical.crossings) == 1] or [studies[0]]
     assert ("once each" in findings.critical_ranks(once)) == (len(once[0].critical.crossings) == 1)
 
@@ -147,7 +188,14 @@ def test_without_a_critical_rank_nothing_is_claimed(studies):
     without = dataclasses.replace(first, critical=never)
     assert "none (meaning)" in findings.critical_ranks([without, second])
     assert "of 1 prompts (1 prompts have none" in findings.texts([without, second])
-    whole = compare([without, dataclasses.replace(second, critical=dataclasses.replace(second.critical, margins=never.margins))])
+    whole = compare(
+        [
+            without,
+            dataclasses.replace(
+                second, critical=dataclasses.replace(second.critical, margins=never.margins)
+            ),
+        ]
+    )
     assert "Here nothing can be said" in findings.several(whole)
     mixed = compare([without, second, first])
     assert "in the 1 of 3 pairs where neither is all or nothing" in findings.several(mixed)

@@ -49,7 +49,10 @@ def run_of(out):
     folder = out / re.search(r'href="(report-data/[^"]+)/"', page)[1]
     listing = json.loads((folder / ".written.json").read_text())
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".written.json"]
-    found = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    found = {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
     assert found == listing["sha256"]
     assert len(found) > 15
     (prompt,) = {path.split("/")[0] for path in found}
@@ -82,21 +85,27 @@ def write(study, check, out, event=None):
 
 
 @forks
-def test_a_report_killed_at_any_moment_leaves_the_old_run_whole_or_the_new_one(studies, check, tmp_path):
+def test_a_report_killed_at_any_moment_leaves_the_old_run_whole_or_the_new_one(
+    studies, check, tmp_path
+):
     write_report([studies["old"]], check, tmp_path, cdn=True)
     started = time.perf_counter()
     write_report([studies["new"]], check, tmp_path, cdn=True)
     longest, seed = time.perf_counter() - started, random.Random(0)
     prompts = set()
     for kill in range(KILLS):
-        prompt = "old" if run_of(tmp_path)[1] == "new" else "new"  # the one that the page does not show
+        prompt = (
+            "old" if run_of(tmp_path)[1] == "new" else "new"
+        )  # the one that the page does not show
         if kill % 2:
             child = FORK.Process(target=write, args=(studies[prompt], check, tmp_path))
             child.start()
             child.join(seed.uniform(0, longest))
             child.kill()
         else:
-            child = FORK.Process(target=write, args=(studies[prompt], check, tmp_path, seed.randrange(50)))
+            child = FORK.Process(
+                target=write, args=(studies[prompt], check, tmp_path, seed.randrange(50))
+            )
             child.start()
         child.join()
         prompts.add(run_of(tmp_path)[1])
@@ -229,7 +238,16 @@ def test_only_what_a_run_wrote_is_removed(tmp_path):
     (tmp_path / ".report.html.swp").write_text("kept")
     replace_run(tmp_path, fill)
     now = (tmp_path / "report.html").read_text()
-    kept = ["backup", "2001-01-01-000000", "mine", "empty", ".hidden", ".2001.mechsvd", run.name, now]
+    kept = [
+        "backup",
+        "2001-01-01-000000",
+        "mine",
+        "empty",
+        ".hidden",
+        ".2001.mechsvd",
+        run.name,
+        now,
+    ]
     assert names(data) == sorted(kept)
     assert [path.relative_to(run).as_posix() for path in run.rglob("*")] == ["a", "a/notes.txt"]
     assert names(data / "backup") == [".written.json", "a", "b"]
@@ -246,8 +264,12 @@ def test_a_listing_removes_nothing_elsewhere(tmp_path):
         (elsewhere / name).write_text("kept")
     (run / "link").symlink_to(elsewhere)
     files = ["../../elsewhere/one", str(elsewhere / "two"), "link/three"]
-    (run / ".written.json").write_text(json.dumps({"run": run.name, "sha256": dict.fromkeys(files, "")}))
-    (data / ".written.json").write_text(json.dumps({"../elsewhere": ["one", "two"], str(elsewhere): ["three"]}))
+    (run / ".written.json").write_text(
+        json.dumps({"run": run.name, "sha256": dict.fromkeys(files, "")})
+    )
+    (data / ".written.json").write_text(
+        json.dumps({"../elsewhere": ["one", "two"], str(elsewhere): ["three"]})
+    )
     replace_run(tmp_path, fill)
     assert names(elsewhere) == [".three.12345678", "one", "three", "two"]
 

@@ -13,7 +13,13 @@ def slow_greedy(model, tokens, edit_at, steps):
     """The oracle: one plain `run_with_hooks` over the whole text for each new token, without a cache."""
     tokens, names = tokens.clone(), [site.hook_name for site in ms.find_sites(model)]
     for _ in range(steps):
-        hooks = [(name, lambda x, hook: torch.stack([edit_at(x[0, i], i) for i in range(x.shape[1])])[None]) for name in names]
+        hooks = [
+            (
+                name,
+                lambda x, hook: torch.stack([edit_at(x[0, i], i) for i in range(x.shape[1])])[None],
+            )
+            for name in names
+        ]
         with torch.no_grad():
             logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)
         tokens = torch.cat([tokens, logits[0, -1].argmax()[None]])
@@ -28,28 +34,46 @@ def test_the_text_is_that_of_a_plain_loop_without_a_cache(embedded, meaning_svd,
     (task,) = ms.generate_tasks(embedded, prompt, [edit], max_new_tokens=10)
     start = task.tokens[: task.prompt_length]
     assert start[0] == embedded.tokenizer.bos_token_id
-    assert task.tokens.tolist() == slow_greedy(embedded, start, lambda x, i: kept @ (kept.T @ x), len(task.continuation)).tolist()
+    assert (
+        task.tokens.tolist()
+        == slow_greedy(
+            embedded, start, lambda x, i: kept @ (kept.T @ x), len(task.continuation)
+        ).tolist()
+    )
 
 
 def test_a_real_model_too_from_a_prompt_and_from_nothing(stories, story_task):
     svd = ms.decompose(ms.collect_writes(stories, story_task))
     for prompt in ("Once upon a time, there was", "The cat", ""):
         for rank in (60, 40):
-            (task,) = ms.generate_tasks(stories, prompt, [ms.keep(svd.subspace(rank))], max_new_tokens=8)
+            (task,) = ms.generate_tasks(
+                stories, prompt, [ms.keep(svd.subspace(rank))], max_new_tokens=8
+            )
             kept = svd.directions[:, :rank]
-            expected = slow_greedy(stories, task.tokens[: task.prompt_length], lambda x, i, v=kept: v @ (v.T @ x), 8)
+            expected = slow_greedy(
+                stories, task.tokens[: task.prompt_length], lambda x, i, v=kept: v @ (v.T @ x), 8
+            )
             assert task.tokens.tolist() == expected.tolist()
 
 
-def test_without_an_edit_and_with_everything_kept_it_is_the_greedy_text(embedded, meaning, meaning_svd):
+def test_without_an_edit_and_with_everything_kept_it_is_the_greedy_text(
+    embedded, meaning, meaning_svd
+):
     clean = ms.generate(embedded, PROMPT, max_new_tokens=12)
     assert clean == PROMPT + meaning.text()[1]
-    assert ms.generate(embedded, PROMPT, ms.keep(meaning_svd.subspace(128)), max_new_tokens=12) == clean
+    assert (
+        ms.generate(embedded, PROMPT, ms.keep(meaning_svd.subspace(128)), max_new_tokens=12)
+        == clean
+    )
     assert ms.generate(embedded, PROMPT, None, max_new_tokens=12) == clean
 
 
 def test_several_edits_in_one_call_write_what_each_writes_alone(embedded, meaning_svd):
-    edits = [None, *(ms.keep(meaning_svd.subspace(rank)) for rank in (110, 60, 20)), ms.shift(torch.ones(128))]
+    edits = [
+        None,
+        *(ms.keep(meaning_svd.subspace(rank)) for rank in (110, 60, 20)),
+        ms.shift(torch.ones(128)),
+    ]
     together = ms.generate(embedded, PROMPT, edits, max_new_tokens=20)
     assert together == [ms.generate(embedded, PROMPT, edit, max_new_tokens=20) for edit in edits]
     stack = ms.gate(meaning_svd, (torch.arange(128) < torch.tensor([[110], [60], [20]])).float())
@@ -62,8 +86,15 @@ def test_the_cache_changes_nothing_and_positions_are_absolute(embedded, meaning_
     options = {"max_new_tokens": 9, "positions": chosen}
     (cached,) = ms.generate_tasks(embedded, prompt, [drop], **options)
     (plain,) = ms.generate_tasks(embedded, prompt, [drop], use_kv_cache=False, **options)
-    expected = slow_greedy(embedded, cached.tokens[: cached.prompt_length], lambda x, i: drop(x[None])[0] if i in chosen else x, 9)
-    assert cached.tokens.tolist() == plain.tokens.tolist() == expected.tolist()[: len(cached.tokens)]
+    expected = slow_greedy(
+        embedded,
+        cached.tokens[: cached.prompt_length],
+        lambda x, i: drop(x[None])[0] if i in chosen else x,
+        9,
+    )
+    assert (
+        cached.tokens.tolist() == plain.tokens.tolist() == expected.tolist()[: len(cached.tokens)]
+    )
 
 
 def test_drawn_text_depends_on_the_seed_alone(embedded, meaning_svd):
@@ -73,15 +104,22 @@ def test_drawn_text_depends_on_the_seed_alone(embedded, meaning_svd):
     first = ms.generate(embedded, PROMPT, [None, kept], seed=3, **options)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(7)
-    assert ms.generate(embedded, PROMPT, [kept, None], seed=3, **options) == first[::-1]  # nor on what stands beside it
+    assert (
+        ms.generate(embedded, PROMPT, [kept, None], seed=3, **options) == first[::-1]
+    )  # nor on what stands beside it
     assert ms.generate(embedded, PROMPT, kept, seed=3, **options) == first[1]
     assert ms.generate(embedded, PROMPT, seed=4, **options) != first[0]
 
 
 def test_the_hotter_the_more_surprising(embedded):
     options = {"max_new_tokens": 30}
-    tasks = [ms.generate_tasks(embedded, PROMPT, [None], temperature=t, seed=0, **options)[0] for t in (0.0, 1.0, 3.0)]
-    surprises = [-float(ms.measure(embedded, task, [ms.chain()]).log_probs.mean()) for task in tasks]
+    tasks = [
+        ms.generate_tasks(embedded, PROMPT, [None], temperature=t, seed=0, **options)[0]
+        for t in (0.0, 1.0, 3.0)
+    ]
+    surprises = [
+        -float(ms.measure(embedded, task, [ms.chain()]).log_probs.mean()) for task in tasks
+    ]
     assert surprises == sorted(surprises)
 
 
@@ -97,7 +135,9 @@ def test_text_ends_at_the_end_of_text_which_is_not_shown(embedded, monkeypatch):
     end = int(free.tokens[free.prompt_length + 5])
     first = free.continuation.tolist().index(end)
     monkeypatch.setattr(type(embedded.tokenizer), "eos_token_id", end, raising=False)
-    ended, other = ms.generate_tasks(embedded, PROMPT, [None, ms.ablate(torch.eye(128)[:, :1])], max_new_tokens=12)
+    ended, other = ms.generate_tasks(
+        embedded, PROMPT, [None, ms.ablate(torch.eye(128)[:, :1])], max_new_tokens=12
+    )
     assert ended.tokens.tolist() == free.tokens[: free.prompt_length + first + 1].tolist()
     assert end not in other.continuation[:-1].tolist()
     text = ms.generate(embedded, PROMPT, max_new_tokens=12)
@@ -111,7 +151,9 @@ def test_every_architecture_generates_what_a_loop_does(architecture, silent):
     kept = torch.linalg.qr(torch.randn(32, 20, generator=torch.Generator().manual_seed(0)))[0]
     hooks, theirs = ms.fwd_hooks(model, ms.keep(kept), positions=[1, 3, 6, 7]), other_hooks(model)
     longer = continue_tokens(model, start[None], 6, hooks)[0]
-    expected = slow_greedy(model, start, lambda x, i: kept @ (kept.T @ x) if i in (1, 3, 6, 7) else x, len(longer) - 5)
+    expected = slow_greedy(
+        model, start, lambda x, i: kept @ (kept.T @ x) if i in (1, 3, 6, 7) else x, len(longer) - 5
+    )
     assert longer.tolist() == expected.tolist()
     assert other_hooks(model) == theirs
 
@@ -120,14 +162,22 @@ def test_token_ids_are_gone_on_from_as_they_are(embedded, meaning):
     start = meaning.tokens[: meaning.prompt_length]
     (task,) = ms.generate_tasks(embedded, start, [None], max_new_tokens=12)
     assert task.tokens.tolist() == meaning.tokens.tolist()
-    assert ms.generate(embedded, start, max_new_tokens=12) == "<s>" + ms.generate(embedded, PROMPT, max_new_tokens=12)
-    with pytest.raises(ValueError, match=r"Token ids run from 0 to 5000, but the model has 0 to 1023"):
+    assert ms.generate(embedded, start, max_new_tokens=12) == "<s>" + ms.generate(
+        embedded, PROMPT, max_new_tokens=12
+    )
+    with pytest.raises(
+        ValueError, match=r"Token ids run from 0 to 5000, but the model has 0 to 1023"
+    ):
         ms.generate(embedded, torch.tensor([0, 5000]))
 
 
 def test_an_edit_that_gives_nan_warns(embedded):
-    with pytest.warns(UserWarning, match="The edits gave writes that are not finite, first at layer 0 attn"):
-        ms.generate(embedded, PROMPT, [None, lambda x, hook=None: x * float("nan")], max_new_tokens=2)
+    with pytest.warns(
+        UserWarning, match="The edits gave writes that are not finite, first at layer 0 attn"
+    ):
+        ms.generate(
+            embedded, PROMPT, [None, lambda x, hook=None: x * float("nan")], max_new_tokens=2
+        )
 
 
 def test_token_ids_without_bos_warn(embedded, meaning):
@@ -136,7 +186,10 @@ def test_token_ids_without_bos_warn(embedded, meaning):
 
 
 def test_bad_prompts_and_lengths_are_refused(embedded, meaning_svd, monkeypatch):
-    with pytest.raises(ValueError, match=r"The prompt has 9 tokens and the continuation 500, but the context holds \d+"):
+    with pytest.raises(
+        ValueError,
+        match=r"The prompt has 9 tokens and the continuation 500, but the context holds \d+",
+    ):
         ms.generate(embedded, PROMPT, max_new_tokens=500)
     with pytest.raises(ValueError, match="`max_new_tokens` is 0"):
         ms.generate(embedded, PROMPT, max_new_tokens=0)
@@ -168,7 +221,10 @@ def test_memory_running_out_halves_the_edits_in_one_pass(embedded, meaning_svd, 
     from mechsvd.experiments import generation
 
     edits = [ms.keep(meaning_svd.subspace(rank)) for rank in (110, 60, 20)]
-    expected, plain = ms.generate(embedded, PROMPT, edits, max_new_tokens=5), generation.continue_tokens
+    expected, plain = (
+        ms.generate(embedded, PROMPT, edits, max_new_tokens=5),
+        generation.continue_tokens,
+    )
 
     def small(model, tokens, *args, **options):
         if len(tokens) > 1:

@@ -13,11 +13,13 @@ def test_each_gradient_is_that_of_one_tokens_log_probability(silent):
     assert found.task_index.tolist() == [0] * 4 + [1] * 3
     assert found.tokens[:4].tolist() == task.continuation.tolist()
     step = 1e-4 * torch.eye(svd.rank, dtype=torch.float64)
-    up, down = (ms.measure(model, task, ms.gate(svd, 1 + sign * step)).log_probs for sign in (1, -1))
+    up, down = (
+        ms.measure(model, task, ms.gate(svd, 1 + sign * step)).log_probs for sign in (1, -1)
+    )
     torch.testing.assert_close(found.values[:4], ((up - down) / 2e-4).T, rtol=1e-3, atol=1e-2)
-    whole = ms.hessian_attribution(model, task, svd, objective="log_prob", bases={"singular": torch.eye(svd.rank)}).bases[
-        "singular"
-    ]
+    whole = ms.hessian_attribution(
+        model, task, svd, objective="log_prob", bases={"singular": torch.eye(svd.rank)}
+    ).bases["singular"]
     torch.testing.assert_close(found.values[:4].sum(dim=0), whole.slopes, rtol=1e-6, atol=1e-9)
 
 
@@ -28,11 +30,17 @@ def test_the_basis_holds_the_eigenvectors_of_the_second_moment(stories, story_ta
     g = gradients.values.double()
     moment = g.T @ g / len(g)
     values = torch.linalg.eigvalsh(moment).flip(0)[: found.rank]
-    torch.testing.assert_close(found.singular_values.double() ** 2 / len(g), values, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        found.singular_values.double() ** 2 / len(g), values, rtol=1e-5, atol=1e-9
+    )
     v = found.directions.double()
-    torch.testing.assert_close(v.T @ moment @ v, values.diag(), rtol=1e-3, atol=1e-6 * float(values[0]))
+    torch.testing.assert_close(
+        v.T @ moment @ v, values.diag(), rtol=1e-3, atol=1e-6 * float(values[0])
+    )
     assert found.rank == len(story_task.continuation)
-    scored = ms.hessian_attribution(stories, story_task, svd, objective="log_prob", bases={"gradients": found}).bases["gradients"]
+    scored = ms.hessian_attribution(
+        stories, story_task, svd, objective="log_prob", bases={"gradients": found}
+    ).bases["gradients"]
     assert len(scored) == found.rank
     # the gradient of the sum lies in the span of the gradients of its terms
     assert float(scored.slopes.norm()) == pytest.approx(float(g.sum(dim=0).norm()), rel=1e-4)
@@ -53,7 +61,9 @@ def test_gradients_at_checkpoints_are_put_together(stories, story_task):
     assert "self-check skipped" in second.source.notes
     both = ms.gradient_basis([first, second])
     squares = torch.cat([first.values, second.values]).double().square().sum()
-    assert float(both.singular_values.double().square().sum()) == pytest.approx(float(squares), rel=1e-5)
+    assert float(both.singular_values.double().square().sum()) == pytest.approx(
+        float(squares), rel=1e-5
+    )
     assert both.left.shape[1] == len(first) + len(second)
 
 
@@ -65,16 +75,24 @@ def test_gradients_of_weights(stories, story_task):
 
 
 def test_gradients_are_saved_and_loaded(stories, story_task, tmp_path):
-    found = ms.collect_gradients(stories, story_task, ms.find_sites(stories, layers=[1]), positions=[3])
+    found = ms.collect_gradients(
+        stories, story_task, ms.find_sites(stories, layers=[1]), positions=[3]
+    )
     found.save(tmp_path / "g.safetensors")
     loaded = ms.Gradients.load(tmp_path / "g.safetensors")
     assert torch.equal(loaded.values, found.values)
-    assert loaded.parts == found.parts == (("blocks.1.hook_attn_out", (1, 64)), ("blocks.1.hook_mlp_out", (1, 64)))
+    assert (
+        loaded.parts
+        == found.parts
+        == (("blocks.1.hook_attn_out", (1, 64)), ("blocks.1.hook_mlp_out", (1, 64)))
+    )
     assert len(repr(loaded).splitlines()) == 3
     assert list(loaded.to_pandas()) == ["task", "token", "norm"]
 
 
 def test_gradients_of_different_w_are_not_mixed(stories, story_task):
-    norms = [ms.collect_gradients(stories, story_task, f"blocks.{layer}.ln1.weight") for layer in (0, 1)]
+    norms = [
+        ms.collect_gradients(stories, story_task, f"blocks.{layer}.ln1.weight") for layer in (0, 1)
+    ]
     with pytest.raises(ValueError, match="with respect to different w"):
         ms.gradient_basis(norms)

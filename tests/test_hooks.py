@@ -31,7 +31,11 @@ def test_keeping_everything_leaves_the_logits_as_they_are(llama):
 
 def test_ablating_everything_equals_zeroing_every_write(llama):
     hooks = ms.fwd_hooks(llama, ms.ablate(ms.span(torch.eye(32))))
-    zero = [(f"blocks.{i}.hook_{c}_out", lambda x, hook: torch.zeros_like(x)) for i in range(2) for c in ("attn", "mlp")]
+    zero = [
+        (f"blocks.{i}.hook_{c}_out", lambda x, hook: torch.zeros_like(x))
+        for i in range(2)
+        for c in ("attn", "mlp")
+    ]
     torch.testing.assert_close(logits(llama, hooks), logits(llama, zero))
 
 
@@ -42,20 +46,25 @@ def test_our_hooks_compose_with_anybody_elses_in_any_nesting(llama):
     with llama.hooks(fwd_hooks=[theirs]):
         nested = logits(llama, ms.fwd_hooks(llama, ms.keep(subspace), layers=0))
     torch.testing.assert_close(both, nested)
-    assert (both - logits(llama, ms.fwd_hooks(llama, ms.keep(subspace), layers=0))).abs().max() > 1e-3
+    assert (
+        both - logits(llama, ms.fwd_hooks(llama, ms.keep(subspace), layers=0))
+    ).abs().max() > 1e-3
     assert not other_hooks(llama)
 
 
 def test_an_edit_is_itself_a_hook_function(llama):
     edit = ms.keep(ms.Subspace(orthonormal(32, 8).float()))
     torch.testing.assert_close(
-        logits(llama, [("blocks.0.hook_mlp_out", edit)]), logits(llama, ms.fwd_hooks(llama, edit, layers=[0], components=["mlp"]))
+        logits(llama, [("blocks.0.hook_mlp_out", edit)]),
+        logits(llama, ms.fwd_hooks(llama, edit, layers=[0], components=["mlp"])),
     )
 
 
 def test_positions_are_edited_and_the_others_spared(llama):
     seen = {}
-    hooks = ms.fwd_hooks(llama, lambda x, hook: x * 0, layers=0, components=["attn"], positions=[2, 4])
+    hooks = ms.fwd_hooks(
+        llama, lambda x, hook: x * 0, layers=0, components=["attn"], positions=[2, 4]
+    )
     hooks.append(("blocks.0.hook_attn_out", lambda x, hook: seen.__setitem__("edited", x)))
     logits(llama, hooks)
     logits(llama, [("blocks.0.hook_attn_out", lambda x, hook: seen.__setitem__("clean", x))])
@@ -67,8 +76,14 @@ def test_positions_are_edited_and_the_others_spared(llama):
 def test_positions_are_absolute_while_decoding_with_a_cache(embedded):
     tokens = embedded.to_tokens("I believe the meaning of life is")
     position = tokens.shape[1] + 1  # the second new token
-    edit = lambda x, hook=None: -3 * x  # noqa: E731
-    options = {"max_new_tokens": 6, "do_sample": False, "return_type": "tokens", "verbose": False, "stop_at_eos": False}
+    edit = lambda x, hook=None: -3 * x
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "return_type": "tokens",
+        "verbose": False,
+        "stop_at_eos": False,
+    }
     with embedded.hooks(fwd_hooks=ms.fwd_hooks(embedded, edit, positions=[position])):
         cached = embedded.generate(tokens, use_past_kv_cache=True, **options)
     with embedded.hooks(fwd_hooks=ms.fwd_hooks(embedded, edit, positions=[position])):
@@ -78,10 +93,18 @@ def test_positions_are_absolute_while_decoding_with_a_cache(embedded):
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda x, hook: x[:, :1], lambda x, hook: x[..., :4], lambda x, hook: None, lambda x, hook: x.mean()]
+    "wrong",
+    [
+        lambda x, hook: x[:, :1],
+        lambda x, hook: x[..., :4],
+        lambda x, hook: None,
+        lambda x, hook: x.mean(),
+    ],
 )
 def test_a_wrong_shape_is_an_error_with_its_site(llama, wrong):
-    with pytest.raises(ValueError, match=r"The edit at layer 1 mlp returned .* for writes of shape \[1, 9, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"The edit at layer 1 mlp returned .* for writes of shape \[1, 9, 32\]"
+    ):
         logits(llama, ms.fwd_hooks(llama, wrong, layers=1, components=["mlp"]))
     assert not other_hooks(llama)
 
@@ -101,7 +124,9 @@ def test_an_error_inside_an_edit_keeps_its_type_and_says_its_site(llama):
 
         return edit
 
-    with pytest.raises(ZeroDivisionError, match="The edit failed at layer 0 attn: division by zero"):
+    with pytest.raises(
+        ZeroDivisionError, match="The edit failed at layer 0 attn: division by zero"
+    ):
         logits(llama, ms.fwd_hooks(llama, lambda x, hook: x * (1 / 0)))
     with pytest.raises(Mine, match="The edit failed at layer 0 attn: with text"):
         ms.measure(llama, tiny_task(), [raise_it(Mine("with text"))])
@@ -127,7 +152,8 @@ def test_a_stack_is_refused_for_it_would_multiply_the_batch(llama):
     with pytest.raises(ValueError, match="stack of 3 edits: bind one of them"):
         ms.fwd_hooks(llama, stack)
     torch.testing.assert_close(
-        logits(llama, ms.fwd_hooks(llama, stack[1])), logits(llama, ms.fwd_hooks(llama, ms.gate(torch.eye(32), stack.gains[1])))
+        logits(llama, ms.fwd_hooks(llama, stack[1])),
+        logits(llama, ms.fwd_hooks(llama, ms.gate(torch.eye(32), stack.gains[1]))),
     )
 
 
@@ -137,7 +163,10 @@ def test_an_edit_in_place_is_an_error_and_not_a_silent_change(llama):
         return x
 
     for positions in (None, [2]):
-        with pytest.raises(ValueError, match="The edit at layer 0 attn changed its input in place.*return a new tensor"):
+        with pytest.raises(
+            ValueError,
+            match="The edit at layer 0 attn changed its input in place.*return a new tensor",
+        ):
             logits(llama, ms.fwd_hooks(llama, in_place, positions=positions))
     with pytest.raises(ValueError, match="in place"):
         ms.measure(llama, tiny_task(), [ms.chain(), in_place])
@@ -155,15 +184,19 @@ def test_a_basis_of_another_model_is_refused_wherever_it_hides(llama, silent):
 
 
 def test_positions_may_be_a_tensor_but_not_a_mask(llama):
-    zero = lambda x, hook: x * 0  # noqa: E731
+    zero = lambda x, hook: x * 0
     expected = logits(llama, ms.fwd_hooks(llama, zero, positions=[2, 4]))
     for positions in (torch.tensor([4, 2]), range(2, 5, 2), {2, 4}):
-        torch.testing.assert_close(logits(llama, ms.fwd_hooks(llama, zero, positions=positions)), expected)
+        torch.testing.assert_close(
+            logits(llama, ms.fwd_hooks(llama, zero, positions=positions)), expected
+        )
 
 
 def test_a_model_that_flattens_its_mlp_takes_plain_hooks_too():
     opt = tiny("OPT")
-    torch.testing.assert_close(logits(opt, ms.fwd_hooks(opt, ms.keep(ms.span(torch.eye(32))))), logits(opt))
+    torch.testing.assert_close(
+        logits(opt, ms.fwd_hooks(opt, ms.keep(ms.span(torch.eye(32))))), logits(opt)
+    )
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "GPT-2", "OPT"])
@@ -177,8 +210,12 @@ def test_an_edit_is_given_its_site_by_the_name_of_find_sites(architecture, posit
         return x
 
     sites = ms.find_sites(model)
-    expected = [(site.hook_name, site.layer, f"layer {site.layer} {site.component}") for site in sites]
-    model.run_with_hooks(task.tokens[None], fwd_hooks=ms.fwd_hooks(model, look, positions=positions))
+    expected = [
+        (site.hook_name, site.layer, f"layer {site.layer} {site.component}") for site in sites
+    ]
+    model.run_with_hooks(
+        task.tokens[None], fwd_hooks=ms.fwd_hooks(model, look, positions=positions)
+    )
     assert seen == expected
     for call in (
         lambda: ms.measure(model, task, [look], positions=positions),
@@ -197,7 +234,10 @@ def test_edits_that_trade_rows_are_refused_by_name_and_site(llama):
         return x[:0]
 
     for pair, rows in (([two, none], 2), ([none, two], 0)):
-        with pytest.raises(EditError, match=rf"at layer 0 attn returned \[{rows}, 9, 32\] for writes of shape \[1, 9, 32\]"):
+        with pytest.raises(
+            EditError,
+            match=rf"at layer 0 attn returned \[{rows}, 9, 32\] for writes of shape \[1, 9, 32\]",
+        ):
             ms.measure(llama, tiny_task(), pair)
     with pytest.raises(EditError, match="This one is <function .*two"):
         ms.measure(llama, tiny_task(), [two, none])

@@ -31,7 +31,9 @@ def test_a_stack_equals_the_loop_of_single_runs(llama, name, components):
     measured = measure(llama, task, stack, components=components)
     for row in range(0, len(stack), 5):
         single = Gate(stack.basis, stack.gains[row], stack.rest)
-        expected = loop_log_prob(llama, task, lambda x, hook, single=single: single(x), range(2), components)
+        expected = loop_log_prob(
+            llama, task, lambda x, hook, single=single: single(x), range(2), components
+        )
         torch.testing.assert_close(measured.log_probs[row].double(), expected, rtol=0, atol=1e-4)
 
 
@@ -40,21 +42,29 @@ def test_the_batch_size_does_not_matter(llama):
     for size in (1, 2, 7):
         part = measure(llama, task, STACKS["ranks"], batch_size=size)
         for name in ("log_probs", "orig_deltas", "kept_deltas"):
-            torch.testing.assert_close(getattr(part, name), getattr(whole, name), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                getattr(part, name), getattr(whole, name), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_deltas_are_root_mean_square_norms_of_attempted_and_kept_writes(llama):
     task, kept = tiny_task(), BASIS[:, :4] @ BASIS[:, :4].T
     seen = []
-    clip = lambda x, hook: seen.append(x.double()) or x @ kept  # noqa: E731
+    clip = lambda x, hook: seen.append(x.double()) or x @ kept
     loop_log_prob(llama, task, clip, range(2))
     attempted = torch.stack([x[0].norm(dim=-1).square().mean().sqrt() for x in seen])
-    let_through = torch.stack([(x[0] @ kept.double()).norm(dim=-1).square().mean().sqrt() for x in seen])
+    let_through = torch.stack(
+        [(x[0] @ kept.double()).norm(dim=-1).square().mean().sqrt() for x in seen]
+    )
     measured = measure(llama, task, STACKS["ranks"][[4]])
     torch.testing.assert_close(measured.orig_deltas[0].double(), attempted, rtol=1e-5, atol=0)
     torch.testing.assert_close(measured.kept_deltas[0].double(), let_through, rtol=1e-5, atol=0)
-    torch.testing.assert_close(measured.orig_delta[0].double(), attempted.square().mean().sqrt(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(measured.kept_delta[0].double(), let_through.square().mean().sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        measured.orig_delta[0].double(), attempted.square().mean().sqrt(), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        measured.kept_delta[0].double(), let_through.square().mean().sqrt(), rtol=1e-5, atol=0
+    )
 
 
 def test_the_clean_run_is_the_models_own(llama):
@@ -62,7 +72,9 @@ def test_the_clean_run_is_the_models_own(llama):
     clean = measure(llama, task, STACKS["ranks"][[0]]).clean
     with torch.no_grad():
         logits = llama(task.tokens[None])[0, task.scored]
-    torch.testing.assert_close(clean.log_probs[0], logits.log_softmax(-1).gather(-1, task.continuation[:, None])[:, 0])
+    torch.testing.assert_close(
+        clean.log_probs[0], logits.log_softmax(-1).gather(-1, task.continuation[:, None])[:, 0]
+    )
     torch.testing.assert_close(clean.orig_deltas, clean.kept_deltas)
 
 
@@ -76,7 +88,10 @@ def test_edits_of_any_kind_run_as_rows_of_one_batch(llama):
     measured = measure(llama, tiny_task(), edits)
     for row, edit in enumerate(edits):
         torch.testing.assert_close(
-            measured.log_probs[row].double(), loop_log_prob(llama, tiny_task(), edit, range(2)), rtol=0, atol=1e-4
+            measured.log_probs[row].double(),
+            loop_log_prob(llama, tiny_task(), edit, range(2)),
+            rtol=0,
+            atol=1e-4,
         )
 
 
@@ -86,9 +101,13 @@ def test_positions_and_layers_limit_the_edit_and_the_deltas(llama):
     mask = torch.zeros(9, 1, dtype=torch.bool)
     mask[[2, 6]] = True
     seen = []
-    edit = lambda x, hook: seen.append(x[0, [2, 6]]) or torch.where(mask, single(x), x)  # noqa: E731
-    torch.testing.assert_close(measured.log_probs[0].double(), loop_log_prob(llama, task, edit, [1]), rtol=0, atol=1e-4)
-    torch.testing.assert_close(measured.orig_deltas[0], torch.stack([x.norm(dim=-1).square().mean().sqrt() for x in seen]))
+    edit = lambda x, hook: seen.append(x[0, [2, 6]]) or torch.where(mask, single(x), x)
+    torch.testing.assert_close(
+        measured.log_probs[0].double(), loop_log_prob(llama, task, edit, [1]), rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(
+        measured.orig_deltas[0], torch.stack([x.norm(dim=-1).square().mean().sqrt() for x in seen])
+    )
     with pytest.raises(ValueError, match=r"No positions \[9\]: they are absolute, 0 to 8"):
         measure(llama, task, STACKS["ranks"], positions=[9])
 
@@ -98,7 +117,9 @@ def test_many_edits_share_few_forward_passes(llama, monkeypatch):
     run = type(llama).run_with_hooks
     ms.self_check(llama)
     monkeypatch.setattr(
-        type(llama), "run_with_hooks", lambda self, tokens, **kw: runs.append(tokens.shape) or run(self, tokens, **kw)
+        type(llama),
+        "run_with_hooks",
+        lambda self, tokens, **kw: runs.append(tokens.shape) or run(self, tokens, **kw),
     )
     measure(llama, tiny_task(), STACKS["ranks"])
     assert len(runs) <= 2  # 33 edits and the clean run
@@ -121,7 +142,13 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
         measured = measure(model, task, STACKS["ranks"], batch_size=33)
     assert str(said[0].message) == "Out of memory with 33 edits a forward pass; going on with 16."
     torch.testing.assert_close(measured.log_probs, expected.log_probs, rtol=0, atol=1e-4)
-    assert sizes[:5] == [33, 16, 8, 4, 4]  # the clean run in the first; at full rank it is the clean run
+    assert sizes[:5] == [
+        33,
+        16,
+        8,
+        4,
+        4,
+    ]  # the clean run in the first; at full rank it is the clean run
 
 
 def test_out_of_memory_with_one_edit_says_how_much_is_needed(monkeypatch):
@@ -131,7 +158,9 @@ def test_out_of_memory_with_one_edit_says_how_much_is_needed(monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(_Setup, "forward", fail)
-    with pytest.raises(MemoryError, match=r"One edit alone does not fit into memory: about \d+ MiB"):
+    with pytest.raises(
+        MemoryError, match=r"One edit alone does not fit into memory: about \d+ MiB"
+    ):
         measure(model, tiny_task(), STACKS["ranks"], batch_size=1)
 
 
@@ -144,7 +173,9 @@ def test_the_noise_floor_is_measured_on_request_and_sees_the_dtype(llama):
     floors = {}
     for architecture in ("GPT-2", "Llama"):
         double = tiny(architecture, tiny_hf(architecture).double())
-        floors[architecture] = measure(double, tiny_task(), [ms.chain()] * 3, noise_floor=True).noise_floor
+        floors[architecture] = measure(
+            double, tiny_task(), [ms.chain()] * 3, noise_floor=True
+        ).noise_floor
     assert 0 < floors["GPT-2"] < 1e-11
     assert 1e-8 < floors["Llama"] < 1e-4  # transformers computes its norms in float32 even here
 
@@ -154,7 +185,7 @@ def test_the_model_is_left_as_it_was_found_after_a_fault(llama):
         raise ValueError("no")
 
     llama.train(True)
-    with pytest.raises(RuntimeError, match="failed at layer 0 attn: no"):
+    with pytest.raises(ValueError, match="failed at layer 0 attn: no"):
         measure(llama, tiny_task(), [fail])
     assert llama.training
     assert not other_hooks(llama)
@@ -165,7 +196,10 @@ def test_the_model_is_left_as_it_was_found_after_a_fault(llama):
 def test_a_basis_of_another_model_or_size_is_refused(llama, embedded, meaning_svd):
     other = tiny("Qwen2")
     svd = ms.decompose(ms.collect_writes(other, [tiny_task(seed=s) for s in range(3)]))
-    with pytest.raises(ValueError, match=r"The basis and the model come from different models.*weights: .*\(Qwen2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"The basis and the model come from different models.*weights: .*\(Qwen2\)",
+    ):
         ms.sweep_rank(llama, tiny_task(), svd)
     ms.sweep_rank(llama, tiny_task(), svd, ranks=[3], check=False)  # on request
     with pytest.raises(ValueError, match="d_model 128, but the model's is 32"):
@@ -189,12 +223,20 @@ def test_half_precision_models_work(silent):
     svd = ms.decompose(ms.collect_writes(model, tiny_task()))
     sweep = ms.sweep_rank(model, tiny_task(), svd, ranks=[0, svd.rank])
     assert sweep.measurement.log_probs.dtype == torch.float32
-    torch.testing.assert_close(sweep.measurement.log_prob[1:], sweep.measurement.clean.log_prob, rtol=0.1, atol=0.5)
+    torch.testing.assert_close(
+        sweep.measurement.log_prob[1:], sweep.measurement.clean.log_prob, rtol=0.1, atol=0.5
+    )
 
 
 def test_tables_and_the_printed_form(llama):
     measured = measure(llama, tiny_task(), STACKS["ridge"])
-    assert list(measured.to_pandas().columns) == ["log_prob", "probability", "surprise", "orig_delta", "kept_delta"]
+    assert list(measured.to_pandas().columns) == [
+        "log_prob",
+        "probability",
+        "surprise",
+        "orig_delta",
+        "kept_delta",
+    ]
     by_site = measured.sites_to_pandas()
     assert len(by_site) == 7 * 4
     assert by_site.iloc[5].to_dict() == {

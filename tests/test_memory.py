@@ -56,7 +56,10 @@ def test_a_limit_of_version_1_counts_where_the_host_path_is_not_seen_inside(tmp_
 
 @pytest.mark.parametrize("limit", ["9223372036854771712", "garbage"])
 def test_no_limit_is_none(tmp_path, limit):
-    files = {"proc/self/cgroup": "4:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": limit}
+    files = {
+        "proc/self/cgroup": "4:memory:/\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": limit,
+    }
     assert _free_in_cgroup(tree(tmp_path, files)) is None
     assert _free_in_cgroup(tmp_path / "nowhere") is None
 

@@ -36,7 +36,9 @@ def test_a_fingerprint_changes_with_any_weight_and_is_never_stale():
 
 @pytest.mark.older
 def test_a_fingerprint_is_the_same_in_every_version_of_transformerlens(embedded):
-    assert fingerprint(embedded) == "715fe0752d3c6d7b"  # 3.9 has other names, and a zero bias at the unembedding
+    assert (
+        fingerprint(embedded) == "715fe0752d3c6d7b"
+    )  # 3.9 has other names, and a zero bias at the unembedding
 
 
 def test_the_processing_state_is_told():
@@ -70,7 +72,9 @@ def test_a_local_directory_is_named_by_its_last_part_and_not_by_its_path(checkpo
 def test_truncated_weights_name_the_file(checkpoint):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cannot be loaded; is its model\.safetensors or config\.json damaged"):
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded; is its model\.safetensors or config\.json damaged"
+    ):
         ms.load_model(checkpoint, device="cpu")
 
 
@@ -90,7 +94,9 @@ def test_missing_weights_are_refused_and_not_filled_with_random_numbers(checkpoi
 def test_weights_of_the_wrong_shape_name_the_file(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 300}))
-    with pytest.raises(ValueError, match=r"cannot be loaded; is its model\.safetensors or config\.json damaged"):
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded; is its model\.safetensors or config\.json damaged"
+    ):
         ms.load_model(checkpoint, device="cpu")
 
 
@@ -110,7 +116,9 @@ def test_other_safetensors_do_not_let_pickles_pass(tmp_path):
 
 def test_a_device_that_is_not_here_and_a_path_that_is_none_are_not_called_damage():
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"Device 'cuda' cannot be used here.*'cpu' always can"):
+        with pytest.raises(
+            ValueError, match=r"Device 'cuda' cannot be used here.*'cpu' always can"
+        ):
             ms.load_model(device="cuda")
     with pytest.raises(ValueError, match="Device 'foo' cannot be used here"):
         ms.load_model(device="foo")
@@ -126,18 +134,28 @@ def test_options_for_a_model_that_is_loaded_already_are_refused(embedded):
 
 
 def test_a_hub_model_out_of_reach_says_the_ways_out():
-    with pytest.raises(OSError, match=r"Cannot load 'nobody/nothing' from the hub.*HF_TOKEN.*local directory.*embedded model"):
+    with pytest.raises(
+        OSError,
+        match=r"Cannot load 'nobody/nothing' from the hub.*HF_TOKEN.*local directory.*embedded model",
+    ):
         ms.load_model("nobody/nothing")
 
 
 def test_what_is_no_model_is_refused():
     for wrong in (None, 3, ""):
-        with pytest.raises(TypeError, match="`model` must be a name, a directory or a TransformerLens model"):
+        with pytest.raises(
+            TypeError, match="`model` must be a name, a directory or a TransformerLens model"
+        ):
             ms.load_model(wrong)
 
 
 @pytest.mark.parametrize(
-    ("found", "message"), [("3.8.1", "3.8.1 is installed"), ("5.0.0", "5.0.0 is installed"), ("not installed", "not installed")]
+    ("found", "message"),
+    [
+        ("3.8.1", "3.8.1 is installed"),
+        ("5.0.0", "5.0.0 is installed"),
+        ("not installed", "not installed"),
+    ],
 )
 def test_a_missing_or_unsupported_transformerlens_gives_the_exact_line(monkeypatch, found, message):
     monkeypatch.setattr("mechsvd.model.loading.installed_version", lambda: found)

@@ -19,7 +19,10 @@ except ImportError:
 
 def hooked(hf_model, tokenizer=None):
     """A HookedTransformer of a Hugging Face model's raw weights: nothing folded, nothing centred."""
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
+    from transformer_lens.pretrained.weight_conversions import (
+        convert_gpt2_weights,
+        convert_llama_weights,
+    )
 
     config, is_llama = hf_model.config, hf_model.config.model_type == "llama"
     sizes = {
@@ -54,7 +57,9 @@ def hooked(hf_model, tokenizer=None):
             "eps": config.layer_norm_epsilon,
         }
         convert = convert_gpt2_weights
-    model = HookedTransformer(HookedTransformerConfig(**sizes, model_name="hooked"), tokenizer=tokenizer)
+    model = HookedTransformer(
+        HookedTransformerConfig(**sizes, model_name="hooked"), tokenizer=tokenizer
+    )
     model.load_state_dict(convert(hf_model, model.cfg), strict=False)
     return model.eval()
 
@@ -67,7 +72,9 @@ def pair():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf_model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    return hooked(hf_model, AutoTokenizer.from_pretrained(STORIES)), ms.load_model(STORIES, device="cpu")
+    return hooked(hf_model, AutoTokenizer.from_pretrained(STORIES)), ms.load_model(
+        STORIES, device="cpu"
+    )
 
 
 def test_tasks_writes_singular_values_and_sweeps_are_the_same(pair):
@@ -82,9 +89,15 @@ def test_tasks_writes_singular_values_and_sweeps_are_the_same(pair):
     assert task.pieces == task_b.pieces
     torch.testing.assert_close(writes.values, writes_b.values, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(svd.singular_values, svd_b.singular_values, rtol=1e-4, atol=0)
-    torch.testing.assert_close(sweep.measurement.log_prob, sweep_b.measurement.log_prob, rtol=0, atol=1e-3)
-    torch.testing.assert_close(sweep.measurement.orig_deltas, sweep_b.measurement.orig_deltas, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sweep.measurement.kept_deltas, sweep_b.measurement.kept_deltas, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        sweep.measurement.log_prob, sweep_b.measurement.log_prob, rtol=0, atol=1e-3
+    )
+    torch.testing.assert_close(
+        sweep.measurement.orig_deltas, sweep_b.measurement.orig_deltas, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        sweep.measurement.kept_deltas, sweep_b.measurement.kept_deltas, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rankings_critical_ranks_and_texts_are_the_same(pair):
@@ -93,11 +106,18 @@ def test_rankings_critical_ranks_and_texts_are_the_same(pair):
         task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
         svd = ms.decompose(ms.collect_writes(model, task))
         edits = [None, *(ms.keep(svd.subspace(rank)) for rank in (60, 40, 20))]
-        texts = [ms.generate(model, prompt, edits, max_new_tokens=12) for prompt in ("Once upon a time", "")]
-        drawn = ms.generate(model, "Once upon a time", edits, max_new_tokens=12, temperature=0.8, seed=5)
+        texts = [
+            ms.generate(model, prompt, edits, max_new_tokens=12)
+            for prompt in ("Once upon a time", "")
+        ]
+        drawn = ms.generate(
+            model, "Once upon a time", edits, max_new_tokens=12, temperature=0.8, seed=5
+        )
         critical = ms.critical_rank(model, task, svd, 1.0, exhaustive=True)
         greedy = ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text)
-        found.append((ms.rank_directions(model, task, svd).effect, critical.rank, greedy.rank, texts, drawn))
+        found.append(
+            (ms.rank_directions(model, task, svd).effect, critical.rank, greedy.rank, texts, drawn)
+        )
         assert not other_hooks(model)
     torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-3)
     assert found[0][1:] == found[1][1:]
@@ -116,21 +136,34 @@ def test_attributions_are_the_same(pair, kind):
         }[kind]()
         positions = [7] if kind == "writes" else None
         before = [weight.clone() for weight in model.parameters()]
-        found.append(ms.hessian_attribution(model, task, over, pairs=10, positions=positions, objective="log_prob"))
+        found.append(
+            ms.hessian_attribution(
+                model, task, over, pairs=10, positions=positions, objective="log_prob"
+            )
+        )
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     one, other = found
     assert len(one.vectors) == len(other.vectors)
     for name in ("eigenvalues", "measured", "integrated"):
         scale = float(getattr(other, name).abs().max())
-        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-2, atol=2e-4 * scale)
+        torch.testing.assert_close(
+            getattr(one, name), getattr(other, name), rtol=1e-2, atol=2e-4 * scale
+        )
     torch.testing.assert_close(one.eigenvalues, other.eigenvalues, rtol=1e-3, atol=0)
 
 
 def test_weights_that_a_processed_bridge_keeps_as_copies_are_refused(silent):
-    model = ms.load_model(STORIES, device="cpu") if STORIES.is_dir() else pytest.skip("the real model stories260k is missing")
+    model = (
+        ms.load_model(STORIES, device="cpu")
+        if STORIES.is_dir()
+        else pytest.skip("the real model stories260k is missing")
+    )
     model.enable_compatibility_mode()
     task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=5)
-    with pytest.raises(ValueError, match="computes with copies of 3 of the weights, blocks.2.mlp.gate.weight and others"):
+    with pytest.raises(
+        ValueError,
+        match="computes with copies of 3 of the weights, blocks.2.mlp.gate.weight and others",
+    ):
         ms.hessian_attribution(model, task, "blocks.2.mlp.*", pairs=2)
 
 
@@ -155,10 +188,20 @@ def test_their_self_checks_pass_and_rows_share_a_prefix(pair):
 def test_hooks_compose_and_positions_are_absolute_with_a_cache(pair):
     for model in pair:
         tokens = model.to_tokens("Once upon a time")
-        options = {"max_new_tokens": 6, "do_sample": False, "return_type": "tokens", "verbose": False, "stop_at_eos": False}
+        options = {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "return_type": "tokens",
+            "verbose": False,
+            "stop_at_eos": False,
+        }
         texts = []
         for cached in (True, False):
-            with model.hooks(fwd_hooks=ms.fwd_hooks(model, lambda x, hook: -3 * x, positions=[tokens.shape[1] + 1])):
+            with model.hooks(
+                fwd_hooks=ms.fwd_hooks(
+                    model, lambda x, hook: -3 * x, positions=[tokens.shape[1] + 1]
+                )
+            ):
                 texts.append(model.generate(tokens, use_past_kv_cache=cached, **options).tolist())
         assert texts[0] == texts[1]
         assert not other_hooks(model)
@@ -199,7 +242,15 @@ def test_the_users_hooks_and_train_mode_survive(pair):
 
 def test_an_attention_only_model_needs_the_missing_component_to_be_skipped():
     config = HookedTransformerConfig(
-        d_model=16, n_layers=2, n_heads=2, d_head=8, n_ctx=32, d_vocab=300, attn_only=True, normalization_type="LN", seed=0
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        d_head=8,
+        n_ctx=32,
+        d_vocab=300,
+        attn_only=True,
+        normalization_type="LN",
+        seed=0,
     )
     model = HookedTransformer(config).eval()
     with pytest.raises(KeyError, match=r"blocks\.0\.hook_mlp_out.*missing='skip'"):

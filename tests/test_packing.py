@@ -14,7 +14,15 @@ from tests.test_fields import tiny_results
 from tests.test_results import same
 
 NAMES = sorted(tiny_results())
-NAN_IS_LEGITIMATE = {"log_probs", "orig_deltas", "kept_deltas", "margins", "integrated", "measured", "block_error"}
+NAN_IS_LEGITIMATE = {
+    "log_probs",
+    "orig_deltas",
+    "kept_deltas",
+    "margins",
+    "integrated",
+    "measured",
+    "block_error",
+}
 
 
 def saved(name, tmp_path):
@@ -31,7 +39,9 @@ def rewritten(path, change):
     body = change(document, tensors)
     body = body if isinstance(body, str) else json.dumps(document)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={**metadata, "mechsvd": body, "sha256": _digest(body, tensors)})
+    save_file(
+        tensors, path, metadata={**metadata, "mechsvd": body, "sha256": _digest(body, tensors)}
+    )
 
 
 def loaded_or_refused(result, path):
@@ -67,7 +77,13 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(name, tmp_path):
 
 def places(value):
     """Every place in a document, as a container and a key."""
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, item in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield value, key
         yield from places(item)
 
@@ -102,15 +118,27 @@ def test_a_missing_or_unknown_field_is_refused_unless_it_has_a_default(name, tmp
     result, path = saved(name, tmp_path)
     content = path.read_bytes()
     for field in tiny_results()[name].__dataclass_fields__.values():
-        if isinstance(getattr(result, field.name), torch.Tensor) or "MISSING" not in repr(field.default):
+        if isinstance(getattr(result, field.name), torch.Tensor) or "MISSING" not in repr(
+            field.default
+        ):
             continue
         path.write_bytes(content)
-        rewritten(path, lambda document, tensors, name=field.name: document["value"]["fields"].pop(name) and None)
-        with pytest.raises(ValueError, match=rf"{path}, of mechsvd .* needs the fields \['{field.name}'\]"):
+        rewritten(
+            path,
+            lambda document, tensors, name=field.name: (
+                document["value"]["fields"].pop(name) and None
+            ),
+        )
+        with pytest.raises(
+            ValueError, match=rf"{path}, of mechsvd .* needs the fields \['{field.name}'\]"
+        ):
             type(result).load(path)
     path.write_bytes(content)
     rewritten(path, lambda document, tensors: document["value"]["fields"].update(later=1))
-    with pytest.raises(ValueError, match=rf"{path}, of mechsvd .* has the fields \['later'\], which an? {name} of this version"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{path}, of mechsvd .* has the fields \['later'\], which an? {name} of this version",
+    ):
         type(result).load(path)
 
 
@@ -125,16 +153,26 @@ def test_every_tensor_of_another_kind_or_with_nan_is_refused(name, tmp_path):
     result, path = saved(name, tmp_path)
     content = path.read_bytes()
     damages = {
-        "another dtype": lambda tensor: tensor.int() if tensor.is_floating_point() else tensor.float(),
+        "another dtype": lambda tensor: (
+            tensor.int() if tensor.is_floating_point() else tensor.float()
+        ),
         "one more axis": lambda tensor: tensor[None],
         "no axis": lambda tensor: tensor.flatten()[0],
-        "NaN": lambda tensor: torch.where(torch.arange(tensor.numel()).view(tensor.shape) == 0, torch.nan, tensor),
+        "NaN": lambda tensor: torch.where(
+            torch.arange(tensor.numel()).view(tensor.shape) == 0, torch.nan, tensor
+        ),
     }
     for field in load_file(path):
         for damage, change in damages.items():
-            if damage == "NaN" and (field.split(".")[-1] in NAN_IS_LEGITIMATE or not load_file(path)[field].is_floating_point()):
+            if damage == "NaN" and (
+                field.split(".")[-1] in NAN_IS_LEGITIMATE
+                or not load_file(path)[field].is_floating_point()
+            ):
                 continue
-            rewritten(path, lambda document, tensors, f=field, c=change: tensors.update({f: c(tensors[f])}))
+            rewritten(
+                path,
+                lambda document, tensors, f=field, c=change: tensors.update({f: c(tensors[f])}),
+            )
             assert loaded_or_refused(result, path) is None, (field, damage)
             path.write_bytes(content)
 
@@ -197,7 +235,18 @@ def test_what_no_result_holds_is_refused_by_file_and_field(name, change, message
 
 
 DEEP = 100_000
-BODIES = ["", "{", "null", "3", '"x"', "[]", "{}", '{"class": "Task"}', '{"class": "Task", "value": []}', "1" * 5000]
+BODIES = [
+    "",
+    "{",
+    "null",
+    "3",
+    '"x"',
+    "[]",
+    "{}",
+    '{"class": "Task"}',
+    '{"class": "Task", "value": []}',
+    "1" * 5000,
+]
 BODIES += ["[" * DEEP, '{"a":' * DEEP, f'{{"class": "Task", "value": {"[" * 3000}1{"]" * 3000}}}']
 
 
@@ -205,7 +254,10 @@ BODIES += ["[" * DEEP, '{"a":' * DEEP, f'{{"class": "Task", "value": {"[" * 3000
 def test_a_header_that_is_no_document_is_refused(body, tmp_path):
     result, path = saved("Task", tmp_path)
     rewritten(path, lambda document, tensors: body)
-    with pytest.raises(ValueError, match=rf"{path}, of mechsvd .*, cannot be used: its header (is|must).* Nothing was loaded\."):
+    with pytest.raises(
+        ValueError,
+        match=rf"{path}, of mechsvd .*, cannot be used: its header (is|must).* Nothing was loaded\.",
+    ):
         type(result).load(path)
 
 
@@ -213,7 +265,10 @@ def test_lists_too_deep_for_a_field_are_refused(tmp_path):
     result, path = saved("Task", tmp_path)
     for depth in (10, 300, 900):
         body = '{"class":"Task","value":{"class":"Task","fields":{"tokens":{"tensor":"tokens"},"prompt_length":1,"pieces":%s}}}'
-        rewritten(path, lambda document, tensors, depth=depth, body=body: body % ("[" * depth + "]" * depth))
+        rewritten(
+            path,
+            lambda document, tensors, depth=depth, body=body: body % ("[" * depth + "]" * depth),
+        )
         assert loaded_or_refused(result, path) is None
 
 
@@ -223,5 +278,8 @@ def test_a_format_that_is_no_whole_number_from_1_is_refused(written, tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(load_file(path), path, metadata={**metadata, "format": written})
-    with pytest.raises(ValueError, match=rf"{path} is damaged: its format is '{written}', but must be a whole number"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{path} is damaged: its format is '{written}', but must be a whole number",
+    ):
         type(result).load(path)

@@ -17,18 +17,27 @@ def test_every_effect_equals_that_of_a_loop(embedded, meaning, meaning_svd, rank
     clean = loop_log_prob(embedded, meaning, lambda x, hook: x, range(6)).sum()
     for direction in range(0, 128, 17):
         v = meaning_svd.directions[:, direction]
-        expected = clean - loop_log_prob(embedded, meaning, lambda x, hook, v=v: x - (x @ v)[..., None] * v, range(6)).sum()
+        expected = (
+            clean
+            - loop_log_prob(
+                embedded, meaning, lambda x, hook, v=v: x - (x @ v)[..., None] * v, range(6)
+            ).sum()
+        )
         assert float(ranking.effect[direction]) == pytest.approx(float(expected), abs=1e-3)
 
 
-def test_all_effects_on_a_real_model_agree_with_raw_modules_in_float64(stories, story_task, reference):  # noqa: F811
+def test_all_effects_on_a_real_model_agree_with_raw_modules_in_float64(
+    stories, story_task, reference
+):
     svd = ms.decompose(ms.collect_writes(stories, story_task))
     clean, _, _ = reference.run(lambda x: x)
     found = ms.rank_directions(stories, story_task, svd)
     for direction in range(64):
         v = svd.directions[:, direction].double()
         log_prob, _, _ = reference.run(lambda x, v=v: x - (x @ v)[..., None] * v)
-        assert float(found.effect[direction]) == pytest.approx(clean - log_prob, abs=1e-3), direction
+        assert float(found.effect[direction]) == pytest.approx(clean - log_prob, abs=1e-3), (
+            direction
+        )
 
 
 def test_a_direction_that_alone_carries_the_answer_is_ranked_first(silent):
@@ -42,8 +51,16 @@ def test_a_direction_that_alone_carries_the_answer_is_ranked_first(silent):
         hf_model.model.layers[1].mlp.down_proj.weight.copy_(torch.outer(planted, torch.randn(64)))
     model = bridge("Llama", hf_model)
     prompt = tiny_task(length=10).tokens[None]
-    options = {"max_new_tokens": 20, "do_sample": False, "return_type": "tokens", "verbose": False, "stop_at_eos": False}
-    task = ms.Task(tokens=model.generate(prompt, **options)[0], prompt_length=10)  # what the planted direction makes it say
+    options = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "return_type": "tokens",
+        "verbose": False,
+        "stop_at_eos": False,
+    }
+    task = ms.Task(
+        tokens=model.generate(prompt, **options)[0], prompt_length=10
+    )  # what the planted direction makes it say
     svd = ms.decompose(ms.collect_writes(model, task))
     first = int(ms.order_by_effect(ms.rank_directions(model, task, svd))[0])
     assert abs(float(svd.directions[:, first] @ planted)) > 0.999
@@ -75,11 +92,15 @@ def test_the_compromise_is_the_mean_of_both_places():
     svd = ms.decompose(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))[None])
     said = torch.ones(4, 1, dtype=torch.bool)
     ones, sites = torch.ones(4, 1), (ms.Site(0, "mlp", "blocks.0.hook_mlp_out"),)
-    measured = ms.Measurement(torch.tensor([[-3.0], [-1.0], [-9.0], [-2.0]]), said, ones, ones, sites)
+    measured = ms.Measurement(
+        torch.tensor([[-3.0], [-1.0], [-9.0], [-2.0]]), said, ones, ones, sites
+    )
     from dataclasses import replace
 
     clean = ms.Measurement(torch.zeros(1, 1), said[:1], ones[:1], ones[:1], sites)
-    ranking = Ranking(svd.singular_values, replace(measured, clean=clean))  # effects 3, 1, 9, 2: places 1, 3, 0, 2
+    ranking = Ranking(
+        svd.singular_values, replace(measured, clean=clean)
+    )  # effects 3, 1, 9, 2: places 1, 3, 0, 2
     assert ms.order_by_effect(ranking).tolist() == [2, 0, 3, 1]
     assert ms.order_by_compromise(svd, ranking).tolist() == [0, 2, 1, 3]  # means ½, 2, 1, 2½
 
@@ -92,13 +113,19 @@ def test_a_bad_weight_and_a_ranking_of_something_else_are_refused(meaning_svd, r
 
 
 def test_the_table_the_printed_form_and_saving(ranking, tmp_path):
-    assert list(ranking.to_pandas().columns) == ["direction", "singular_value", "log_prob", "effect", "is_noise"]
+    assert list(ranking.to_pandas().columns) == [
+        "direction",
+        "singular_value",
+        "log_prob",
+        "effect",
+        "is_noise",
+    ]
     assert len(repr(ranking).splitlines()) == 3
     ranking.save(tmp_path / "r.safetensors")
     assert torch.equal(Ranking.load(tmp_path / "r.safetensors").effect, ranking.effect)
 
 
-def test_the_noise_floor_is_of_the_size_of_the_errors(stories, story_task, reference):  # noqa: F811
+def test_the_noise_floor_is_of_the_size_of_the_errors(stories, story_task, reference):
     svd = ms.decompose(ms.collect_writes(stories, story_task))
     found = ms.rank_directions(stories, story_task, svd)
     clean, _, _ = reference.run(lambda x: x)
@@ -112,7 +139,9 @@ def test_the_noise_floor_is_of_the_size_of_the_errors(stories, story_task, refer
     assert found.noise_floor < 10 * float(errors.max())
 
 
-def test_a_compromise_with_a_ranking_of_other_directions_is_refused(embedded, meaning, meaning_svd, ranking, stories, story_task):
+def test_a_compromise_with_a_ranking_of_other_directions_is_refused(
+    embedded, meaning, meaning_svd, ranking, stories, story_task
+):
     task = ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS["launch"], max_new_tokens=12)
     other = ms.decompose(ms.collect_writes(embedded, task))
     with pytest.raises(ValueError, match="The ranking is of other directions"):

@@ -23,7 +23,9 @@ def in_chunks(model, tokens, lengths, hooks):
     found, cache = [], None
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         for chunk in tokens.split(lengths):
-            logits, cache = model(chunk[None], return_type="logits_and_cache", use_cache=True, past_key_values=cache)
+            logits, cache = model(
+                chunk[None], return_type="logits_and_cache", use_cache=True, past_key_values=cache
+            )
             found.append(logits[0])
     return torch.cat(found)
 
@@ -41,7 +43,9 @@ def test_a_text_read_in_chunks_is_edited_where_the_whole_text_is(architecture):
         whole = at_once(model, tokens, hooks)
         assert (whole - at_once(model, tokens)).abs().max() > 1e-3
         for lengths in ([5, 4], [6, 1, 1, 1], [1] * 9, [2, 6, 1]):
-            torch.testing.assert_close(in_chunks(model, tokens, lengths, hooks), whole, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                in_chunks(model, tokens, lengths, hooks), whole, rtol=0, atol=1e-4
+            )
 
 
 def test_the_same_hooks_serve_a_second_text(llama):
@@ -69,7 +73,10 @@ def test_a_cache_that_forgets_tells_the_position_all_the_same(window):
     model, tokens = tiny("Mistral", hf_model), tiny_task().tokens
     hooks = ms.fwd_hooks(model, zero, positions=POSITIONS)
     torch.testing.assert_close(
-        in_chunks(model, tokens, [5, 2, 2], hooks), in_chunks(model, tokens, [7, 2], hooks), rtol=0, atol=1e-4
+        in_chunks(model, tokens, [5, 2, 2], hooks),
+        in_chunks(model, tokens, [7, 2], hooks),
+        rtol=0,
+        atol=1e-4,
     )
 
 
@@ -84,7 +91,10 @@ def test_a_cache_of_fixed_size_tells_the_position_too(llama):
 
 
 def test_hooks_without_the_one_that_watches_are_refused_in_the_run(llama):
-    with pytest.raises(RuntimeError, match=r"`positions` of layer 0 attn cannot be told.*pass all hooks that `fwd_hooks` gives"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"`positions` of layer 0 attn cannot be told.*pass all hooks that `fwd_hooks` gives",
+    ):
         at_once(llama, tiny_task().tokens, ms.fwd_hooks(llama, zero, positions=[2])[1:])
 
 
@@ -96,5 +106,7 @@ def test_a_first_layer_without_attention_is_refused(silent):
 
 def test_nothing_of_ours_is_left_on_the_model(llama):
     at_once(llama, tiny_task().tokens, ms.fwd_hooks(llama, zero, positions=[2]))
-    left = [hook.__module__ for module in llama.modules() for hook in module._forward_pre_hooks.values()]
+    left = [
+        hook.__module__ for module in llama.modules() for hook in module._forward_pre_hooks.values()
+    ]
     assert not [module for module in left if module.startswith("mechsvd")]

@@ -15,9 +15,13 @@ def same(first, second):
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second) and first.dtype == second.dtype
     if isinstance(first, tuple):
-        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+        return len(first) == len(second) and all(
+            same(a, b) for a, b in zip(first, second, strict=True)
+        )
     if hasattr(first, "__dataclass_fields__"):
-        return type(first) is type(second) and all(same(getattr(first, n), getattr(second, n)) for n in first.__dataclass_fields__)
+        return type(first) is type(second) and all(
+            same(getattr(first, n), getattr(second, n)) for n in first.__dataclass_fields__
+        )
     return first == second
 
 
@@ -25,7 +29,15 @@ def same(first, second):
 def results(embedded, meaning, meaning_svd):
     sweep = ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0, 5])
     writes = ms.collect_writes(embedded, meaning)
-    return [meaning, writes, meaning_svd, meaning_svd.subspace(3), sweep, sweep.measurement, ms.self_check(embedded)]
+    return [
+        meaning,
+        writes,
+        meaning_svd,
+        meaning_svd.subspace(3),
+        sweep,
+        sweep.measurement,
+        ms.self_check(embedded),
+    ]
 
 
 def test_every_result_comes_back_as_it_was_saved(results, tmp_path):
@@ -53,7 +65,10 @@ def saved(results, tmp_path):
 
 def test_a_truncated_file_is_refused_by_name(saved):
     saved.write_bytes(saved.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"sweep.safetensors is truncated or not a safetensors file.*Nothing was loaded"):
+    with pytest.raises(
+        ValueError,
+        match=r"sweep.safetensors is truncated or not a safetensors file.*Nothing was loaded",
+    ):
         ms.RankSweep.load(saved)
 
 
@@ -91,7 +106,9 @@ def test_a_file_of_any_size_of_header_is_read(tmp_path):
 def test_pickles_are_never_opened(tmp_path):
     path = tmp_path / "result.pt"
     torch.save({"a": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"looks like a pickle, \.pt or \.npy file, which mechsvd never opens"):
+    with pytest.raises(
+        ValueError, match=r"looks like a pickle, \.pt or \.npy file, which mechsvd never opens"
+    ):
         ms.RankSweep.load(path)
 
 
@@ -106,9 +123,13 @@ def test_a_foreign_safetensors_file_another_class_and_a_missing_file_are_refused
 
 
 def test_a_newer_format_says_which_version_wrote_it(saved):
-    header = json.loads(saved.read_bytes()[8 : 8 + int.from_bytes(saved.read_bytes()[:8], "little")])["__metadata__"]
+    header = json.loads(
+        saved.read_bytes()[8 : 8 + int.from_bytes(saved.read_bytes()[:8], "little")]
+    )["__metadata__"]
     save_file(load_file(saved), saved, metadata={**header, "format": "2", "version": "9.9.9"})
-    with pytest.raises(ValueError, match=r"written by mechsvd 9\.9\.9 in format 2, .* update mechsvd"):
+    with pytest.raises(
+        ValueError, match=r"written by mechsvd 9\.9\.9 in format 2, .* update mechsvd"
+    ):
         ms.RankSweep.load(saved)
 
 
@@ -140,26 +161,49 @@ def test_a_full_disk_leaves_the_saved_result_whole_and_no_other_file(saved, resu
 
 
 def test_a_missing_folder_is_named(results, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"the folder .*nowhere does not exist; create it first"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the folder .*nowhere does not exist; create it first"
+    ):
         results[2].save(tmp_path / "nowhere" / "svd.safetensors")
 
 
 def test_results_of_different_models_or_states_are_not_combined():
-    facts = {"model": "a", "weights": "1", "processing": "raw", "dtype": "float32", "transformer_lens": "4", "mechsvd": "0"}
+    facts = {
+        "model": "a",
+        "weights": "1",
+        "processing": "raw",
+        "dtype": "float32",
+        "transformer_lens": "4",
+        "mechsvd": "0",
+    }
     first = Provenance(**facts)
-    require_same_model(first, Provenance(**{**facts, "model": "the same under another name", "transformer_lens": "3.9"}), "They")
+    require_same_model(
+        first,
+        Provenance(**{**facts, "model": "the same under another name", "transformer_lens": "3.9"}),
+        "They",
+    )
     require_same_model(first, None, "They")
     for change in ({"weights": "2"}, {"processing": "normalization folded"}, {"dtype": "bfloat16"}):
-        with pytest.raises(ValueError, match=f"They come from different models or processing states: {next(iter(change))}"):
+        with pytest.raises(
+            ValueError,
+            match=f"They come from different models or processing states: {next(iter(change))}",
+        ):
             require_same_model(first, Provenance(**{**facts, **change}), "They")
 
 
-def test_directions_of_a_fine_tune_pass_without_their_model_as_the_refusal_says(embedded, meaning, meaning_svd):
+def test_directions_of_a_fine_tune_pass_without_their_model_as_the_refusal_says(
+    embedded, meaning, meaning_svd
+):
     foreign = replace(meaning_svd, source=replace(meaning_svd.source, weights="of a fine-tune"))
     with pytest.raises(ValueError, match=r"`dataclasses.replace\(basis, source=None\)`") as refusal:
         ms.sweep_rank(embedded, meaning, foreign, [3])
     assert "fine-tune may" in str(refusal.value)
     expected = ms.sweep_rank(embedded, meaning, meaning_svd, [3]).measurement.log_prob
-    assert torch.equal(ms.sweep_rank(embedded, meaning, replace(foreign, source=None), [3]).measurement.log_prob, expected)
+    assert torch.equal(
+        ms.sweep_rank(embedded, meaning, replace(foreign, source=None), [3]).measurement.log_prob,
+        expected,
+    )
     without = replace(foreign.subspace(3), source=None)
-    assert torch.allclose(ms.measure(embedded, meaning, [ms.keep(without)]).log_prob, expected, atol=1e-4)
+    assert torch.allclose(
+        ms.measure(embedded, meaning, [ms.keep(without)]).log_prob, expected, atol=1e-4
+    )

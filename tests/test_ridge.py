@@ -23,18 +23,32 @@ def test_the_effective_number_is_the_trace_of_the_shrinkage(stories, story_task)
     svd = ms.decompose(ms.collect_writes(stories, story_task))
     alphas = torch.tensor([0.0, 0.5, 40.0], dtype=torch.float64)
     expected = [float(ms.shrink(svd, a).gains.double().sum()) for a in alphas.tolist()]
-    torch.testing.assert_close(effective_directions(svd, alphas), torch.tensor(expected).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        effective_directions(svd, alphas), torch.tensor(expected).double(), rtol=1e-5, atol=0
+    )
 
 
 def test_the_default_strengths_are_evenly_spaced_in_effective_directions(stories, story_task):
     svd = ms.decompose(ms.collect_writes(stories, story_task))
     found = ms.sweep_ridge(stories, story_task, svd)
     assert len(found.alphas) == 64
-    torch.testing.assert_close(found.effective_directions, torch.arange(1, 65).double(), rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        found.effective_directions, torch.arange(1, 65).double(), rtol=0, atol=0.01
+    )
     assert float(found.alphas[-1]) == 0
-    assert float(found.measurement.log_prob[-1]) == pytest.approx(float(found.measurement.against.log_prob), abs=1e-4)
+    assert float(found.measurement.log_prob[-1]) == pytest.approx(
+        float(found.measurement.clean_run.log_prob), abs=1e-4
+    )
     table = found.to_pandas()
-    assert list(table) == ["alpha", "effective_directions", "log_prob", "probability", "surprise", "orig_delta", "kept_delta"]
+    assert list(table) == [
+        "alpha",
+        "effective_directions",
+        "log_prob",
+        "probability",
+        "surprise",
+        "orig_delta",
+        "kept_delta",
+    ]
     assert (table.alpha.diff().dropna() < 0).all()
     assert (table.kept_delta <= table.orig_delta * 1.0001).all()
 

@@ -18,14 +18,21 @@ def found(embedded, meaning, meaning_svd):
 
 def sweep_of(curve, ranks, clean=0.0):
     """A sweep of made-up log-probabilities."""
-    log_probs, ones = torch.tensor([[curve(rank)] for rank in ranks]).double(), torch.ones(len(ranks), 1)
+    log_probs, ones = (
+        torch.tensor([[curve(rank)] for rank in ranks]).double(),
+        torch.ones(len(ranks), 1),
+    )
     said, sites = log_probs >= clean, (ms.Site(0, "mlp", "blocks.0.hook_mlp_out"),)
-    first = ms.Measurement(torch.full((1, 1), clean).double(), torch.ones(1, 1) > 0, ones[:1], ones[:1], sites)
+    first = ms.Measurement(
+        torch.full((1, 1), clean).double(), torch.ones(1, 1) > 0, ones[:1], ones[:1], sites
+    )
     measured = ms.Measurement(log_probs, said, ones, ones, sites, clean=first)
     return ms.RankSweep(torch.tensor(ranks), torch.arange(512), measured)
 
 
-def test_the_critical_rank_of_a_real_model_agrees_with_raw_modules_in_float64(stories, story_task, reference):  # noqa: F811
+def test_the_critical_rank_of_a_real_model_agrees_with_raw_modules_in_float64(
+    stories, story_task, reference
+):
     svd = ms.decompose(ms.collect_writes(stories, story_task))
     clean, _, _ = reference.run(lambda x: x)
     log_probs = []
@@ -36,9 +43,14 @@ def test_the_critical_rank_of_a_real_model_agrees_with_raw_modules_in_float64(st
         expected = next(rank for rank in range(65) if log_probs[rank] >= clean - tolerance - 1e-5)
         searched = ms.critical_rank(stories, story_task, svd, tolerance)
         assert searched.rank == expected
-        assert searched.rank == ms.critical_rank(stories, story_task, svd, tolerance, exhaustive=True).rank
+        assert (
+            searched.rank
+            == ms.critical_rank(stories, story_task, svd, tolerance, exhaustive=True).rank
+        )
         tried = searched.to_pandas()
-        assert tried["log_prob"].tolist() == pytest.approx([log_probs[rank] for rank in tried["rank"]], abs=1e-3)
+        assert tried["log_prob"].tolist() == pytest.approx(
+            [log_probs[rank] for rank in tried["rank"]], abs=1e-3
+        )
 
 
 def test_a_model_that_uses_exactly_k_directions_has_critical_rank_k(silent):
@@ -52,11 +64,13 @@ def test_a_model_that_uses_exactly_k_directions_has_critical_rank_k(silent):
             if "Norm" in type(module).__name__:
                 module.weight.fill_(1.0)
         mlp = hf_model.model.layers[0].mlp
-        hf_model.model.embed_tokens.weight[:, 30] = 1.0  # all other tokens write along a direction of no use here
+        hf_model.model.embed_tokens.weight[:, 30] = (
+            1.0  # all other tokens write along a direction of no use here
+        )
         hf_model.model.embed_tokens.weight[[0, *range(10, 11 + useful + useless)], 30] = 0.0
-        mlp.gate_proj.weight[30, 30] = mlp.up_proj.weight[30, 30] = mlp.down_proj.weight[30, 30] = hf_model.lm_head.weight[
-            1, 30
-        ] = 1.0
+        mlp.gate_proj.weight[30, 30] = mlp.up_proj.weight[30, 30] = mlp.down_proj.weight[
+            30, 30
+        ] = hf_model.lm_head.weight[1, 30] = 1.0
         hf_model.model.embed_tokens.weight[0, 31] = 1.0  # BOS writes nothing
         for i in range(useful + useless):
             hf_model.model.embed_tokens.weight[10 + i, i] = 1.0
@@ -64,7 +78,9 @@ def test_a_model_that_uses_exactly_k_directions_has_critical_rank_k(silent):
             mlp.down_proj.weight[12 + i, i] = 0.5 - 0.02 * i if i < useful else 0.01 / i
             hf_model.lm_head.weight[11 + i, 12 + i] = 1.0 if i < useful else 0.0
     model = bridge("Llama", hf_model)
-    tokens = torch.tensor([0, *range(10 + useful, 10 + useful + useless), *range(10, 10 + useful + 1)])
+    tokens = torch.tensor(
+        [0, *range(10 + useful, 10 + useful + useless), *range(10, 10 + useful + 1)]
+    )
     task = ms.Task(tokens=tokens, prompt_length=2 + useless)
     svd = ms.decompose(ms.collect_writes(model, task))
     assert svd.rank == useful + useless
@@ -92,7 +108,9 @@ def test_a_monotone_curve_is_solved_with_a_tenth_of_the_evaluations(last_failure
     while ranks:
         tried, spent = tried + ranks, spent + len(ranks) + 1
         found = ms.critical_rank_of(sweep_of(lambda rank: float(rank > last_failure) - 1, tried))
-        ranks = _next_ranks(ms.CriticalRank(found.sweep, found.margins, 0.0, spent, found.criterion))
+        ranks = _next_ranks(
+            ms.CriticalRank(found.sweep, found.margins, 0.0, spent, found.criterion)
+        )
     assert found.rank == last_failure + 1
     assert spent <= 51
     assert len(set(tried)) == len(tried)
@@ -115,7 +133,13 @@ def test_a_search_at_d_model_512_costs_a_tenth_of_a_sweep(silent):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     hf_model = LlamaForCausalLM(config).eval()
     hf_model.config.architectures = ["LlamaForCausalLM"]
     model = bridge("Llama", hf_model)
@@ -129,7 +153,9 @@ def test_a_search_at_d_model_512_costs_a_tenth_of_a_sweep(silent):
 
 
 def test_margins_within_the_noise_count_and_are_marked_as_ties():
-    found = ms.critical_rank_of(sweep_of(lambda rank: (-1.0, -1e-6, 0.5)[rank], [0, 1, 2]), noise_floor=1e-5)
+    found = ms.critical_rank_of(
+        sweep_of(lambda rank: (-1.0, -1e-6, 0.5)[rank], [0, 1, 2]), noise_floor=1e-5
+    )
     assert found.rank == 1
     assert found.to_pandas()["is_tie"].tolist() == [False, True, False]
     assert found.to_pandas()["reached"].tolist() == [False, True, True]
@@ -148,7 +174,9 @@ def test_all_directions_of_the_whole_space_always_give_the_text(stories, length)
         assert ms.critical_rank(stories, task, svd, order=order).rank is not None
 
 
-def test_when_no_probe_of_the_grid_reaches_the_bar_the_search_goes_on(embedded, meaning, meaning_svd, monkeypatch):
+def test_when_no_probe_of_the_grid_reaches_the_bar_the_search_goes_on(
+    embedded, meaning, meaning_svd, monkeypatch
+):
     import mechsvd.experiments.search
 
     def rare(model, task, svd, ranks, order, **options):
@@ -160,12 +188,19 @@ def test_when_no_probe_of_the_grid_reaches_the_bar_the_search_goes_on(embedded, 
 
 def test_a_bar_in_another_unit_has_no_noise_floor(embedded, meaning, meaning_svd):
     def half_as_probable(measured):
-        return measured.log_prob.exp() - 0.5 * measured.against.log_prob.exp()
+        return measured.log_prob.exp() - 0.5 * measured.clean_run.log_prob.exp()
 
-    found = ms.critical_rank(embedded, meaning, meaning_svd, criterion=half_as_probable, exhaustive=True)
+    found = ms.critical_rank(
+        embedded, meaning, meaning_svd, criterion=half_as_probable, exhaustive=True
+    )
     assert found.noise_floor == 0
-    assert found.rank == ms.critical_rank(embedded, meaning, meaning_svd, math.log(2), exhaustive=True).rank
-    assert not ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text).is_tie.any()
+    assert (
+        found.rank
+        == ms.critical_rank(embedded, meaning, meaning_svd, math.log(2), exhaustive=True).rank
+    )
+    assert not ms.critical_rank(
+        embedded, meaning, meaning_svd, criterion=ms.same_greedy_text
+    ).is_tie.any()
 
 
 def test_a_bar_that_no_rank_reaches_gives_no_rank(embedded, meaning, silent):
@@ -177,24 +212,47 @@ def test_a_bar_that_no_rank_reaches_gives_no_rank(embedded, meaning, silent):
 
 def test_the_bars_differ(embedded, meaning, meaning_svd, found):
     assert ms.critical_rank(embedded, meaning, meaning_svd, 5.0).rank < found.rank
-    each = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.drop_at_most(0.5, each_token=True), exhaustive=True)
+    each = ms.critical_rank(
+        embedded,
+        meaning,
+        meaning_svd,
+        criterion=ms.drop_at_most(0.5, each_token=True),
+        exhaustive=True,
+    )
     drops = each.sweep.measurement.clean.log_probs - each.sweep.measurement.log_probs
-    assert each.rank == next(rank for rank in range(129) if float(drops[rank].max()) <= 0.5 + each.noise_floor)
-    greedy = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text, exhaustive=True)
-    kept = [None, ms.keep(meaning_svd.subspace(greedy.rank)), ms.keep(meaning_svd.subspace(greedy.rank - 1))]
-    clean, same, other = ms.generate(embedded, ms.SHORTFORM_PROMPTS["meaning"], kept, max_new_tokens=12)
+    assert each.rank == next(
+        rank for rank in range(129) if float(drops[rank].max()) <= 0.5 + each.noise_floor
+    )
+    greedy = ms.critical_rank(
+        embedded, meaning, meaning_svd, criterion=ms.same_greedy_text, exhaustive=True
+    )
+    kept = [
+        None,
+        ms.keep(meaning_svd.subspace(greedy.rank)),
+        ms.keep(meaning_svd.subspace(greedy.rank - 1)),
+    ]
+    clean, same, other = ms.generate(
+        embedded, ms.SHORTFORM_PROMPTS["meaning"], kept, max_new_tokens=12
+    )
     assert clean == same != other
 
 
 def test_bars_that_cannot_be_are_refused(embedded, meaning, meaning_svd):
-    with pytest.raises(ValueError, match="`tolerance` and `criterion` are two bars"):
+    with pytest.raises(ValueError, match="`tolerance` and `criterion` are two thresholds"):
         ms.critical_rank(embedded, meaning, meaning_svd, 1.0, criterion=ms.same_greedy_text)
     with pytest.raises(ValueError, match=r"A drop of -1\.0 nats cannot be allowed"):
         ms.critical_rank(embedded, meaning, meaning_svd, -1.0)
-    with pytest.raises(ValueError, match=r"`criterion` must return a float for each edit, .* but gave torch.bool \[1\] for 1"):
-        ms.critical_rank(embedded, meaning, meaning_svd, criterion=lambda measured: measured.log_prob > -9)
+    with pytest.raises(
+        ValueError,
+        match=r"`criterion` must return a float for each edit, .* but gave torch.bool \[1\] for 1",
+    ):
+        ms.critical_rank(
+            embedded, meaning, meaning_svd, criterion=lambda measured: measured.log_prob > -9
+        )
     task = ms.Task.from_text(embedded, "I believe the meaning of life is", " soleil")
-    with pytest.raises(ValueError, match="The clean model itself misses the threshold, same_greedy_text, by 4"):
+    with pytest.raises(
+        ValueError, match="The clean model itself misses the threshold, same_greedy_text, by 4"
+    ):
         ms.critical_rank(embedded, task, meaning_svd, criterion=ms.same_greedy_text)
 
 
@@ -203,7 +261,11 @@ def test_the_table_the_printed_form_and_saving(found, tmp_path):
     assert len(repr(found).splitlines()) == 3
     found.save(tmp_path / "found.safetensors")
     loaded = ms.CriticalRank.load(tmp_path / "found.safetensors")
-    assert (loaded.rank, loaded.crossings, loaded.criterion) == (found.rank, found.crossings, "a drop of at most 0 nats")
+    assert (loaded.rank, loaded.crossings, loaded.criterion) == (
+        found.rank,
+        found.crossings,
+        "a drop of at most 0 nats",
+    )
 
 
 def test_a_subspace_of_rank_0_is_a_subspace(embedded, meaning, meaning_svd):
@@ -211,16 +273,22 @@ def test_a_subspace_of_rank_0_is_a_subspace(embedded, meaning, meaning_svd):
     nothing, everything = meaning_svd.subspace(0), ms.span(torch.eye(128))
     assert nothing.rank == 0
     assert nothing.d_model == 128
-    found = ms.measure(embedded, meaning, [ms.keep(nothing), ms.ablate(everything), ms.ablate(nothing)])
+    found = ms.measure(
+        embedded, meaning, [ms.keep(nothing), ms.ablate(everything), ms.ablate(nothing)]
+    )
     zeros = ms.measure(embedded, meaning, [lambda x, hook: torch.zeros_like(x)])
     assert torch.allclose(found.log_prob[:2], zeros.log_prob, atol=1e-4)
-    assert torch.allclose(found.log_prob[2:], found.against.log_prob)
+    assert torch.allclose(found.log_prob[2:], found.clean_run.log_prob)
     stack = ms.gate(nothing, torch.zeros(3, 0))
-    assert torch.allclose(ms.measure(embedded, meaning, stack).log_prob, zeros.log_prob.expand(3), atol=1e-4)
+    assert torch.allclose(
+        ms.measure(embedded, meaning, stack).log_prob, zeros.log_prob.expand(3), atol=1e-4
+    )
     with embedded.hooks(fwd_hooks=ms.fwd_hooks(embedded, ms.keep(nothing))):
         logits = embedded(meaning.tokens[None])
     assert torch.allclose(found[0:1].log_probs, picked(logits, meaning), atol=1e-3)
-    text = ms.generate(embedded, "I believe", edit=[ms.keep(nothing), ms.ablate(nothing), None], max_new_tokens=3)
+    text = ms.generate(
+        embedded, "I believe", edit=[ms.keep(nothing), ms.ablate(nothing), None], max_new_tokens=3
+    )
     assert text[1] == text[2] != text[0]
 
 
@@ -250,10 +318,14 @@ def test_the_subspace_of_a_critical_rank(embedded, meaning, meaning_svd):
     """Also where that is 0 or none, and along another order than that of the singular values."""
     found = ms.critical_rank(embedded, meaning, meaning_svd)
     assert torch.equal(found.subspace(meaning_svd).basis, meaning_svd.subspace(found.rank).basis)
-    backwards = ms.critical_rank(embedded, meaning, meaning_svd, order=range(meaning_svd.rank - 1, -1, -1))
+    backwards = ms.critical_rank(
+        embedded, meaning, meaning_svd, order=range(meaning_svd.rank - 1, -1, -1)
+    )
     kept = ms.measure(embedded, meaning, ms.keep(backwards.subspace(meaning_svd)))
     at = backwards.sweep.ranks.tolist().index(backwards.rank)
-    assert float(kept.log_prob) == pytest.approx(float(backwards.sweep.measurement.log_prob[at]), abs=1e-4)
+    assert float(kept.log_prob) == pytest.approx(
+        float(backwards.sweep.measurement.log_prob[at]), abs=1e-4
+    )
     assert 0 < backwards.rank != found.rank
     allowed = ms.critical_rank(embedded, meaning, meaning_svd, 1e4)
     assert allowed.rank == 0

@@ -9,7 +9,9 @@ pytestmark = pytest.mark.older
 
 
 @pytest.mark.parametrize("architecture", ACCEPTED)
-def test_the_writes_of_an_architecture_make_up_its_stream_and_the_sweep_equals_the_loop(architecture, silent):
+def test_the_writes_of_an_architecture_make_up_its_stream_and_the_sweep_equals_the_loop(
+    architecture, silent
+):
     model, task = tiny(architecture), tiny_task()
     check, notes = require_sound(model)
     assert notes == ()
@@ -29,7 +31,9 @@ def third_write(strength):
     hf_model = tiny_hf("Llama")
     block = hf_model.model.layers[1]
     block.register_forward_hook(
-        lambda module, inputs, output: (output[0] if isinstance(output, tuple) else output) * (1 + strength)
+        lambda module, inputs, output: (
+            (output[0] if isinstance(output, tuple) else output) * (1 + strength)
+        )
     )
     return tiny("Llama", hf_model)
 
@@ -37,13 +41,16 @@ def third_write(strength):
 def test_a_model_with_a_write_that_no_hook_sees_is_refused_with_block_and_error():
     model = third_write(0.05)
     with pytest.raises(
-        ValueError, match=r"in block 1, resid_pre \+ attn_out \+ mlp_out differs from resid_post by 0.0\d+ of the size of its terms"
+        ValueError,
+        match=r"in block 1, resid_pre \+ attn_out \+ mlp_out differs from resid_post by 0.0\d+ of the size of its terms",
     ):
         ms.collect_writes(model, tiny_task())
     assert "in block 1" in repr(self_check(model))
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.float64, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.float64, 1e-5)]
+)
 def test_the_tolerance_is_a_few_roundings_of_the_dtype(dtype, precision):
     """A hidden write of five times of it is refused, one of a hundredth of it is rounding."""
     assert self_check(third_write(precision / 100).to(dtype)).failure is None
@@ -87,13 +94,18 @@ def test_each_failure_has_its_sentence():
         assert sentence in SelfCheck(**{**good, **change}).failure
     assert not SelfCheck(**{**good, "sharing_error": float("inf")}).shares_prefix
     assert not SelfCheck(**{**good, "scored_error": 0.1}).scores_alone
-    assert SelfCheck(**{**good, "block_error": torch.tensor([0.0, 0.5]), "unchecked": (1,)}).failure is None
+    assert (
+        SelfCheck(**{**good, "block_error": torch.tensor([0.0, 0.5]), "unchecked": (1,)}).failure
+        is None
+    )
 
 
 def test_it_is_measured_once_a_model(monkeypatch):
     model = tiny("Llama")
     first = self_check(model)
-    monkeypatch.setattr("mechsvd.model.selfcheck._measure", lambda model: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "mechsvd.model.selfcheck._measure", lambda model: pytest.fail("measured again")
+    )
     assert self_check(model) is first
 
 
@@ -122,7 +134,9 @@ def test_a_small_hidden_write_is_noticed_beside_a_huge_entry_of_the_stream():
         hf_model.model.embed_tokens.weight[:, 3] = 3000.0
     hidden = torch.full((32,), 0.02)
     hidden[3] = 0
-    hf_model.model.layers[0].register_forward_hook(lambda m, i, out: (out[0] if isinstance(out, tuple) else out) + hidden)
+    hf_model.model.layers[0].register_forward_hook(
+        lambda m, i, out: (out[0] if isinstance(out, tuple) else out) + hidden
+    )
     with pytest.raises(ValueError, match="in block 0"):
         require_sound(tiny("Llama", hf_model))
 
@@ -139,9 +153,14 @@ def test_a_hybrid_is_refused_and_accepted_without_its_other_layers_on_request(si
     kept = svd.directions[:, :3] @ svd.directions[:, :3].T
     hooks = [(site.hook_name, lambda x, hook: x @ kept) for site in writes.sites]
     with torch.no_grad():
-        logits = model.run_with_hooks(task.tokens[None], fwd_hooks=hooks)[0, task.scored].log_softmax(-1)
+        logits = model.run_with_hooks(task.tokens[None], fwd_hooks=hooks)[
+            0, task.scored
+        ].log_softmax(-1)
     torch.testing.assert_close(
-        sweep.measurement.log_probs[0], logits.gather(-1, task.continuation[:, None])[:, 0], rtol=0, atol=1e-4
+        sweep.measurement.log_probs[0],
+        logits.gather(-1, task.continuation[:, None])[:, 0],
+        rtol=0,
+        atol=1e-4,
     )
 
 

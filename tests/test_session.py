@@ -38,7 +38,9 @@ def test_each_call_reads_them_once(silent, reads):
             lambda: ms.critical_rank(model, task, svd, 1e3),  # several rounds
             lambda: ms.hessian_attribution(model, task, svd, pairs=2),
             lambda: ms.collect_gradients(model, [task, task], svd),
-            lambda: ms.generate_tasks(model, task.tokens[:3], [ms.keep(svd.subspace(3))], max_new_tokens=2),
+            lambda: ms.generate_tasks(
+                model, task.tokens[:3], [ms.keep(svd.subspace(3))], max_new_tokens=2
+            ),
         ),
         start=2,
     ):
@@ -67,15 +69,23 @@ def test_a_session_leaves_nothing_behind_after_an_exception(silent, reads):
 
 
 CALLS = {
-    "measure": lambda model, task, svd, **o: ms.measure(model, task, [ms.keep(svd.subspace(1))], **o),
+    "measure": lambda model, task, svd, **o: ms.measure(
+        model, task, [ms.keep(svd.subspace(1))], **o
+    ),
     "collect_writes": lambda model, task, svd, **o: ms.collect_writes(model, task, **o),
     "sweep_rank": lambda model, task, svd, **o: ms.sweep_rank(model, task, svd, **o),
     "rank_directions": lambda model, task, svd, **o: ms.rank_directions(model, task, svd, **o),
     "sweep_ridge": lambda model, task, svd, **o: ms.sweep_ridge(model, task, svd, **o),
     "critical_rank": lambda model, task, svd, **o: ms.critical_rank(model, task, svd, 1e4, **o),
-    "generate": lambda model, task, svd, **o: ms.generate(model, task.tokens[:3], **{"max_new_tokens": 1, **o}),
-    "generate_tasks": lambda model, task, svd, **o: ms.generate_tasks(model, task.tokens[:3], [None], **{"max_new_tokens": 1, **o}),
-    "hessian_attribution": lambda model, task, svd, **o: ms.hessian_attribution(model, task, svd, **{"pairs": 1, **o}),
+    "generate": lambda model, task, svd, **o: ms.generate(
+        model, task.tokens[:3], **{"max_new_tokens": 1, **o}
+    ),
+    "generate_tasks": lambda model, task, svd, **o: ms.generate_tasks(
+        model, task.tokens[:3], [None], **{"max_new_tokens": 1, **o}
+    ),
+    "hessian_attribution": lambda model, task, svd, **o: ms.hessian_attribution(
+        model, task, svd, **{"pairs": 1, **o}
+    ),
     "collect_gradients": lambda model, task, svd, **o: ms.collect_gradients(model, task, svd, **o),
     "fwd_hooks": lambda model, task, svd, **o: ms.fwd_hooks(model, ms.keep(svd.subspace(1)), **o),
 }
@@ -83,36 +93,57 @@ MISSPELT = {"layer": "layers", "component": "components", "position": "positions
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_option_that_does_not_exist_is_refused_by_the_call_that_was_made(name, embedded, meaning, meaning_svd):
+def test_an_option_that_does_not_exist_is_refused_by_the_call_that_was_made(
+    name, embedded, meaning, meaning_svd
+):
     for wrong, right in MISSPELT.items():
-        with pytest.raises(TypeError, match=rf"^`{name}` has no option `{wrong}`: did you mean `{right}`\?$"):
+        with pytest.raises(
+            TypeError, match=rf"^`{name}` has no option `{wrong}`: did you mean `{right}`\?$"
+        ):
             CALLS[name](embedded, meaning, meaning_svd, **{wrong: 1})
     with pytest.raises(TypeError, match=rf"^`{name}` has no option `xyzzy`: it takes .*layers.*"):
         CALLS[name](embedded, meaning, meaning_svd, xyzzy=1)
 
 
 def test_an_option_given_twice_is_refused(embedded, meaning, meaning_svd):
-    with pytest.raises(TypeError, match="`ranks` is given to `sweep_rank` twice: by its place and by its name"):
+    with pytest.raises(
+        TypeError, match="`ranks` is given to `sweep_rank` twice: by its place and by its name"
+    ):
         ms.sweep_rank(embedded, meaning, meaning_svd, [1], ranks=[2])
-    with pytest.raises(TypeError, match="`rank_directions` has no option `noise_floor`"):  # it measures it anyway
+    with pytest.raises(
+        TypeError, match="`rank_directions` has no option `noise_floor`"
+    ):  # it measures it anyway
         ms.rank_directions(embedded, meaning, meaning_svd, noise_floor=False)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "fwd_hooks"])
-def test_every_call_that_runs_a_model_takes_every_option(name, embedded, meaning, meaning_svd, silent):
+def test_every_call_that_runs_a_model_takes_every_option(
+    name, embedded, meaning, meaning_svd, silent
+):
     options = {"layers": None, "components": ["attn", "mlp"], "positions": None, "missing": "error"}
-    options |= {"check": True, "batch_size": np.int64(40), "batched_hooks": False, "progress": False}
+    options |= {
+        "check": True,
+        "batch_size": np.int64(40),
+        "batched_hooks": False,
+        "progress": False,
+    }
     assert set(options) == set(RunOptions.__optional_keys__)
     assert set(MeasureOptions.__optional_keys__) == {*options, "noise_floor"}
     few = {"ranks": [1]} if name == "sweep_rank" else {}
     CALLS[name](embedded, meaning, meaning_svd, **options, **few)
-    with pytest.raises(ValueError, match="`batch_size` is 0, but must be a whole number of at least 1"):
+    with pytest.raises(
+        ValueError, match="`batch_size` is 0, but must be a whole number of at least 1"
+    ):
         CALLS[name](embedded, meaning, meaning_svd, batch_size=0)
 
 
-def test_writes_and_gradients_do_not_depend_on_the_batch_size(embedded, meaning, meaning_svd, silent):
+def test_writes_and_gradients_do_not_depend_on_the_batch_size(
+    embedded, meaning, meaning_svd, silent
+):
     tasks = [meaning, meaning, meaning]
     whole = ms.collect_writes(embedded, tasks).values
     assert torch.allclose(ms.collect_writes(embedded, tasks, batch_size=2).values, whole, atol=1e-4)
     slopes = ms.collect_gradients(embedded, tasks, meaning_svd).values
-    assert torch.allclose(ms.collect_gradients(embedded, tasks, meaning_svd, batch_size=8).values, slopes, atol=1e-4)
+    assert torch.allclose(
+        ms.collect_gradients(embedded, tasks, meaning_svd, batch_size=8).values, slopes, atol=1e-4
+    )

@@ -11,8 +11,14 @@ def llama():
 
 def test_sites_come_in_the_order_of_writing(llama):
     assert [str(site) for site in find_sites(llama)] == ["0 attn", "0 mlp", "1 attn", "1 mlp"]
-    assert [str(site) for site in find_sites(llama, layers=1, components=("mlp", "attn"))] == ["1 attn", "1 mlp"]
-    assert [str(site) for site in find_sites(llama, layers=[1, 0], components="mlp")] == ["0 mlp", "1 mlp"]
+    assert [str(site) for site in find_sites(llama, layers=1, components=("mlp", "attn"))] == [
+        "1 attn",
+        "1 mlp",
+    ]
+    assert [str(site) for site in find_sites(llama, layers=[1, 0], components="mlp")] == [
+        "0 mlp",
+        "1 mlp",
+    ]
 
 
 def test_unknown_layers_and_components_are_refused_with_the_valid_range(llama):

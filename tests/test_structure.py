@@ -56,7 +56,10 @@ def test_every_folder_is_a_room_with_one_docstring_and_every_file_beside_them_is
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"}
     assert folders == set(ROOMS)
     assert {path.stem for path in PACKAGE.glob("*.py")} == GROUND | {"__init__", "cli"}
-    for room in set(ROOMS) - {"figures", "demo"}:  # the figures are re-exported, the demo is one file
+    for room in set(ROOMS) - {
+        "figures",
+        "demo",
+    }:  # the figures are re-exported, the demo is one file
         (docstring,) = ast.parse((PACKAGE / room / "__init__.py").read_text()).body
         assert isinstance(docstring.value, ast.Constant)
 
@@ -81,4 +84,9 @@ def test_everything_public_is_there_and_has_a_docstring():
 def test_importing_leaves_the_heavy_libraries_alone():
     heavy = ["transformer_lens", "transformers", "plotly", "pandas", "scipy", "matplotlib"]
     code = f"import mechsvd, sys; print([n for n in {heavy} if n in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

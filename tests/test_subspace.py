@@ -11,7 +11,10 @@ def orthonormal(d_model, rank, seed=0):
 
 def test_span_reports_the_rank_of_dependent_vectors_and_spans_them():
     basis = orthonormal(10, 3)
-    vectors = torch.cat([basis @ torch.randn(3, 5, dtype=torch.float64), torch.zeros(10, 1, dtype=torch.float64)], dim=1)
+    vectors = torch.cat(
+        [basis @ torch.randn(3, 5, dtype=torch.float64), torch.zeros(10, 1, dtype=torch.float64)],
+        dim=1,
+    )
     found = span(vectors)
     assert found.rank == 3
     torch.testing.assert_close(found.basis @ found.basis.T, basis @ basis.T)
@@ -27,7 +30,9 @@ def test_complete_keeps_the_given_directions_first_and_is_orthonormal():
 def test_a_basis_that_is_not_orthonormal_is_refused_with_the_measure():
     basis = orthonormal(6, 3)
     basis[:, 2] = basis[:, 0]
-    with pytest.raises(ValueError, match=r"differs from the identity by 1 at columns \(0, 2\).*span"):
+    with pytest.raises(
+        ValueError, match=r"differs from the identity by 1 at columns \(0, 2\).*span"
+    ):
         Subspace(basis)
 
 

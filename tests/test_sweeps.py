@@ -10,7 +10,14 @@ from tests.conftest import loop_log_prob
 def test_every_rank_from_none_to_all_by_default(embedded, meaning, meaning_svd):
     sweep = ms.sweep_rank(embedded, meaning, meaning_svd)
     table = sweep.to_pandas()
-    assert list(table.columns) == ["rank", "log_prob", "probability", "surprise", "orig_delta", "kept_delta"]
+    assert list(table.columns) == [
+        "rank",
+        "log_prob",
+        "probability",
+        "surprise",
+        "orig_delta",
+        "kept_delta",
+    ]
     assert table["rank"].tolist() == list(range(meaning_svd.rank + 1))
     assert table["kept_delta"].iloc[0] == 0
     assert len(repr(sweep).splitlines()) == 3
@@ -18,7 +25,9 @@ def test_every_rank_from_none_to_all_by_default(embedded, meaning, meaning_svd):
 
 def test_at_full_rank_the_model_is_as_it_was(embedded, meaning, meaning_svd):
     sweep = ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[meaning_svd.rank])
-    torch.testing.assert_close(sweep.measurement.log_probs, sweep.measurement.clean.log_probs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        sweep.measurement.log_probs, sweep.measurement.clean.log_probs, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("model_name", ["embedded", "stories"])
@@ -30,7 +39,9 @@ def test_the_sweep_equals_the_loop(request, model_name):
     sweep = ms.sweep_rank(model, task, svd, ranks=ranks)
     for rank, log_probs in zip(ranks, sweep.measurement.log_probs, strict=True):
         projector = svd.directions[:, :rank] @ svd.directions[:, :rank].T
-        expected = loop_log_prob(model, task, lambda x, hook, p=projector: x @ p, range(model.cfg.n_layers))
+        expected = loop_log_prob(
+            model, task, lambda x, hook, p=projector: x @ p, range(model.cfg.n_layers)
+        )
         torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=1e-3)
 
 
@@ -44,7 +55,9 @@ def test_fewer_directions_than_dimensions_clip_what_was_not_seen_too(embedded, s
         sweep = ms.sweep_rank(embedded, task, svd, ranks=[svd.rank - 1, svd.rank])
         projector = svd.directions @ svd.directions.T
         expected = loop_log_prob(embedded, task, lambda x, hook, p=projector: x @ p, range(6))
-        torch.testing.assert_close(sweep.measurement.log_probs[1].double(), expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            sweep.measurement.log_probs[1].double(), expected, rtol=0, atol=1e-3
+        )
         assert (sweep.measurement.log_prob[1] - sweep.measurement.clean.log_prob).abs() > 1
 
 
@@ -53,7 +66,9 @@ def test_any_order_keeps_the_first_of_its_directions(embedded, meaning, meaning_
     sweep = ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[40, 5], order=order)
     for rank, log_probs in zip((40, 5), sweep.measurement.log_probs, strict=True):
         kept = meaning_svd.directions[:, order[:rank]]
-        expected = loop_log_prob(embedded, meaning, lambda x, hook, kept=kept: x @ kept @ kept.T, range(6))
+        expected = loop_log_prob(
+            embedded, meaning, lambda x, hook, kept=kept: x @ kept @ kept.T, range(6)
+        )
         torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=1e-3)
 
 
@@ -69,7 +84,10 @@ def test_attention_only_sweeps_clip_attention_only(embedded, meaning, silent):
 def test_directions_of_other_sites_than_are_swept_warn(embedded, meaning, silent):
     layer = ms.decompose(ms.collect_writes(embedded, meaning), per_layer=True)[3]
     assert layer.source.hooks == ("blocks.3.hook_attn_out", "blocks.3.hook_mlp_out")
-    with pytest.warns(UserWarning, match="12 sites are edited, but the directions were computed from the writes of 2 sites"):
+    with pytest.warns(
+        UserWarning,
+        match="12 sites are edited, but the directions were computed from the writes of 2 sites",
+    ):
         ms.sweep_rank(embedded, meaning, layer, ranks=[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -84,7 +102,10 @@ def test_kept_and_attempted_sizes_obey_pythagoras(embedded, meaning, meaning_svd
 def test_ranks_and_orders_that_do_not_exist_are_refused(embedded, meaning, meaning_svd):
     full = meaning_svd.rank
     for ranks in ([-1], [full + 1]):
-        with pytest.raises(ValueError, match=rf"`ranks` holds \[{ranks[0]}\], but the decomposition has {full} directions"):
+        with pytest.raises(
+            ValueError,
+            match=rf"`ranks` holds \[{ranks[0]}\], but the decomposition has {full} directions",
+        ):
             ms.sweep_rank(embedded, meaning, meaning_svd, ranks=ranks)
     for ranks in ([], [True], [1.5]):
         with pytest.raises((ValueError, TypeError), match="ranks"):

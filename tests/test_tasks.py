@@ -19,7 +19,9 @@ def merging(tmp_path_factory):
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     bpe.decoder = decoders.Metaspace(prepend_scheme="first")
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder)
     model.tokenizer = AutoTokenizer.from_pretrained(folder)
     return model
 
@@ -45,12 +47,16 @@ def test_without_a_continuation_it_is_the_greedy_one(embedded):
 
 def test_stories_begin_as_they_are_known_to(stories):
     task = ms.Task.from_text(stories, "Once upon a time", max_new_tokens=30)
-    assert task.text()[1].startswith(", there was a little girl named Lily. She loved to play outside in the park.")
+    assert task.text()[1].startswith(
+        ", there was a little girl named Lily. She loved to play outside in the park."
+    )
 
 
 def test_the_shortforms_prompts_are_ready_by_name():
     assert list(ms.SHORTFORM_PROMPTS) == ["meaning", "relativity", "launch", "translation"]
-    assert ms.SHORTFORM_PROMPTS["launch"].startswith("A brief message congratulating the team on the launch:\n\nHi everyone")
+    assert ms.SHORTFORM_PROMPTS["launch"].startswith(
+        "A brief message congratulating the team on the launch:\n\nHi everyone"
+    )
 
 
 def test_tokens_that_merge_across_the_boundary_warn_and_the_prompt_keeps_its_own(merging):
@@ -58,7 +64,9 @@ def test_tokens_that_merge_across_the_boundary_warn_and_the_prompt_keeps_its_own
     with pytest.warns(UserWarning, match="Tokens merge across the boundary 'li' \\+ 'ttle'"):
         task = ms.Task.from_text(merging, "li", "ttle")
     assert task.tokens[: task.prompt_length].tolist() == [merging.tokenizer.bos_token_id, *own]
-    assert merging.tokenizer.convert_ids_to_tokens(task.continuation.tolist()) == ["ttle"]  # and no space before it
+    assert merging.tokenizer.convert_ids_to_tokens(task.continuation.tolist()) == [
+        "ttle"
+    ]  # and no space before it
 
 
 def test_text_that_is_not_text_or_empty_is_refused_before_the_model_runs(embedded):
@@ -73,7 +81,9 @@ def test_text_that_is_not_text_or_empty_is_refused_before_the_model_runs(embedde
 
 
 def test_token_ids_are_checked_before_the_forward_pass(embedded):
-    with pytest.raises(ValueError, match="Token ids run from 0 to 1024, but the model has 0 to 1023"):
+    with pytest.raises(
+        ValueError, match="Token ids run from 0 to 1024, but the model has 0 to 1023"
+    ):
         ms.collect_writes(embedded, ms.Task(tokens=torch.tensor([0, 5, 1024]), prompt_length=1))
     with pytest.raises(ValueError, match="Nothing to score"):
         ms.Task(tokens=torch.tensor([0, 5]), prompt_length=2)
@@ -87,14 +97,21 @@ def test_token_ids_are_checked_before_the_forward_pass(embedded):
 
 def test_too_long_a_task_is_refused_with_both_lengths_or_cut_on_request(embedded):
     prompt = "Every day is a gift. " * 60
-    with pytest.raises(ValueError, match=r"The prompt has \d+ tokens and the continuation 40, but the context holds 256"):
+    with pytest.raises(
+        ValueError,
+        match=r"The prompt has \d+ tokens and the continuation 40, but the context holds 256",
+    ):
         ms.Task.from_text(embedded, prompt)
     with pytest.warns(UserWarning, match="oldest tokens of the prompt were dropped"):
         task = ms.Task.from_text(embedded, prompt, max_new_tokens=5, truncate="left")
     assert task.prompt_length == 251
     assert int(task.tokens[0]) == embedded.tokenizer.bos_token_id
-    with pytest.raises(ValueError, match="The task has 300 tokens, but the model's context holds 256"):
-        require_fitting(embedded, ms.Task(tokens=torch.zeros(300, dtype=torch.long), prompt_length=5))
+    with pytest.raises(
+        ValueError, match="The task has 300 tokens, but the model's context holds 256"
+    ):
+        require_fitting(
+            embedded, ms.Task(tokens=torch.zeros(300, dtype=torch.long), prompt_length=5)
+        )
 
 
 def test_two_or_no_bos_tokens_warn(embedded):
@@ -107,11 +124,15 @@ def test_two_or_no_bos_tokens_warn(embedded):
     assert "<s>" not in repr(task)
 
 
-def test_bos_is_prepended_where_transformerlens_would_and_checked_by_its_number(embedded, monkeypatch):
-    monkeypatch.setattr(embedded.cfg, "default_prepend_bos", False)  # Qwen2, whose tokenizer has no BOS of its own
-    assert ms.Task.from_text(embedded, "I believe", " it").tokens.tolist() == embedded.tokenizer.encode(
-        "I believe it", add_special_tokens=False
-    )
+def test_bos_is_prepended_where_transformerlens_would_and_checked_by_its_number(
+    embedded, monkeypatch
+):
+    monkeypatch.setattr(
+        embedded.cfg, "default_prepend_bos", False
+    )  # Qwen2, whose tokenizer has no BOS of its own
+    assert ms.Task.from_text(
+        embedded, "I believe", " it"
+    ).tokens.tolist() == embedded.tokenizer.encode("I believe it", add_special_tokens=False)
     monkeypatch.setattr(embedded.cfg, "default_prepend_bos", True)
     with pytest.warns(UserWarning, match="no BOS token"):
         require_fitting(embedded, ms.Task(tokens=torch.tensor([5, 6, 7]), prompt_length=1))

@@ -18,7 +18,9 @@ def test_one_forward_pass_and_one_hook_a_site(embedded, meaning, monkeypatch):
     calls = []
     run = type(embedded).run_with_hooks
     monkeypatch.setattr(
-        type(embedded), "run_with_hooks", lambda self, tokens, **kw: calls.append(kw["fwd_hooks"]) or run(self, tokens, **kw)
+        type(embedded),
+        "run_with_hooks",
+        lambda self, tokens, **kw: calls.append(kw["fwd_hooks"]) or run(self, tokens, **kw),
     )
     ms.self_check(embedded)
     calls.clear()
@@ -49,7 +51,9 @@ def test_several_tasks_of_different_lengths_equal_each_alone(embedded):
 
 def test_attention_only_gives_the_shortforms_first_diagrams(embedded, meaning):
     writes = ms.collect_writes(embedded, meaning, components=("attn",))
-    assert len(writes) == len(meaning.tokens) * embedded.cfg.n_layers  # there: 71 tokens × 32 layers = 2272
+    assert (
+        len(writes) == len(meaning.tokens) * embedded.cfg.n_layers
+    )  # there: 71 tokens × 32 layers = 2272
     everything = ms.collect_writes(embedded, meaning)
     torch.testing.assert_close(writes.values, everything.values[0::2])
     assert {site.component for site in writes.sites} == {"attn"}
@@ -57,11 +61,16 @@ def test_attention_only_gives_the_shortforms_first_diagrams(embedded, meaning):
 
 def test_positions_and_bos_can_be_left_out(embedded, meaning):
     everything = ms.collect_writes(embedded, meaning)
-    torch.testing.assert_close(ms.collect_writes(embedded, meaning, skip_bos=True).values, everything.values[:, 1:])
+    torch.testing.assert_close(
+        ms.collect_writes(embedded, meaning, skip_bos=True).values, everything.values[:, 1:]
+    )
     some = ms.collect_writes(embedded, meaning, positions=[5, 2], layers=[3])
     torch.testing.assert_close(some.values, everything.values[6:8][:, [2, 5]])
     assert some.positions.tolist() == [2, 5]
-    assert [p.strip() for p in some.pieces] == [meaning.pieces[2].strip(), meaning.pieces[5].strip()]
+    assert [p.strip() for p in some.pieces] == [
+        meaning.pieces[2].strip(),
+        meaning.pieces[5].strip(),
+    ]
 
 
 def test_nothing_left_is_an_error(embedded, meaning):
@@ -82,7 +91,10 @@ def test_nan_in_the_writes_is_an_error_with_its_place(meaning):
     ms.self_check(model)
     with torch.no_grad():
         model.blocks[1].mlp.out.weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"NaN or inf, first at layer 1 mlp, position 0 of prompt 0 \(torch.float32\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"NaN or inf, first at layer 1 mlp, position 0 of prompt 0 \(torch.float32\)",
+    ):
         ms.collect_writes(model, tiny_task())
     half = tiny("Llama").to(torch.float16)
     ms.self_check(half)

@@ -56,17 +56,26 @@ class Function:
         """The function at w = 0."""
         return float(self.at(lambda rows: torch.zeros_like(self.point)[None], 1))
 
-    def at(self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int) -> Float[Tensor, " row"]:
+    def at(
+        self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int
+    ) -> Float[Tensor, " row"]:
         """The function at so many points, which are made when they are needed from their numbers."""
         with torch.no_grad():
             found = run_batches(
-                lambda rows: self.f(self.values(row(rows))), torch.arange(count), self.forward_size, self.halve, False
+                lambda rows: self.f(self.values(row(rows))),
+                torch.arange(count),
+                self.forward_size,
+                self.halve,
+                False,
             )
         return torch.cat(found)
 
     def rise(self, direction: Float[Tensor, " entry"], step: float) -> float:
         """How much f rises from one step behind the point to one before it: its slope, from values alone."""
-        ends = self.at(lambda rows: self.point + (1.0 - 2.0 * rows.to(self.point))[:, None] * step * direction, 2)
+        ends = self.at(
+            lambda rows: self.point + (1.0 - 2.0 * rows.to(self.point))[:, None] * step * direction,
+            2,
+        )
         return float(ends[0] - ends[1])
 
     def path_gradient(self, steps: int) -> Float[Tensor, " entry"]:
@@ -86,7 +95,9 @@ class Function:
                 return torch.zeros_like(self.point, dtype=widest(points.device))
             (slopes,) = torch.autograd.grad(values.sum(), points, materialize_grads=True)
             wide = slopes.to(widest(points.device))
-            outer = torch.ones_like(values) if self.relative_to is None else self.f(values.detach())  # df/dvalues
+            outer = (
+                torch.ones_like(values) if self.relative_to is None else self.f(values.detach())
+            )  # df/dvalues
             return (weights[rows] * outer).to(wide) @ wide
 
         parts = run_batches(run, torch.arange(steps), self.backward_size, self.halve, False)
@@ -107,25 +118,38 @@ class Curvature:
     value: Float[Tensor, ""]
     gradient: Float[Tensor, " entry"]
 
-    def products(self, vectors: Float[Tensor, "entry n"], progress: bool | None = False) -> Float[Tensor, "entry n"]:
+    def products(
+        self, vectors: Float[Tensor, "entry n"], progress: bool | None = False
+    ) -> Float[Tensor, "entry n"]:
         """Hessian times each column: by the whole Hessian where it was made, and else several in one backward pass."""
         if "hessian" in vars(self):
             return self.hessian @ vectors
         if not self.gradient.requires_grad:  # f is linear in w, or does not depend on it
             return torch.zeros_like(vectors)
         order, f, rows = torch.arange(vectors.shape[1]), self.function, vectors.mT
-        parts = run_batches(lambda some: self._backward(rows[some]), order, f.backward_size, f.halve, progress, "Hessian")
+        parts = run_batches(
+            lambda some: self._backward(rows[some]),
+            order,
+            f.backward_size,
+            f.halve,
+            progress,
+            "Hessian",
+        )
         return torch.cat(parts).mT
 
     @cached_property
     def hessian(self) -> Float[Tensor, "entry entry"]:
         """The whole Hessian; symmetric up to rounding."""
-        return self.products(torch.eye(len(self.w), dtype=self.w.dtype, device=self.w.device), self.function.progress)
+        return self.products(
+            torch.eye(len(self.w), dtype=self.w.dtype, device=self.w.device), self.function.progress
+        )
 
     def _backward(self, rows: Float[Tensor, "n entry"]) -> Float[Tensor, "n entry"]:
         products = backward(self.gradient, self.w, rows)
         if not products.sum().isfinite():
-            raise ValueError("The Hessian of f is not finite at w, so it has no eigenvectors; f must be smooth there.")
+            raise ValueError(
+                "The Hessian of f is not finite at w, so it has no eigenvectors; f must be smooth there."
+            )
         return products
 
 
@@ -159,11 +183,15 @@ def differentiate(function: Function) -> Curvature:
             (gradient,) = torch.autograd.grad(value, w, create_graph=True, materialize_grads=True)
     for what, found in (("f is", value), ("The gradient of f is", gradient)):
         if not found.isfinite().all():
-            raise ValueError(f"{what} not finite at w, so nothing can be attributed; a model in half precision may do in float32.")
+            raise ValueError(
+                f"{what} not finite at w, so nothing can be attributed; a model in half precision may do in float32."
+            )
     return Curvature(function, w, value.detach(), gradient)
 
 
-def eigenpairs(curvature: Curvature, pairs: int, *, tolerance: float, max_products: int, seed: int) -> Eigenpairs:
+def eigenpairs(
+    curvature: Curvature, pairs: int, *, tolerance: float, max_products: int, seed: int
+) -> Eigenpairs:
     """The Hessian's eigenpairs largest in size: from the whole Hessian where w is short, and else by Lanczos.
 
     Raises:
@@ -172,7 +200,10 @@ def eigenpairs(curvature: Curvature, pairs: int, *, tolerance: float, max_produc
     entries = len(curvature.w)
     if entries <= max(DENSE, capacity(pairs)):
         return dense_eigenpairs(curvature.hessian, pairs)
-    needed, free = capacity(pairs) * entries * curvature.w.element_size(), free_bytes(curvature.w.device)
+    needed, free = (
+        capacity(pairs) * entries * curvature.w.element_size(),
+        free_bytes(curvature.w.device),
+    )
     if needed > free:
         raise MemoryError(
             f"{pairs} eigenpairs of {entries:,} entries need {capacity(pairs)} vectors, {needed / 2**30:,.1f} GiB, but "

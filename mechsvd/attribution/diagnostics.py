@@ -28,7 +28,11 @@ def warn_unconverged(scored: Attribution, most: int | None) -> None:
     """Warn of pairs that Lanczos left unconverged (`most` are the products it might use), or of a Hessian that is all rounding."""
     missed = int((~scored.converged).sum())
     if missed if most is not None else missed == len(scored) and scored.eigenvalues.any():
-        more = " Allow more `max_products`, or ask for fewer `pairs`; or" if most and scored.products + BLOCK > most else " Perhaps"
+        more = (
+            " Allow more `max_products`, or ask for fewer `pairs`; or"
+            if most and scored.products + BLOCK > most
+            else " Perhaps"
+        )
         warn(
             f"{missed} of {len(scored)} eigenpairs did not converge to a residual of {scored.tolerance:g}·|λ| in {scored.products} "
             f"products; the table marks them.{more} rounding allows no better: a model in dtype=torch.float64 rounds less.",
@@ -42,9 +46,8 @@ def warn_undefined(scored: Attribution, curvature: Curvature, steps: int) -> Non
     if not curvature.gradient.any() and not scored.eigenvalues.any():
         hidden = "though removing components changes it: something hides its slope, such as a hook that detaches"
         nothing = "so there is nothing to attribute"
-        said = (
-            f"f does not depend on w here: its gradient and its Hessian are zero, {hidden if scored.measured.any() else nothing}."
-        )
+        why = hidden if scored.measured.any() else nothing
+        said = f"f does not depend on w here: its gradient and its Hessian are zero, {why}."
     elif not math.isfinite(scored.baseline) or not scored.measured.isfinite().all():
         said = "f is not finite at w = 0, or where some components are removed; shares and the path integral are undefined there."
     elif scored.path_error > 0.05 * abs(scored.value - scored.baseline):

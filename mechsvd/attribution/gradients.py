@@ -57,7 +57,9 @@ class Gradients(Result):
         import pandas as pd
 
         norms = self.values.double().norm(dim=1)
-        return pd.DataFrame({"task": self.task_index.numpy(), "token": self.tokens.numpy(), "norm": norms.numpy()})
+        return pd.DataFrame(
+            {"task": self.task_index.numpy(), "token": self.tokens.numpy(), "norm": norms.numpy()}
+        )
 
     def __repr__(self) -> str:
         return (
@@ -96,7 +98,13 @@ def collect_gradients(
                 raise ValueError(
                     f"The tasks' w differ in shape: {parts[0][0]} and {f.parts[0]}; pass `positions` that all tasks have."
                 )
-            function = Function(f.log_prob, f.point, session.rows_per_pass(task), session.halve(task), session.progress or False)
+            function = Function(
+                f.log_prob,
+                f.point,
+                session.rows_per_pass(task),
+                session.halve(task),
+                session.progress or False,
+            )
             rows.append(_jacobian(f, function))
         source = session.provenance()
     index = torch.cat([torch.full_like(task.continuation, i) for i, task in enumerate(chosen)])
@@ -147,7 +155,11 @@ class GradientBasis(Result):
         import pandas as pd
 
         columns = {"singular_value": self.singular_values, "eigenvalue": self.eigenvalues}
-        return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()}).rename_axis("direction").reset_index()
+        return (
+            pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+            .rename_axis("direction")
+            .reset_index()
+        )
 
     def __repr__(self) -> str:
         top = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:4].tolist())
@@ -171,9 +183,15 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> GradientBasis:
         TypeError: something else.
         ValueError: gradients with respect to different w, or none.
     """
-    several = [gradients] if isinstance(gradients, Gradients) or not isinstance(gradients, Sequence) else list(gradients)
+    several = (
+        [gradients]
+        if isinstance(gradients, Gradients) or not isinstance(gradients, Sequence)
+        else list(gradients)
+    )
     if not several:
-        raise ValueError("There are no gradients: the list is empty; give those of at least one model.")
+        raise ValueError(
+            "There are no gradients: the list is empty; give those of at least one model."
+        )
     for each in several:
         require_kind(each, Gradients)
         if (each.over, each.parts) != (several[0].over, several[0].parts):
@@ -182,10 +200,14 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> GradientBasis:
                 "with the same `over`, sites and positions."
             )
     if not any(each.values.any() for each in several):
-        raise ValueError(f"The gradients are all zero, so they have no directions: nothing depends on {several[0].over[:60]}.")
+        raise ValueError(
+            f"The gradients are all zero, so they have no directions: nothing depends on {several[0].over[:60]}."
+        )
     svd = decompose_groups(torch.cat([each.values for each in several])[None, None])[0]
     first = several[0]
-    return GradientBasis(svd.singular_values, svd.directions, svd.left[0], first.over, first.parts, first.source)
+    return GradientBasis(
+        svd.singular_values, svd.directions, svd.left[0], first.over, first.parts, first.source
+    )
 
 
 def _jacobian(f: Objective, function: Function) -> Float[Tensor, "scored entry"]:
@@ -195,4 +217,8 @@ def _jacobian(f: Objective, function: Function) -> Float[Tensor, "scored entry"]
         return w.new_zeros(len(log_probs), len(w))
     each = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
     order, size = torch.arange(len(each)), function.backward_size
-    return torch.cat(run_batches(lambda some: backward(log_probs, w, each[some]), order, size, function.halve, False))
+    return torch.cat(
+        run_batches(
+            lambda some: backward(log_probs, w, each[some]), order, size, function.halve, False
+        )
+    )

@@ -14,8 +14,14 @@ from typing_extensions import Unpack
 from mechsvd.attribution.curvature import DENSE, Function, differentiate, eigenpairs
 from mechsvd.attribution.diagnostics import warn_unconverged, warn_undefined, warn_unlike_values
 from mechsvd.attribution.gradients import GradientBasis
-from mechsvd.attribution.objective import Over, by_rows, objective_over
-from mechsvd.attribution.scores import HESSIAN, RANDOM, Attribution, attribution_of, score_components
+from mechsvd.attribution.objective import Over, batched, objective_over
+from mechsvd.attribution.scores import (
+    HESSIAN,
+    RANDOM,
+    Attribution,
+    attribution_of,
+    score_components,
+)
 from mechsvd.checks import is_number, is_whole, require_whole, with_options
 from mechsvd.edits.gates import Basis, directions_of
 from mechsvd.engine.measurement import clean_noise
@@ -84,10 +90,18 @@ def hessian_attribution(
         unit = 1.0 if objective == "log_prob" else _probability(clean)
         relative_to = None if objective == "log_prob" else clean
         size = session.rows_per_pass(task)
-        function = Function(f.log_prob, f.point, size, session.halve(task), session.progress, relative_to)
+        function = Function(
+            f.log_prob, f.point, size, session.halve(task), session.progress, relative_to
+        )
         noise = clean_noise(session, task)
         source = replace(source, hooks=f.hooks, seed=int(choices.seed))
-        header = {"objective": objective, "over": f.over, "parts": f.parts, "noise_floor": noise * unit, "source": source}
+        header = {
+            "objective": objective,
+            "over": f.over,
+            "parts": f.parts,
+            "noise_floor": noise * unit,
+            "source": source,
+        }
         return _attribute(function, choices, unit, header, noise)
 
 
@@ -118,19 +132,36 @@ def hessian_attribution_of(
         tensor([ 6.2500, -0.2500], dtype=torch.float64)
     """
     if not callable(function):
-        raise TypeError(f"`function` must be a function of one vector, but is {type(function).__name__}.")
+        raise TypeError(
+            f"`function` must be a function of one vector, but is {type(function).__name__}."
+        )
     if not isinstance(w, Tensor) or w.ndim != 1 or not w.is_floating_point() or len(w) == 0:
-        what = f"{w.dtype} of shape {list(w.shape)}" if isinstance(w, Tensor) else f"{type(w).__name__}"
+        what = (
+            f"{w.dtype} of shape {list(w.shape)}"
+            if isinstance(w, Tensor)
+            else f"{type(w).__name__}"
+        )
         raise ValueError(f"`w` must be a float tensor with one axis, but is {what}.")
     value = function(w)
     if not isinstance(value, Tensor) or value.ndim != 0:
-        what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.20}"
+        what = (
+            f"a tensor of shape {list(value.shape)}"
+            if isinstance(value, Tensor)
+            else f"{type(value).__name__} {value!r:.20}"
+        )
         raise ValueError(f"`function` must give a scalar tensor (no `.item()`), but gives {what}.")
 
     choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
     with torch.inference_mode(False):  # in which there are no gradients
-        f = Function(by_rows(function), w.clone(), require_whole("batch_size", batch_size, 1), _halve)
-        return _attribute(f, choices, 1.0, {"objective": "value of a function", "over": "a vector", "parts": (("w", (len(w),)),)})
+        f = Function(
+            batched(function), w.clone(), require_whole("batch_size", batch_size, 1), _halve
+        )
+        return _attribute(
+            f,
+            choices,
+            1.0,
+            {"objective": "value of a function", "over": "a vector", "parts": (("w", (len(w),)),)},
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +177,9 @@ class _Choices:
 
     def __post_init__(self) -> None:
         if not is_number(self.tolerance) or not 0 < self.tolerance < 1:
-            raise ValueError(f"`tolerance` is {self.tolerance!r}, but must be a number above 0 and below 1.")
+            raise ValueError(
+                f"`tolerance` is {self.tolerance!r}, but must be a number above 0 and below 1."
+            )
         require_whole("path_steps", self.path_steps, 1)
         require_whole("seed", self.seed)
         if self.max_products is not None:
@@ -157,20 +190,30 @@ class _Choices:
         if self.pairs is None:
             return entries if entries <= DENSE else PAIRS
         if not is_whole(self.pairs, 1, entries):
-            raise ValueError(f"`pairs` is {self.pairs!r}, but w has {entries} entries; choose 1 to {entries}.")
+            raise ValueError(
+                f"`pairs` is {self.pairs!r}, but w has {entries} entries; choose 1 to {entries}."
+            )
         return int(self.pairs)
 
-    def directions(self, point: Float[Tensor, " entry"], over: str) -> dict[str, Float[Tensor, "entry component"]]:
+    def directions(
+        self, point: Float[Tensor, " entry"], over: str
+    ) -> dict[str, Float[Tensor, "entry component"]]:
         """The bases that are given, on the device and in the dtype of w; none of them made for another w."""
         if self.bases is None:
             return {}
         if not isinstance(self.bases, Mapping):
-            raise TypeError(f"`bases` must be bases by name, such as {{'mine': basis}}, but is {type(self.bases).__name__}.")
+            raise TypeError(
+                f"`bases` must be bases by name, such as {{'mine': basis}}, but is {type(self.bases).__name__}."
+            )
         found = {}
         for name, basis in self.bases.items():
             if name in (HESSIAN, RANDOM):
-                raise ValueError(f"`bases` names one {name!r}, which is always there; choose another name.")
-            directions = basis.directions if isinstance(basis, GradientBasis) else directions_of(basis)[0]
+                raise ValueError(
+                    f"`bases` names one {name!r}, which is always there; choose another name."
+                )
+            directions = (
+                basis.directions if isinstance(basis, GradientBasis) else directions_of(basis)[0]
+            )
             if len(directions) != len(point):
                 raise ValueError(
                     f"The basis {name!r} has columns of {len(directions)} entries, but w has {len(point)}: {over[:80]}."
@@ -185,7 +228,11 @@ class _Choices:
 
 
 def _attribute(
-    function: Function, choices: _Choices, unit: float, header: dict[str, Any], noise: float | None = None
+    function: Function,
+    choices: _Choices,
+    unit: float,
+    header: dict[str, Any],
+    noise: float | None = None,
 ) -> Attribution:
     """One gradient, one path integral and one Hessian, or Lanczos, for all bases."""
     entries = len(function.point)
@@ -194,12 +241,16 @@ def _attribute(
     curvature = differentiate(function)
     if noise is not None:
         warn_unlike_values(curvature, noise)
-    found = eigenpairs(curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed)
+    found = eigenpairs(
+        curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed
+    )
     from_zero = function.path_gradient(choices.path_steps), function.at_zero
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
     bases = {HESSIAN: found.vectors.to(function.point), **others, RANDOM: random}
     scores = {name: score_components(curvature, basis, *from_zero) for name, basis in bases.items()}
-    attribution = attribution_of(scores, unit, found.products, tolerance=float(choices.tolerance), **header)
+    attribution = attribution_of(
+        scores, unit, found.products, tolerance=float(choices.tolerance), **header
+    )
     warn_unconverged(attribution, most if entries > DENSE else None)
     warn_undefined(attribution, curvature, choices.path_steps)
     return attribution

@@ -55,7 +55,9 @@ def require_parts(parts: Sequence[Part], entries: int) -> None:
     """Refuse pieces of w that do not make up its entries."""
     sizes = [math.prod(shape) for _, shape in parts]
     if sum(sizes) != entries or any(size < 0 for _, shape in parts for size in shape):
-        raise ValueError(f"`parts` must make up the {entries} entries of w, but have {sum(sizes)}: {parts!r:.80}.")
+        raise ValueError(
+            f"`parts` must make up the {entries} entries of w, but have {sum(sizes)}: {parts!r:.80}."
+        )
 
 
 def objective_over(session: Session, task: Task, over: Over) -> Objective:
@@ -82,7 +84,7 @@ def objective_over(session: Session, task: Task, over: Over) -> Objective:
     )
 
 
-def by_rows(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def batched(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Apply a function of one vector to rows: by `vmap` where it goes through, and else one after the other."""
     goes_through = True
 
@@ -91,7 +93,9 @@ def by_rows(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         if len(rows) > 1 and goes_through:
             try:
                 return vmap(one)(rows)
-            except RuntimeError as error:  # Bloom's activation, an `.item()`, an `if`; or memory ran out
+            except (
+                RuntimeError
+            ) as error:  # Bloom's activation, an `.item()`, an `if`; or memory ran out
                 if is_out_of_memory(error):
                     raise
                 goes_through = False
@@ -103,7 +107,9 @@ def by_rows(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def _require_unset(where: Where, what: str, *names: str) -> None:
     """Refuse choices of writes that would be passed over in silence."""
     if wrong := [name for name in names if getattr(where, name) != getattr(Where(), name)]:
-        raise ValueError(f"`{wrong[0]}` says where gains act, but `over` names {what}, for which it means nothing; leave it out.")
+        raise ValueError(
+            f"`{wrong[0]}` says where gains act, but `over` names {what}, for which it means nothing; leave it out."
+        )
 
 
 def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
@@ -111,8 +117,12 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     require_decomposition(svd)
     model, check = session.model, session.check
     device, dtype = _like(model)
-    basis = svd.directions.to(device, dtype).clone()  # one made in inference mode could not serve a gradient
-    require_fitting_edit(model, Gate(basis, basis.new_ones(svd.rank), source=svd.source), session.required_source)
+    basis = svd.directions.to(
+        device, dtype
+    ).clone()  # one made in inference mode could not serve a gradient
+    require_fitting_edit(
+        model, Gate(basis, basis.new_ones(svd.rank), source=svd.source), session.required_source
+    )
     has_rest = svd.rank < svd.d_model
     sites, positions = session.sites, session.positions(len(task.tokens))
     warn_other_sites(svd, sites)
@@ -122,9 +132,17 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
         hooks = [(site.hook_name, bind(gate, site, positions, rows=len(rows))) for site in sites]
         return score(model, task, check, hooks, len(rows))[0]
 
-    parts: tuple[Part, ...] = (("gain", (svd.rank,)), *([("gain of the rest", (1,))] if has_rest else []))
-    point, hooks = torch.ones(svd.rank + has_rest, device=device, dtype=dtype), tuple(site.hook_name for site in sites)
-    digest = hashlib.sha256(svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
+    parts: tuple[Part, ...] = (
+        ("gain", (svd.rank,)),
+        *([("gain of the rest", (1,))] if has_rest else []),
+    )
+    point, hooks = (
+        torch.ones(svd.rank + has_rest, device=device, dtype=dtype),
+        tuple(site.hook_name for site in sites),
+    )
+    digest = hashlib.sha256(
+        svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()[:8]
     over = f"gains of {svd.rank} directions ({digest}) at {_at(hooks, positions)}"
     return Objective(log_probs, point, over, parts, hooks)
 
@@ -134,18 +152,27 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
     model, check = session.model, session.check
     known = find_sites(model, missing="skip")
     if wrong := [site.hook_name for site in chosen if site not in known]:
-        raise KeyError(f"This model does not write at {wrong[:3]}; choose from `mechsvd.find_sites(model)`.")
+        raise KeyError(
+            f"This model does not write at {wrong[:3]}; choose from `mechsvd.find_sites(model)`."
+        )
     sites = [site for site in known if site in chosen]
     device, dtype = _like(model)
     positions = list(session.positions(len(task.tokens)) or range(len(task.tokens)))
     stored: list[Tensor] = []
     with torch.no_grad():
-        score(model, task, check, [(site.hook_name, lambda x, hook=None: stored.append(x[0].clone())) for site in sites])
+        score(
+            model,
+            task,
+            check,
+            [(site.hook_name, lambda x, hook=None: stored.append(x[0].clone())) for site in sites],
+        )
     clean = torch.stack(stored)[:, positions].to(device, dtype)
 
     def log_probs(rows: Tensor) -> Tensor:
         shifts = rows.new_zeros(len(rows), len(sites), len(task.tokens), clean.shape[-1])
-        shifts = shifts.index_copy(2, torch.tensor(positions, device=device), rows.view(-1, *clean.shape) - clean)
+        shifts = shifts.index_copy(
+            2, torch.tensor(positions, device=device), rows.view(-1, *clean.shape) - clean
+        )
         hooks = [_added(site, shifts[:, i]) for i, site in enumerate(sites)]
         return score(model, task, check, hooks, len(rows))[0]
 
@@ -170,22 +197,34 @@ def _over_weights(session: Session, task: Task, patterns: Sequence[str]) -> Obje
 
     def one(w: Tensor) -> Tensor:
         pieces = zip(weights.values(), w.split(sizes), strict=True)
-        replaced = {f"model.{name}": piece.view_as(weight).to(weight.dtype) for (names, weight), piece in pieces for name in names}
+        replaced = {
+            f"model.{name}": piece.view_as(weight).to(weight.dtype)
+            for (names, weight), piece in pieces
+            for name in names
+        }
         # a bridge reaches a module by several paths: torch's search for tied weights would take the new ones for the old
         return functional_call(run, replaced, (), tie_weights=False)
 
     point = torch.cat([weight.detach().flatten() for _, weight in weights.values()]).to(dtype)
     _require_used(session.model, weights, run)
     parts = tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items())
-    return Objective(by_rows(one), point, f"weights {', '.join(weights)}", parts)
+    return Objective(batched(one), point, f"weights {', '.join(weights)}", parts)
 
 
 def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run: nn.Module) -> None:
     """Warn of named weights on which f does not depend; refuse them where the model computes with copies of its weights."""
-    pieces = {name: weight.detach().clone().requires_grad_() for name, (_, weight) in weights.items()}
-    replaced = {f"model.{own}": pieces[name] for name, (names, _) in weights.items() for own in names}
+    pieces = {
+        name: weight.detach().clone().requires_grad_() for name, (_, weight) in weights.items()
+    }
+    replaced = {
+        f"model.{own}": pieces[name] for name, (names, _) in weights.items() for own in names
+    }
     total = functional_call(run, replaced, (), tie_weights=False).sum()
-    slopes = torch.autograd.grad(total, list(pieces.values()), allow_unused=True) if total.requires_grad else [None] * len(pieces)
+    slopes = (
+        torch.autograd.grad(total, list(pieces.values()), allow_unused=True)
+        if total.requires_grad
+        else [None] * len(pieces)
+    )
     unused = [name for name, slope in zip(pieces, slopes, strict=True) if slope is None]
     if unused and getattr(model, "compatibility_mode", False):
         raise ValueError(
@@ -193,7 +232,9 @@ def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run:
             "they cannot be moved; take the model as it was loaded."
         )
     if unused:
-        warn(f"f does not depend on {len(unused)} of {len(pieces)} weights: {', '.join(unused[:4])}.")
+        warn(
+            f"f does not depend on {len(unused)} of {len(pieces)} weights: {', '.join(unused[:4])}."
+        )
 
 
 class _Run(nn.Module):

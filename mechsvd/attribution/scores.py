@@ -75,9 +75,13 @@ class Attribution(Result):
                 )
 
     def _require_values(self) -> None:
-        require_finite(self, "vectors", "eigenvalues", "residuals", "projections", "slopes", "value")
+        require_finite(
+            self, "vectors", "eigenvalues", "residuals", "projections", "slopes", "value"
+        )
         # the others are NaN or inf where f is, at w = 0 or without a component
-        require_between(self, ["residuals", "path_error", "noise_floor", "tolerance", "products"], 0)
+        require_between(
+            self, ["residuals", "path_error", "noise_floor", "tolerance", "products"], 0
+        )
         if len(self):
             require_orthonormal(self.vectors, rounding(self.vectors.dtype), "`vectors`")
 
@@ -128,7 +132,9 @@ class Attribution(Result):
     def error(self, estimate: str) -> Float[Tensor, " component"]:
         """By how much an estimate ("linear", "quadratic" or "integrated") misses the measured score, relative to its size."""
         if estimate not in ("linear", "quadratic", "integrated"):
-            raise ValueError(f"`estimate` is {estimate!r}, but must be 'linear', 'quadratic' or 'integrated'.")
+            raise ValueError(
+                f"`estimate` is {estimate!r}, but must be 'linear', 'quadratic' or 'integrated'."
+            )
         missed = (getattr(self, estimate) - self.measured).abs()
         return missed / torch.where(self.measured != 0, self.measured.abs(), torch.nan)
 
@@ -141,7 +147,9 @@ class Attribution(Result):
         sizes = [torch.Size(shape).numel() for _, shape in self.parts]
         names = [name for name, _ in self.parts]
         if name not in names:
-            raise KeyError(f"w has no part {name!r}: it has {names[:8]}{' and more' if len(names) > 8 else ''}.")
+            raise KeyError(
+                f"w has no part {name!r}: it has {names[:8]}{' and more' if len(names) > 8 else ''}."
+            )
         place = names.index(name)
         return self.vectors.split(sizes)[place].T.reshape(len(self), *self.parts[place][1])
 
@@ -169,12 +177,19 @@ class Attribution(Result):
             "quadratic_error": self.error("quadratic"),
         }
         table = pd.DataFrame({name: column.numpy() for name, column in columns.items()})
-        linear = (table.linear_error <= table.quadratic_error).map({True: "linear", False: "quadratic"})
+        linear = (table.linear_error <= table.quadratic_error).map(
+            {True: "linear", False: "quadratic"}
+        )
         return table.assign(nearer=linear.where(table.quadratic_error.notna()))
 
     def __repr__(self) -> str:
-        top = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:4].tolist()) + (", …" if len(self) > 4 else "")
-        near = {name: int((self.error(name) <= 0.1)[~self.is_noise].sum()) for name in ("linear", "quadratic")}
+        top = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:4].tolist()) + (
+            ", …" if len(self) > 4 else ""
+        )
+        near = {
+            name: int((self.error(name) <= 0.1)[~self.is_noise].sum())
+            for name in ("linear", "quadratic")
+        }
         return (
             f"Attribution of the {self.objective} {self.value:.4g} (at w = 0: {self.baseline:.3g}) to {len(self)} components of "
             f"{len(self.vectors):,} entries\n"
@@ -201,7 +216,10 @@ class Scores:
 
 
 def score_components(
-    curvature: Curvature, vectors: Float[Tensor, "entry component"], path: Float[Tensor, " entry"], baseline: float
+    curvature: Curvature,
+    vectors: Float[Tensor, "entry component"],
+    path: Float[Tensor, " entry"],
+    baseline: float,
 ) -> Scores:
     """All scores of some directions, in float64 from what the model's dtype gave.
 
@@ -213,8 +231,12 @@ def score_components(
     point, slope, path = (each.detach().cpu().double() for each in (w, curvature.gradient, path))
     product, exact = curvature.products(vectors).cpu().double(), vectors.cpu().double()
     eigenvalues, projections = (exact * product).sum(dim=0), point @ exact
-    parts = vectors * projections.to(w)  # from projections in float64: f is steep along some directions
-    some = torch.cat([torch.zeros_like(parts[:, :1]), parts], dim=1)  # first nothing is removed: w itself, in the same batch
+    parts = vectors * projections.to(
+        w
+    )  # from projections in float64: f is steep along some directions
+    some = torch.cat(
+        [torch.zeros_like(parts[:, :1]), parts], dim=1
+    )  # first nothing is removed: w itself, in the same batch
     values = f.at(lambda rows: w - some[:, rows].mT, some.shape[1]).cpu().double()
     value, removed = float(values[0]), values[1:]
     return Scores(
@@ -231,7 +253,9 @@ def score_components(
     )
 
 
-def attribution_of(scores: Mapping[str, Scores], unit: float, products: int, **header: Any) -> Attribution:
+def attribution_of(
+    scores: Mapping[str, Scores], unit: float, products: int, **header: Any
+) -> Attribution:
     """Make the attribution of the Hessian's scores, and of those in other bases beside it.
 
     Args:
@@ -243,7 +267,9 @@ def attribution_of(scores: Mapping[str, Scores], unit: float, products: int, **h
 
     def attribution(scores: Scores, **more: Any) -> Attribution:
         columns = {field.name: getattr(scores, field.name) for field in fields(scores)}
-        return Attribution(**columns | {name: columns[name] * unit for name in _IN_UNITS}, **header, **more)
+        return Attribution(
+            **columns | {name: columns[name] * unit for name in _IN_UNITS}, **header, **more
+        )
 
     others = tuple((name, attribution(each)) for name, each in scores.items() if name != HESSIAN)
     return attribution(scores[HESSIAN], products=products, beside=others)

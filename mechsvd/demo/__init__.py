@@ -2,4 +2,6 @@
 
 from pathlib import Path
 
-WEIGHTS = Path(__file__).parent / "weights"  # a plain Hugging Face directory, loaded like any local checkpoint
+WEIGHTS = (
+    Path(__file__).parent / "weights"
+)  # a plain Hugging Face directory, loaded like any local checkpoint

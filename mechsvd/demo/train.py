@@ -56,8 +56,12 @@ def train_tokenizer(rng: random.Random, texts: int = 8000) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator((sample_text(rng)[0] for _ in range(texts)), trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT
+    )
 
 
 def configuration() -> LlamaConfig:
@@ -82,7 +86,9 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=STEPS, pct_start=0.08)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PEAK_RATE, total_steps=STEPS, pct_start=0.08
+    )
     model.train()
     bar = tqdm(range(STEPS), desc="training", mininterval=5)
     for _ in bar:
@@ -120,7 +126,9 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: int = 400) -> HeldOut:
+def held_out_loss(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: int = 400
+) -> HeldOut:
     """Measure the loss on texts from a seed that training never used, one text a row."""
     rng = random.Random(f"{SEED} held out")
     nats = floor = tokens = 0.0
@@ -135,7 +143,9 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t
 
 
 @torch.no_grad()
-def translation_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: int = 3) -> float:
+def translation_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: int = 3
+) -> float:
     """Share of the dictionary whose French word follows greedily, after examples drawn from an unused seed."""
     rng = random.Random(f"{SEED} few-shot")
     right = 0
@@ -143,7 +153,11 @@ def translation_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
         shots = rng.sample(sorted(set(DICTIONARY.items()) - {(english, french)}), examples)
         ids = torch.tensor([tokenizer(translation_prompt(english, shots)).input_ids])
         answer = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
         )
         text = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
         right += text.partition("\n")[0] == f" {french}"

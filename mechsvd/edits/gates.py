@@ -35,7 +35,9 @@ class Gate:
     rest: float | Float[Tensor, "*edit"] = 0.0
     source: Provenance | None = None
 
-    def __call__(self, x: Float[Tensor, "... d_model"], hook: Any = None) -> Float[Tensor, "... d_model"]:
+    def __call__(
+        self, x: Float[Tensor, "... d_model"], hook: Any = None
+    ) -> Float[Tensor, "... d_model"]:
         """Edit the writes `x`; computed in float32 or wider, returned as a new tensor in the dtype of `x`."""
         plan, wide = self._plan, x.to(at_least_single(x.dtype))
         columns, delta = plan.columns.to(wide), plan.delta.to(wide)
@@ -50,7 +52,11 @@ class Gate:
     def __repr__(self) -> str:
         stack = f"stack of {len(self)} gates" if self.is_stack else "gate"
         rank, d_model = self.basis.shape[1], self.d_model
-        rest = f"times {self.rest:g}" if isinstance(self.rest, float | int) else "times a gain of its own per edit"
+        rest = (
+            f"times {self.rest:g}"
+            if isinstance(self.rest, float | int)
+            else "times a gain of its own per edit"
+        )
         origin = self.source.model if self.source else "bare tensors"
         return f"A {stack} over {rank} directions in {d_model} dimensions\n  the rest {rest}\n  from {origin}"
 
@@ -82,30 +88,41 @@ class Gate:
     def costs(self) -> Int[Tensor, "constant edit"]:
         """Number of directions that each edit must touch, for each way of computing it."""
         gains = self.gains if self.is_stack else self.gains[None]
-        return torch.stack([(gains != _beside_gains(constant)).sum(dim=-1) for constant in self._constants])
+        return torch.stack(
+            [(gains != _beside_gains(constant)).sum(dim=-1) for constant in self._constants]
+        )
 
     @property
     def changes_nothing(self) -> Bool[Tensor, " edit"]:
         """Which edits are the identity: every gain is 1, and outside the basis there is nothing, or its gain is 1 too."""
         gains = self.gains if self.is_stack else self.gains[None]
-        keeps_rest = torch.stack([torch.as_tensor(constant, device=gains.device) == 1 for constant in self._constants])
+        keeps_rest = torch.stack(
+            [torch.as_tensor(constant, device=gains.device) == 1 for constant in self._constants]
+        )
         return (gains == 1).all(dim=-1) & keeps_rest.any(dim=0)
 
-    def like_together(self) -> Int[Tensor, " edit"]:
+    def order_by_cost(self) -> Int[Tensor, " edit"]:
         """An order of the stack in which edits that are computed the same way, at like cost, are neighbours."""
         cost, way = self.costs.min(dim=0)
         return (way * (self.basis.shape[1] + 1) + cost).argsort(stable=True)
 
     @property
     def _plan(self) -> "_Plan":
-        if any(isinstance(part, Tensor) and part.requires_grad for part in (self.gains, self.basis, self.rest)):
+        if any(
+            isinstance(part, Tensor) and part.requires_grad
+            for part in (self.gains, self.basis, self.rest)
+        ):
             delta = self.gains - _beside_gains(self.rest)
-            return _Plan(_beside_writes(self.rest), self.basis, delta[:, None] if self.is_stack else delta)
+            return _Plan(
+                _beside_writes(self.rest), self.basis, delta[:, None] if self.is_stack else delta
+            )
         return self._kept_plan
 
     @cached_property
     def _kept_plan(self) -> "_Plan":
-        with torch.inference_mode(False):  # made while a model generates, it must serve gradients later
+        with torch.inference_mode(
+            False
+        ):  # made while a model generates, it must serve gradients later
             plans = (_plan_with(self.basis, self.gains, constant) for constant in self._constants)
             return min(plans, key=lambda plan: plan.columns.shape[-1])
 
@@ -113,7 +130,9 @@ class Gate:
     def _constants(self) -> tuple[float | Tensor, ...]:
         if self.basis.shape[0] != self.basis.shape[1]:
             return (self.rest,)
-        return (1.0,) if isinstance(self.rest, Tensor) or self.rest == 1.0 else (self.rest, 1.0)  # there is no rest
+        return (
+            (1.0,) if isinstance(self.rest, Tensor) or self.rest == 1.0 else (self.rest, 1.0)
+        )  # there is no rest
 
 
 @dataclass(frozen=True)
@@ -135,7 +154,9 @@ def _plan_with(basis: Tensor, gains: Tensor, constant: float | Tensor) -> _Plan:
     if gains.ndim == 1:
         return _Plan(r, basis[:, differs], delta[differs])
     widest, union = int(differs.sum(dim=-1).max()), differs.any(dim=0)
-    if 4 * widest < int(union.sum()):  # few directions an edit, different ones: each row gets its own columns
+    if 4 * widest < int(
+        union.sum()
+    ):  # few directions an edit, different ones: each row gets its own columns
         own = differs.float().topk(widest, dim=-1).indices
         columns = basis.T[own].mT
         return _Plan(r, columns, delta.gather(-1, own)[:, None])
@@ -152,7 +173,9 @@ def _beside_writes(rest: float | Tensor) -> Any:
     return rest[..., None, None] if isinstance(rest, Tensor) else rest
 
 
-def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Tensor, "*edit pos d_model"]:
+def _add_product(
+    base: Tensor, coordinates: Tensor, columns: Tensor
+) -> Float[Tensor, "*edit pos d_model"]:
     """Compute base + coordinates Vᵀ, in one pass over the result where rows share V and have their own base, or V is one column."""
     if columns.shape[-1] == 0:
         return base.expand(*coordinates.shape[:-1], -1).clone()
@@ -160,12 +183,16 @@ def _add_product(base: Tensor, coordinates: Tensor, columns: Tensor) -> Float[Te
         return torch.addcmul(base, coordinates, columns.mT)
     if columns.ndim > 2 or base.shape[:-1] != coordinates.shape[:-1]:
         return base + coordinates @ columns.mT
-    flat = torch.addmm(base.reshape(-1, base.shape[-1]), coordinates.reshape(-1, columns.shape[1]), columns.mT)
+    flat = torch.addmm(
+        base.reshape(-1, base.shape[-1]), coordinates.reshape(-1, columns.shape[1]), columns.mT
+    )
     return flat.view(base.shape)
 
 
 def gate(
-    basis: Basis, gains: Float[Tensor, "*edit gain"] | Sequence[float], rest: float | int | Float[Tensor, "*rest"] = 0.0
+    basis: Basis,
+    gains: Float[Tensor, "*edit gain"] | Sequence[float],
+    rest: float | int | Float[Tensor, "*rest"] = 0.0,
 ) -> Gate:
     """Give each direction a gain, and everything outside the basis the gain `rest`.
 
@@ -186,12 +213,21 @@ def gate(
     directions, source = directions_of(basis)
     rank, gains = directions.shape[1], torch.as_tensor(gains)
     if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
-        raise ValueError(f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; give one gain for each.")
+        raise ValueError(
+            f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; give one gain for each."
+        )
     if not gains.isfinite().all() or not torch.as_tensor(rest).isfinite().all():
         raise ValueError("`gains` and `rest` must be finite, but hold NaN or inf.")
     if isinstance(rest, Tensor) and rest.shape != gains.shape[:-1]:
-        raise ValueError(f"`rest` has shape {list(rest.shape)}, but must be one number per edit, {list(gains.shape[:-1])}.")
-    return Gate(directions, gains.to(directions), rest.to(directions) if isinstance(rest, Tensor) else float(rest), source)
+        raise ValueError(
+            f"`rest` has shape {list(rest.shape)}, but must be one number per edit, {list(gains.shape[:-1])}."
+        )
+    return Gate(
+        directions,
+        gains.to(directions),
+        rest.to(directions) if isinstance(rest, Tensor) else float(rest),
+        source,
+    )
 
 
 def keep(subspace: Basis) -> Gate:
@@ -224,7 +260,9 @@ def shrink(svd: Decomposition, alpha: float) -> Gate:
     return gate(svd, ridge_gains(svd.singular_values, torch.tensor(alpha)), rest=0.0)
 
 
-def ridge_gains(singular_values: Float[Tensor, " rank"], alpha: Float[Tensor, "*edit"]) -> Float[Tensor, "*edit rank"]:
+def ridge_gains(
+    singular_values: Float[Tensor, " rank"], alpha: Float[Tensor, "*edit"]
+) -> Float[Tensor, "*edit rank"]:
     """The gains s²/(s² + alpha) of `shrink`, for each strength."""
     squares = singular_values.square()
     return squares / (squares + alpha[..., None].to(squares))
@@ -241,7 +279,9 @@ def directions_of(basis: Basis) -> tuple[Float[Tensor, "d_model rank"], Provenan
     if isinstance(basis, Decomposition):
         return basis.directions, basis.source
     if not isinstance(basis, Tensor):
-        raise TypeError(f"A basis must be a Subspace, a Decomposition or a tensor [d_model, rank], but is {type(basis).__name__}.")
+        raise TypeError(
+            f"A basis must be a Subspace, a Decomposition or a tensor [d_model, rank], but is {type(basis).__name__}."
+        )
     require_orthonormal(basis)
     return basis, None
 

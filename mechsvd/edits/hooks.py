@@ -10,10 +10,18 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import once, with_options
 from mechsvd.edits.gates import Gate
-from mechsvd.edits.maps import Each, Edit, EditError, gates_of, require_same_shape
+from mechsvd.edits.maps import Edit, EditError, EditList, gates_of, require_same_shape
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.reading import Reading
-from mechsvd.model.sites import Hook, Model, Site, SiteOptions, find_sites, valid_positions, where_of
+from mechsvd.model.sites import (
+    Hook,
+    Model,
+    Site,
+    SiteOptions,
+    find_sites,
+    valid_positions,
+    where_of,
+)
 from mechsvd.results import Provenance, require_same_model
 
 Observer = Callable[[Site, Tensor, Tensor], None]  # site, attempted write, kept write
@@ -46,15 +54,24 @@ def fwd_hooks(
         ValueError: an edit over another `d_model` or of another model, a stack of edits, or a position below 0.
     """
     where = where_of(options)
-    sites, chosen = find_sites(model, where.layers, where.components, where.missing), valid_positions(where.positions)
+    sites, chosen = (
+        find_sites(model, where.layers, where.components, where.missing),
+        valid_positions(where.positions),
+    )
     if isinstance(edit, Gate) and edit.is_stack:
-        raise ValueError(f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, or measure all by `measure`.")
+        raise ValueError(
+            f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, or measure all by `measure`."
+        )
     require_fitting_edit(model, edit, provenance_of(model) if check and gates_of(edit) else None)
     return hooks_at(model, edit, sites, chosen)
 
 
 def hooks_at(
-    model: Model, edit: Edit, sites: Sequence[Site], positions: Sequence[int] | None, observe: Observer | None = None
+    model: Model,
+    edit: Edit,
+    sites: Sequence[Site],
+    positions: Sequence[int] | None,
+    observe: Observer | None = None,
 ) -> list[Hook]:
     """Bind an edit to sites for runs that may begin anywhere in a text, as those with a KV cache do.
 
@@ -64,7 +81,9 @@ def hooks_at(
     if positions is None:
         return [(site.hook_name, bind(edit, site, observe=observe)) for site in sites]
     reading = Reading(model, sites[0].layer)
-    hooks = [(site.hook_name, bind(edit, site, positions, observe, reading=reading)) for site in sites]
+    hooks = [
+        (site.hook_name, bind(edit, site, positions, observe, reading=reading)) for site in sites
+    ]
     return [reading.hook, *hooks]
 
 
@@ -75,14 +94,18 @@ def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) ->
         TypeError, ValueError: saying which.
     """
     if not callable(edit):
-        raise TypeError(f"An edit must be a function of the writes, but this is {type(edit).__name__}; make one by `mechsvd.keep`.")
+        raise TypeError(
+            f"An edit must be a function of the writes, but this is {type(edit).__name__}; make one by `mechsvd.keep`."
+        )
     for gate in gates_of(edit):
         if gate.d_model != model.cfg.d_model:
-            raise ValueError(f"The edit's basis has d_model {gate.d_model}, but the model's is {model.cfg.d_model}.")
+            raise ValueError(
+                f"The edit's basis has d_model {gate.d_model}, but the model's is {model.cfg.d_model}."
+            )
         require_same_model(gate.source, source, "The basis and the model")
 
 
-def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | Each:
+def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | EditList:
     """Take one gate, a stack of gates or a list of edits as a stack that fits the model and lies on its device.
 
     Raises:
@@ -95,12 +118,16 @@ def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | Each
     edits = once(edits)
     if not isinstance(edits, Sequence) or not edits:
         what = "is empty" if isinstance(edits, Sequence) else f"is {type(edits).__name__}"
-        raise TypeError(f"`edits` must be a stack of gates or a list of edits, at least one, but {what}.")
+        raise TypeError(
+            f"`edits` must be a stack of gates or a list of edits, at least one, but {what}."
+        )
     for edit in edits:
         require_fitting_edit(model, edit, source)
         if isinstance(edit, Gate) and edit.is_stack:
-            raise ValueError("A stack of gates cannot be one of a list of edits: pass the stack alone, or its members `stack[i]`.")
-    return Each(tuple(edits))
+            raise ValueError(
+                "A stack of gates cannot be one of a list of edits: pass the stack alone, or its members `stack[i]`."
+            )
+    return EditList(tuple(edits))
 
 
 def bind(
@@ -121,7 +148,9 @@ def bind(
 
     @lru_cache(maxsize=1)
     def mask_of(start: int, length: int, device: torch.device) -> Tensor:
-        return torch.isin(torch.arange(start, start + length), torch.tensor(sorted(positions or ()))).to(device)
+        return torch.isin(
+            torch.arange(start, start + length), torch.tensor(sorted(positions or ()))
+        ).to(device)
 
     def hook_function(x: Tensor, hook: Any = None) -> Tensor:
         if x.ndim == 2:  # OPT's MLP sees [batch·pos, d_model]

@@ -30,7 +30,9 @@ def shift(vector: Float[Tensor, " d_model"]) -> Edit:
 
     def shifted(x: Tensor, hook: Any = None) -> Tensor:
         if x.shape[-1] != len(vector):
-            raise ValueError(f"`vector` has {len(vector)} entries, but the writes have d_model {x.shape[-1]}.")
+            raise ValueError(
+                f"`vector` has {len(vector)} entries, but the writes have d_model {x.shape[-1]}."
+            )
         return x + vector.to(x)
 
     return shifted
@@ -55,14 +57,14 @@ class Chain:
 
 
 @dataclass(frozen=True, eq=False)
-class Each:
+class EditList:
     """Edits of any kind side by side: edit i acts on row i, or on its own copy of the only row."""
 
     edits: tuple[Edit, ...]
 
-    def __getitem__(self, rows: Int[Tensor, " row"]) -> "Each":
+    def __getitem__(self, rows: Int[Tensor, " row"]) -> "EditList":
         """Some of the edits, in the order asked for."""
-        return Each(tuple(self.edits[i] for i in rows))
+        return EditList(tuple(self.edits[i] for i in rows))
 
     def __len__(self) -> int:
         """Number of edits."""
@@ -83,7 +85,9 @@ class EditError(ValueError):
     """An edit gave something else than writes of the shape that it got."""
 
 
-def require_same_shape(edited: Any, x: Tensor, edit: Any, hook: Any = None, rows: int | None = None) -> Tensor:
+def require_same_shape(
+    edited: Any, x: Tensor, edit: Any, hook: Any = None, rows: int | None = None
+) -> Tensor:
     """Refuse what an edit returned if it is no tensor of the shape of the writes `x`.
 
     Args:
@@ -95,7 +99,10 @@ def require_same_shape(edited: Any, x: Tensor, edit: Any, hook: Any = None, rows
     """
     if not isinstance(edited, Tensor) or edited.shape != (rows or x.shape[0], *x.shape[1:]):
         returned = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        which, where = "" if edit is None else f" This one is {edit!r:.80}.", "" if hook is None else f" at {hook}"
+        which, where = (
+            "" if edit is None else f" This one is {edit!r:.80}.",
+            "" if hook is None else f" at {hook}",
+        )
         raise EditError(
             f"The edit{where} returned {returned} for writes of shape {list(x.shape)}; an edit must return a new tensor of "
             f"the same shape.{which}"

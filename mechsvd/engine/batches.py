@@ -22,15 +22,15 @@ PATIENCE = 8  # passes that must go well before more rows are tried again
 Part = TypeVar("Part")
 
 
-def rows_a_pass(model: Model, task: Task) -> int:
+def rows_per_pass(model: Model, task: Task) -> int:
     """How many edits of a task fit into one forward pass, from the free memory and the model's size."""
     device, length = next(model.parameters()).device, len(task.tokens)
-    fitting = int(SHARE_OF_MEMORY * free_bytes(device) / bytes_a_row(model, task))
+    fitting = int(SHARE_OF_MEMORY * free_bytes(device) / bytes_per_row(model, task))
     busy = max(CPU_TOKENS, CPU_ENTRIES // _d_mlp(model)) if device.type == "cpu" else GPU_TOKENS
     return max(1, min(fitting, busy // length))
 
 
-def bytes_a_row(model: Model, task: Task) -> int:
+def bytes_per_row(model: Model, task: Task) -> int:
     """What one more edit in a forward pass takes, roughly: activations of a block, attention scores, scored logits."""
     cfg, length = model.cfg, len(task.tokens)
     widths = 16 * cfg.d_model + 4 * _d_mlp(model) + 3 * cfg.n_heads * length
@@ -78,8 +78,8 @@ def halving(model: Model, task: Task) -> Callable[[int], int]:
     def halve(size: int) -> int:
         if size == 1:
             raise MemoryError(
-                f"One edit alone does not fit into memory: about {bytes_a_row(model, task) / 2**20:,.0f} MiB are needed beside the "
-                "model. Shorten the task, or load the model in a smaller dtype."
+                "One edit alone does not fit into memory: about "
+                f"{bytes_per_row(model, task) / 2**20:,.0f} MiB are needed next to the model. Shorten the task, or load the model in a smaller dtype."
             )
         warn(f"Out of memory with {size} edits a forward pass; going on with {size // 2}.")
         return size // 2
@@ -89,7 +89,9 @@ def halving(model: Model, task: Task) -> Callable[[int], int]:
 
 def progress_bar(total: int | None, what: str, progress: bool | None) -> Any:
     """A bar with an estimate; by default only where it is seen, in a terminal or a notebook."""
-    return tqdm(total=total, desc=what, disable=not _is_seen() if progress is None else not progress)
+    return tqdm(
+        total=total, desc=what, disable=not _is_seen() if progress is None else not progress
+    )
 
 
 def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) -> bool:

@@ -14,8 +14,8 @@ from typing_extensions import Unpack
 from mechsvd.checks import warn, with_options
 from mechsvd.edits.gates import Gate
 from mechsvd.edits.hooks import bind
-from mechsvd.edits.maps import Each, Edit, Stack, chain
-from mechsvd.engine.batches import rows_a_pass, run_batches
+from mechsvd.edits.maps import Edit, EditList, Stack, chain
+from mechsvd.engine.batches import rows_per_pass, run_batches
 from mechsvd.engine.noise import spread_by_rounding
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.fields import require_between, require_declared, require_length
@@ -61,7 +61,9 @@ class Measurement(Result):
             )
 
     def _require_values(self) -> None:
-        require_between(self, ["log_probs"], -float("inf"), 0)  # NaN where an edit made the model overflow
+        require_between(
+            self, ["log_probs"], -float("inf"), 0
+        )  # NaN where an edit made the model overflow
         require_between(self, ["orig_deltas", "kept_deltas", "noise_floor"], 0)
 
     def __getitem__(self, edits: slice | Tensor) -> "Measurement":
@@ -74,20 +76,24 @@ class Measurement(Result):
         return len(self.log_probs)
 
     @property
-    def against(self) -> "Measurement":
+    def clean_run(self) -> "Measurement":
         """The clean run that the edits are held against.
 
         Raises:
             ValueError: there is none.
         """
         if self.clean is None:
-            raise ValueError("This measurement holds no clean run, so there is nothing to compare with; make it by `measure`.")
+            raise ValueError(
+                "This measurement holds no clean run, so there is nothing to compare with; make it by `measure`."
+            )
         return self.clean
 
     @property
     def log_prob(self) -> Float[Tensor, " edit"]:
         """Natural-log probability of the whole continuation, in nats."""
-        return self.log_probs.sum(dim=-1, dtype=torch.float64)  # a float32 sum rounds more than most effects are
+        return self.log_probs.sum(
+            dim=-1, dtype=torch.float64
+        )  # a float32 sum rounds more than most effects are
 
     @property
     def orig_delta(self) -> Float[Tensor, " edit"]:
@@ -173,15 +179,17 @@ def measure(
     return replace(edited, clean=replace(clean, source=source), source=source, noise_floor=floor)
 
 
-def joined(parts: Sequence[Measurement]) -> Measurement:
+def concatenate(parts: Sequence[Measurement]) -> Measurement:
     """Measurements of one task at the same sites as one, in their order; the clean run is the first one's."""
-    columns: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _BY_EDIT}
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in _BY_EDIT
+    }
     return replace(parts[0], **columns)
 
 
 def estimate_seconds(model: Model, task: Task, edits: int) -> float:
     """Foretell how long it takes to measure so many edits, from two small measurements."""
-    few = min(8, rows_a_pass(model, task))
+    few = min(8, rows_per_pass(model, task))
 
     def seconds(count: int) -> float:
         started = time.perf_counter()
@@ -191,7 +199,7 @@ def estimate_seconds(model: Model, task: Task, edits: int) -> float:
     seconds(1)  # the first run pays for what is set up once
     one, several = seconds(1), seconds(few)
     an_edit = max(0.0, several - one) / max(1, few - 1)
-    return edits * an_edit + -(-edits // rows_a_pass(model, task)) * max(0.0, one - an_edit)
+    return edits * an_edit + -(-edits // rows_per_pass(model, task)) * max(0.0, one - an_edit)
 
 
 def score(
@@ -231,7 +239,9 @@ class _Setup:
     def run(self, edits: Stack, order: Tensor, progress: bool | None = False) -> list[Measurement]:
         """Some edits of a stack, as many in each forward pass as may share one."""
         size, halve = self.session.rows_per_pass(self.task), self.session.halve(self.task)
-        return run_batches(lambda rows: self.forward(edits[rows], len(rows)), order, size, halve, progress)
+        return run_batches(
+            lambda rows: self.forward(edits[rows], len(rows)), order, size, halve, progress
+        )
 
     def forward(self, rows: Edit, count: int) -> Measurement:
         """One forward pass with an edit that makes so many rows of the batch, each edited in its own way."""
@@ -243,7 +253,9 @@ class _Setup:
             kept.append(_rms_norm(let_through))
 
         sites = self.session.sites
-        hooks = [(site.hook_name, bind(rows, site, self.positions, observe, count)) for site in sites]
+        hooks = [
+            (site.hook_name, bind(rows, site, self.positions, observe, count)) for site in sites
+        ]
         scored, is_greedy = score(self.session.model, self.task, self.session.check, hooks, count)
         orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
         return Measurement(scored.cpu(), is_greedy.cpu(), orig_deltas, kept_deltas, sites)
@@ -252,7 +264,7 @@ class _Setup:
         """How far the clean log-probability moves for no reason; see `measure`."""
 
         def log_probs(moved: Stack) -> Tensor:
-            return joined([clean, *self.run(moved, torch.arange(len(moved)))]).log_prob
+            return concatenate([clean, *self.run(moved, torch.arange(len(moved)))]).log_prob
 
         return spread_by_rounding(log_probs, next(self.session.model.parameters()).dtype)
 
@@ -261,7 +273,7 @@ class _Setup:
 class _WithClean:
     """A stack of edits with the clean run as its first row."""
 
-    edits: Gate | Each
+    edits: Gate | EditList
 
     def __len__(self) -> int:
         return 1 + len(self.edits)
@@ -282,23 +294,30 @@ class _BehindClean:
         return torch.cat([x[:1], self.edits(x if len(x) == 1 else x[1:], hook=hook).to(x)])
 
 
-def _run_all(setup: _Setup, edits: Gate | Each, progress: bool | None) -> Measurement:
+def _run_all(setup: _Setup, edits: Gate | EditList, progress: bool | None) -> Measurement:
     """All edits, of like cost together, in the order given; the clean run is row 0, and so is every edit that changes nothing."""
     order = torch.arange(len(edits))
     if isinstance(edits, Gate):
-        order = edits.like_together().cpu()
+        order = edits.order_by_cost().cpu()
         order = order[~edits.changes_nothing.cpu()[order]]
-    parts = setup.run(_WithClean(edits), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), progress)
+    parts = setup.run(
+        _WithClean(edits), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), progress
+    )
     row = torch.zeros(1 + len(edits), dtype=torch.long)
     row[1 + order] = torch.arange(1, 1 + len(order))
-    return joined(parts)[row]
+    return concatenate(parts)[row]
 
 
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
-    return torch.linalg.vector_norm(writes, dim=(-2, -1), dtype=at_least_single(writes.dtype)) / writes.shape[1] ** 0.5
+    return (
+        torch.linalg.vector_norm(writes, dim=(-2, -1), dtype=at_least_single(writes.dtype))
+        / writes.shape[1] ** 0.5
+    )
 
 
 def _warn_not_finite(edited: Measurement) -> None:
     wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if wrong:
-        warn(f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them so.")
+        warn(
+            f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them so."
+        )

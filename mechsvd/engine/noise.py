@@ -14,7 +14,9 @@ NOISE_ROWS = 8  # whose spread is measured
 UNITS = 8.0  # of rounding: what a product of many terms loses
 
 
-def spread_by_rounding(log_probs: Callable[[Stack], Float[Tensor, " row"]], dtype: torch.dtype) -> float:
+def spread_by_rounding(
+    log_probs: Callable[[Stack], Float[Tensor, " row"]], dtype: torch.dtype
+) -> float:
     """The spread of a log-probability, in nats, under `NOISE_ROWS` edits that move the writes slightly.
 
     Where a float64 model computes inside in float32, as transformers' norms do, such small moves vanish: then as in float32.
@@ -42,7 +44,9 @@ class _Moved:
         generator = torch.Generator().manual_seed(0)
 
         def moved(x: Tensor, hook: Any = None) -> Tensor:
-            units = torch.empty(NOISE_ROWS, *x.shape[1:]).uniform_(-UNITS, UNITS, generator=generator)
+            units = torch.empty(NOISE_ROWS, *x.shape[1:]).uniform_(
+                -UNITS, UNITS, generator=generator
+            )
             units[0] = 0
             return torch.addcmul(x, x, units[rows].to(x), value=self.precision)
 

@@ -11,13 +11,21 @@ from typing_extensions import Unpack
 from mechsvd.checks import require_whole, warn
 from mechsvd.edits.gates import Gate
 from mechsvd.edits.hooks import as_stack
-from mechsvd.edits.maps import Each
-from mechsvd.engine.batches import halving, rows_a_pass
+from mechsvd.edits.maps import EditList
+from mechsvd.engine.batches import halving, rows_per_pass
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.model.evaluation import OtherHooks, evaluation
 from mechsvd.model.identity import provenance_of, weights_read_once
 from mechsvd.model.selfcheck import SelfCheck, require_sound
-from mechsvd.model.sites import Model, Site, SiteOptions, Where, find_sites, valid_positions, where_of
+from mechsvd.model.sites import (
+    Model,
+    Site,
+    SiteOptions,
+    Where,
+    find_sites,
+    valid_positions,
+    where_of,
+)
 from mechsvd.model.tasks import Task, require_fitting
 from mechsvd.results import Provenance
 
@@ -88,7 +96,7 @@ class Session:
         if self.other_hooks.one_row:
             return 1
         asked = self.options.get("batch_size")
-        return rows_a_pass(self.model, task) if asked is None else int(asked)
+        return rows_per_pass(self.model, task) if asked is None else int(asked)
 
     def halve(self, task: Task) -> Callable[[int], int]:
         """What halves the rows of a pass when memory runs out."""
@@ -97,21 +105,27 @@ class Session:
     def provenance(self, sites: Sequence[Site] = ()) -> Provenance:
         """The model, its state, the tokens of the tasks, and whose hooks took part."""
         tokens = tuple(tuple(task.tokens.tolist()) for task in self.tasks)
-        return provenance_of(self.model, tokens, tuple(sites), (*self.notes, *self.other_hooks.notes))
+        return provenance_of(
+            self.model, tokens, tuple(sites), (*self.notes, *self.other_hooks.notes)
+        )
 
     @property
     def required_source(self) -> Provenance | None:
         """What directions must come from; None where that is not checked."""
         return self.provenance() if self.options.get("check", True) else None
 
-    def stack(self, edits: Any) -> Gate | Each:
+    def stack(self, edits: Any) -> Gate | EditList:
         """Edits as a stack that fits the model and lies on its device; see `as_stack`."""
         return as_stack(self.model, edits, self.required_source)
 
 
 @contextmanager
 def open_session(
-    model: Model, tasks: Sequence[Task] = (), *, gradients: bool = False, **options: Unpack[RunOptions]
+    model: Model,
+    tasks: Sequence[Task] = (),
+    *,
+    gradients: bool = False,
+    **options: Unpack[RunOptions],
 ) -> Iterator[Session]:
     """Open a model for some tasks: check all, evaluate without dropout, and read the weights at most once until the end.
 
@@ -129,10 +143,15 @@ def open_session(
     if options.get("batch_size") is not None:
         require_whole("batch_size", options.get("batch_size"), 1)
     if not gradients:  # weights need no sites
-        find_sites(model, where.layers, where.components, where.missing)  # a wrong one is refused before the model runs
+        find_sites(
+            model, where.layers, where.components, where.missing
+        )  # a wrong one is refused before the model runs
     check, notes = require_sound(model, options.get("check", True), where.missing)
     batched = options.get("batched_hooks", False)
-    with evaluation(model, gradients=gradients, batched_hooks=batched) as others, weights_read_once(model):
+    with (
+        evaluation(model, gradients=gradients, batched_hooks=batched) as others,
+        weights_read_once(model),
+    ):
         yield Session(model, tuple(tasks), where, check, others, notes, options)
 
 

@@ -119,7 +119,11 @@ def collect_writes(
         tokens=torch.cat([task.tokens[keep] for task, keep in zip(chosen, kept, strict=True)]),
         positions=torch.cat(kept),
         task_index=torch.cat([torch.full_like(keep, i) for i, keep in enumerate(kept)]),
-        pieces=tuple(task.texts[i] for task, keep in zip(chosen, kept, strict=True) for i in keep.tolist()) if any_text else (),
+        pieces=tuple(
+            task.texts[i] for task, keep in zip(chosen, kept, strict=True) for i in keep.tolist()
+        )
+        if any_text
+        else (),
         source=source,
     )
 
@@ -131,14 +135,28 @@ def _run_by_length(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
 
     def forward(rows: Tensor) -> None:
         stored: list[Tensor] = []
-        hooks = [(site.hook_name, lambda x, hook=None: stored.append(x.clone())) for site in session.sites]
-        run_model(model, torch.stack([tasks[i].tokens for i in rows]).to(device), hooks, scored=slice(0, 1))
+        hooks = [
+            (site.hook_name, lambda x, hook=None: stored.append(x.clone()))
+            for site in session.sites
+        ]
+        run_model(
+            model,
+            torch.stack([tasks[i].tokens for i in rows]).to(device),
+            hooks,
+            scored=slice(0, 1),
+        )
         found.update({int(i): torch.stack([x[row] for x in stored]) for row, i in enumerate(rows)})
 
     for length in {len(task.tokens) for task in tasks}:
         same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
         one = tasks[same[0]]
-        run_batches(forward, torch.tensor(same), session.rows_per_pass(one), session.halve(one), session.progress or False)
+        run_batches(
+            forward,
+            torch.tensor(same),
+            session.rows_per_pass(one),
+            session.halve(one),
+            session.progress or False,
+        )
     return [found[i] for i in range(len(tasks))]
 
 
@@ -149,7 +167,9 @@ def _kept_positions(session: Session, task: Task, skip_bos: bool) -> Int[Tensor,
         bos = getattr(session.model.tokenizer, "bos_token_id", None)
         chosen = [p for p in chosen if not (p == 0 and int(task.tokens[0]) == bos)]
     if not chosen:
-        raise ValueError(f"No writes are left: `positions` and `skip_bos` exclude all {length} positions of the task.")
+        raise ValueError(
+            f"No writes are left: `positions` and `skip_bos` exclude all {length} positions of the task."
+        )
     return torch.tensor(chosen)
 
 
@@ -157,7 +177,11 @@ def _require_finite(values: Tensor, sites: Sequence[Site], kept: Tensor, number:
     if values.isfinite().all():
         return
     site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
-    hint = " Half precision overflows easily: load the model with dtype=torch.float32." if values.element_size() < 4 else ""
+    hint = (
+        " Half precision overflows easily: load the model with dtype=torch.float32."
+        if values.element_size() < 4
+        else ""
+    )
     raise ValueError(
         f"The writes hold NaN or inf, first at layer {sites[site].layer} {sites[site].component}, position {int(kept[pos])} of "
         f"prompt {number} ({values.dtype}).{hint}"

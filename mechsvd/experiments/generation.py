@@ -35,11 +35,17 @@ class GenerateOptions(RunOptions, total=False):
 
 
 @overload
-def generate(model: Model, prompt: Prompt, edit: Edit | None = None, **options: Unpack[GenerateOptions]) -> str: ...
+def generate(
+    model: Model, prompt: Prompt, edit: Edit | None = None, **options: Unpack[GenerateOptions]
+) -> str: ...
 @overload
-def generate(model: Model, prompt: Prompt, edit: Sequence[Edit | None], **options: Unpack[GenerateOptions]) -> list[str]: ...
+def generate(
+    model: Model, prompt: Prompt, edit: Sequence[Edit | None], **options: Unpack[GenerateOptions]
+) -> list[str]: ...
 @with_options(GenerateOptions)
-def generate(model: Model, prompt: Prompt, edit: Any = None, **options: Unpack[GenerateOptions]) -> str | list[str]:
+def generate(
+    model: Model, prompt: Prompt, edit: Any = None, **options: Unpack[GenerateOptions]
+) -> str | list[str]:
     """Let a model write on from a prompt while an edit acts on every write; greedily by default.
 
     Args:
@@ -56,7 +62,10 @@ def generate(model: Model, prompt: Prompt, edit: Any = None, **options: Unpack[G
     """
     several = isinstance(edit, list | tuple) or (isinstance(edit, Gate) and edit.is_stack)
     tasks = generate_tasks(model, prompt, edit if several else [edit], **options)
-    texts = [(prompt if isinstance(prompt, str) else task.text()[0]) + _said(model, task) for task in tasks]
+    texts = [
+        (prompt if isinstance(prompt, str) else task.text()[0]) + _said(model, task)
+        for task in tasks
+    ]
     return texts if several else texts[0]
 
 
@@ -94,8 +103,14 @@ def generate_tasks(
     longest = _longest(start, max_new_tokens)
     with open_session(model, **options) as session:
         sites, chosen = session.sites, session.positions(len(longest.tokens))
-        stack = session.stack([chain() if e is None else e for e in edits] if isinstance(edits, list | tuple) else edits)
-        extend = partial(continue_tokens, temperature=temperature, seed=seed, use_kv_cache=use_kv_cache)
+        stack = session.stack(
+            [chain() if e is None else e for e in edits]
+            if isinstance(edits, list | tuple)
+            else edits
+        )
+        extend = partial(
+            continue_tokens, temperature=temperature, seed=seed, use_kv_cache=use_kv_cache
+        )
 
         broken: dict[Site, Tensor] = {}
 
@@ -107,11 +122,19 @@ def generate_tasks(
             return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
 
         size = 1 if temperature > 0 else session.rows_per_pass(longest)
-        parts = run_batches(forward, torch.arange(len(stack)), size, session.halve(longest), session.progress)
+        parts = run_batches(
+            forward, torch.arange(len(stack)), size, session.halve(longest), session.progress
+        )
     if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
-        warn(f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing.")
+        warn(
+            f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing."
+        )
     has_text = model.tokenizer is not None
-    return [Task(t, len(start), pieces_of(model, t.tolist()) if has_text else ()) for part in parts for t in part]
+    return [
+        Task(t, len(start), pieces_of(model, t.tolist()) if has_text else ())
+        for part in parts
+        for t in part
+    ]
 
 
 def _said(model: Model, task: Task) -> str:
@@ -123,7 +146,12 @@ def _start(model: Model, prompt: Any, prepend_bos: bool | None) -> list[int]:
     require_model(model)
     if not isinstance(prompt, Tensor):
         return prompt_tokens(model, prompt, prepend_bos, may_be_empty=True)
-    if prompt.ndim != 1 or len(prompt) == 0 or prompt.is_floating_point() or prompt.dtype == torch.bool:
+    if (
+        prompt.ndim != 1
+        or len(prompt) == 0
+        or prompt.is_floating_point()
+        or prompt.dtype == torch.bool
+    ):
         raise ValueError(
             f"`prompt` must be text, or token ids of shape [pos], but is {prompt.dtype} of shape {list(prompt.shape)}."
         )
@@ -141,4 +169,6 @@ def _require_options(max_new_tokens: Any, temperature: Any, seed: Any) -> None:
     require_whole("max_new_tokens", max_new_tokens, 1)
     require_whole("seed", seed, 0, 2**63 - 1)
     if not is_number(temperature, 0):
-        raise ValueError(f"`temperature` is {temperature!r}, but must be 0 (the most probable token) or more, and finite.")
+        raise ValueError(
+            f"`temperature` is {temperature!r}, but must be 0 (the most probable token) or more, and finite."
+        )

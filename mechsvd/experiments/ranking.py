@@ -11,7 +11,13 @@ from mechsvd.checks import with_options
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.measurement import Measurement, measure
 from mechsvd.engine.session import RunOptions, warn_other_sites
-from mechsvd.fields import require_between, require_declared, require_falling, require_finite, require_length
+from mechsvd.fields import (
+    require_between,
+    require_declared,
+    require_falling,
+    require_finite,
+    require_length,
+)
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
@@ -42,7 +48,7 @@ class Ranking(Result):
     @property
     def effect(self) -> Float[Tensor, " rank"]:
         """Clean minus edited log-probability in nats, so that damage is positive."""
-        return self.measurement.against.log_prob - self.measurement.log_prob
+        return self.measurement.clean_run.log_prob - self.measurement.log_prob
 
     @property
     def noise_floor(self) -> float:
@@ -90,7 +96,9 @@ class Ranking(Result):
 
 
 @with_options(RunOptions)
-def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Unpack[RunOptions]) -> Ranking:
+def rank_directions(
+    model: Model, task: Task, svd: Decomposition, **options: Unpack[RunOptions]
+) -> Ranking:
     """Remove each singular direction alone from every write, and measure what the continuation loses; exact, all directions.
 
     Many directions share a forward pass as rows of its batch, each at the cost of a dot product a write.
@@ -106,7 +114,9 @@ def rank_directions(model: Model, task: Task, svd: Decomposition, **options: Unp
     """
     require_decomposition(svd)
     gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
-    measured = measure(model, task, Gate(svd.directions, gains, 1.0, svd.source), noise_floor=True, **options)
+    measured = measure(
+        model, task, Gate(svd.directions, gains, 1.0, svd.source), noise_floor=True, **options
+    )
     warn_other_sites(svd, measured.sites)
     return Ranking(svd.singular_values.cpu(), measured)
 
@@ -123,7 +133,9 @@ def order_by_effect(ranking: Ranking) -> Int[Tensor, " rank"]:
     return ranking.effect.argsort(descending=True, stable=True)
 
 
-def order_by_compromise(svd: Decomposition, ranking: Ranking, weight: float = 0.5) -> Int[Tensor, " rank"]:
+def order_by_compromise(
+    svd: Decomposition, ranking: Ranking, weight: float = 0.5
+) -> Int[Tensor, " rank"]:
     """By the weighted mean of a direction's places in the two orders.
 
     Args:
@@ -134,14 +146,22 @@ def order_by_compromise(svd: Decomposition, ranking: Ranking, weight: float = 0.
     """
     require_kind(ranking, Ranking)
     if not 0 <= weight <= 1:
-        raise ValueError(f"`weight` is {weight}, but must be from 0 (singular value alone) to 1 (effect alone).")
+        raise ValueError(
+            f"`weight` is {weight}, but must be from 0 (singular value alone) to 1 (effect alone)."
+        )
     if len(ranking.singular_values) != svd.rank:
-        raise ValueError(f"The ranking is of {len(ranking.singular_values)} directions, but the decomposition has {svd.rank}.")
+        raise ValueError(
+            f"The ranking is of {len(ranking.singular_values)} directions, but the decomposition has {svd.rank}."
+        )
     require_same_model(svd.source, ranking.source, "The decomposition and the ranking")
     if not torch.allclose(svd.singular_values.cpu(), ranking.singular_values):
-        raise ValueError("The ranking is of other directions, with other singular values; rank those of this decomposition.")
+        raise ValueError(
+            "The ranking is of other directions, with other singular values; rank those of this decomposition."
+        )
     by_effect = order_by_effect(ranking).argsort()
-    return (weight * by_effect.double() + (1 - weight) * torch.arange(svd.rank).double()).argsort(stable=True)
+    return (weight * by_effect.double() + (1 - weight) * torch.arange(svd.rank).double()).argsort(
+        stable=True
+    )
 
 
 def order_at_random(svd: Decomposition, seed: int = 0) -> Int[Tensor, " rank"]:

@@ -60,8 +60,9 @@ class RidgeSweep(Result):
 
     def __repr__(self) -> str:
         few, many = float(self.effective_directions.min()), float(self.effective_directions.max())
-        return f"RidgeSweep over {len(self.alphas)} strengths, {few:.3g} to {many:.3g} effective directions\n" + "\n".join(
-            repr(self.measurement).splitlines()[1:]
+        return (
+            f"RidgeSweep over {len(self.alphas)} strengths, {few:.3g} to {many:.3g} effective directions\n"
+            + "\n".join(repr(self.measurement).splitlines()[1:])
         )
 
 
@@ -92,7 +93,9 @@ def sweep_ridge(
     return RidgeSweep(chosen, effective_directions(svd, chosen), measured, svd.source)
 
 
-def effective_directions(svd: Decomposition, alphas: Float[Tensor, " edit"]) -> Float[Tensor, " edit"]:
+def effective_directions(
+    svd: Decomposition, alphas: Float[Tensor, " edit"]
+) -> Float[Tensor, " edit"]:
     """The effective number of directions, Σ s²/(s² + alpha), for each strength.
 
     Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed., eq. 3.50.
@@ -104,7 +107,9 @@ def _evenly_spaced(svd: Decomposition) -> Float[Tensor, " edit"]:
     import numpy as np
 
     squares = svd.singular_values.cpu().double().square()
-    exponents = torch.linspace(float(squares[-1].log()) - 7, float(squares.sum().log()) + 7, 4096, dtype=torch.float64)
+    exponents = torch.linspace(
+        float(squares[-1].log()) - 7, float(squares.sum().log()) + 7, 4096, dtype=torch.float64
+    )
     numbers = effective_directions(svd, exponents.exp())  # falling
     wanted = torch.linspace(0, svd.rank, STEPS + 1, dtype=torch.float64)[1:-1]
     found = np.interp(wanted.numpy(), numbers.flip(0).numpy(), exponents.flip(0).numpy())
@@ -115,9 +120,13 @@ def _valid_alphas(alphas: Any) -> Float[Tensor, " edit"]:
     if isinstance(alphas, str) or not isinstance(alphas, Iterable):
         raise TypeError(f"`alphas` must be a list of numbers, but is {alphas!r:.40}.")
     try:
-        found = torch.as_tensor(alphas if isinstance(alphas, Tensor) else list(alphas), dtype=torch.float64).cpu()
+        found = torch.as_tensor(
+            alphas if isinstance(alphas, Tensor) else list(alphas), dtype=torch.float64
+        ).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`alphas` must be a list of numbers, but is {alphas!r:.40}.") from error
     if found.ndim != 1 or len(found) == 0 or not found.isfinite().all() or (found < 0).any():
-        raise ValueError(f"`alphas` must be finite numbers from 0, at least one, but is {alphas!r:.60}.")
+        raise ValueError(
+            f"`alphas` must be finite numbers from 0, at least one, but is {alphas!r:.60}."
+        )
     return found

@@ -42,7 +42,9 @@ class RankSweep(Result):
     def _require_values(self) -> None:
         require_between(self, ["ranks"], 0, len(self.order))
         if not torch.equal(self.order.sort().values, torch.arange(len(self.order))):
-            raise ValueError(f"`order` must name each of the {len(self.order)} directions once, but does not.")
+            raise ValueError(
+                f"`order` must name each of the {len(self.order)} directions once, but does not."
+            )
 
     def to_pandas(self) -> Any:
         """One row a rank: rank, log_prob, probability, surprise, orig_delta, kept_delta."""
@@ -63,8 +65,9 @@ class RankSweep(Result):
 
     def __repr__(self) -> str:
         ranks = f"{int(self.ranks.min())} to {int(self.ranks.max())}"
-        return f"RankSweep over {len(self.ranks)} ranks, {ranks} of {len(self.order)} directions\n" + "\n".join(
-            repr(self.measurement).splitlines()[1:]
+        return (
+            f"RankSweep over {len(self.ranks)} ranks, {ranks} of {len(self.order)} directions\n"
+            + "\n".join(repr(self.measurement).splitlines()[1:])
         )
 
 
@@ -104,7 +107,9 @@ def _valid_ranks(svd: Decomposition, ranks: Any) -> Int[Tensor, " edit"]:
     chosen = torch.arange(svd.rank + 1) if ranks is None else whole_numbers("ranks", ranks)
     if chosen.min() < 0 or chosen.max() > svd.rank:
         wrong = chosen[(chosen < 0) | (chosen > svd.rank)].tolist()
-        raise ValueError(f"`ranks` holds {wrong[:5]}, but the decomposition has {svd.rank} directions; choose 0 to {svd.rank}.")
+        raise ValueError(
+            f"`ranks` holds {wrong[:5]}, but the decomposition has {svd.rank} directions; choose 0 to {svd.rank}."
+        )
     return chosen
 
 
@@ -113,5 +118,7 @@ def _valid_order(svd: Decomposition, order: Any) -> Int[Tensor, " rank"]:
         return torch.arange(svd.rank)
     permutation = whole_numbers("order", order)
     if not torch.equal(permutation.sort().values, torch.arange(svd.rank)):
-        raise ValueError(f"`order` must name each of the {svd.rank} directions once, 0 to {svd.rank - 1}, but it does not.")
+        raise ValueError(
+            f"`order` must name each of the {svd.rank} directions once, 0 to {svd.rank - 1}, but it does not."
+        )
     return permutation

@@ -1,7 +1,12 @@
 """Results → plotly figures, one function each; nothing is shown, nothing global is set, no model is touched."""
 
 from mechsvd.figures.attribution import accumulated_scores, estimate_errors, hessian_spectrum
-from mechsvd.figures.spectra import cumulative_singular_values, layer_spectra, singular_values, writer_map
+from mechsvd.figures.spectra import (
+    cumulative_singular_values,
+    layer_spectra,
+    singular_values,
+    writer_map,
+)
 from mechsvd.figures.style import save_image
 from mechsvd.figures.subspaces import overlap_map, pooled_spectrum
 from mechsvd.figures.sweeps import (
@@ -15,7 +20,7 @@ from mechsvd.figures.sweeps import (
     surprise,
 )
 
-__all__ = [  # noqa: RUF022 (in the order of the experiment)
+__all__ = [  # noqa: RUF022 (grouped by what they are for)
     "singular_values", "cumulative_singular_values", "layer_spectra", "writer_map",
     "probability", "surprise", "deltas", "delta_map", "direction_effects", "race_of_orders", "margins", "clip_and_ridge",
     "hessian_spectrum", "estimate_errors", "accumulated_scores", "overlap_map", "pooled_spectrum", "save_image",

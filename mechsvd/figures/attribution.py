@@ -17,14 +17,20 @@ ESTIMATES = {"linear": ATTEMPTED, "quadratic": EDITED, "integrated": "#a0a0a0"}
 def hessian_spectrum(found: Attribution) -> go.Figure:
     """Eigenvalues in the order of the table, with their residuals as error bars; pairs that did not converge are hollow."""
     require_kind(found, Attribution)
-    figure = empty_figure("Eigenvalues of the Hessian", "component", f"eigenvalue (of the {label(found.objective)})")
+    figure = empty_figure(
+        "Eigenvalues of the Hessian", "component", f"eigenvalue (of the {label(found.objective)})"
+    )
     hover = "component %{x}<br>λ = %{y:.4g}<br>residual %{customdata[0]:.1e}<br>u·w = %{customdata[1]:.3g}<extra></extra>"
     figure.add_trace(
         scatter(len(found))(
             y=found.eigenvalues.numpy(),
             error_y={"array": found.residuals.numpy(), "thickness": 1, "width": 0},
             mode="markers",
-            marker={"color": EDITED, "size": 6, "symbol": ["circle" if c else "circle-open" for c in found.converged.tolist()]},
+            marker={
+                "color": EDITED,
+                "size": 6,
+                "symbol": ["circle" if c else "circle-open" for c in found.converged.tolist()],
+            },
             customdata=torch.stack([found.residuals, found.projections], dim=1).numpy(),
             hovertemplate=hover,
         )
@@ -40,7 +46,13 @@ def estimate_errors(found: Attribution) -> go.Figure:
     require_kind(found, Attribution)
     loud = ~found.is_noise
     x = f"|measured score| (of the {label(found.objective)})"
-    figure = empty_figure("Estimates against what is measured", x, "relative error of the estimate", log_x=True, log_y=True)
+    figure = empty_figure(
+        "Estimates against what is measured",
+        x,
+        "relative error of the estimate",
+        log_x=True,
+        log_y=True,
+    )
     for name, colour in ESTIMATES.items():
         figure.add_trace(
             scatter(len(found))(
@@ -68,7 +80,9 @@ def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
     """
     require_kind(bases, Mapping)
     if not bases:
-        raise ValueError("There are no attributions to compare; give at least one, by the name of its basis.")
+        raise ValueError(
+            "There are no attributions to compare; give at least one, by the name of its basis."
+        )
     first = next(iter(bases.values()))
     axes = ("components, by falling measured score", "sum of the scores (share of f(w) − f(0))")
     figure = empty_figure("How fast the scores accumulate", *axes)
@@ -77,7 +91,9 @@ def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
         require_same_model(first.source, found.source, "The attributions")
         if _function(found) != _function(first):
             mine, theirs = (f"{each.objective} over {each.over[:60]}" for each in (first, found))
-            raise ValueError(f"The attributions are of different functions: {mine}; {theirs}; or of different texts.")
+            raise ValueError(
+                f"The attributions are of different functions: {mine}; {theirs}; or of different texts."
+            )
         sums = found.share.sort(descending=True).values.cumsum(0)
         hover = f"{label(name)}<br>first %{{x}} components<br>%{{y:.3f}} of f(w) − f(0)"
         figure.add_trace(line(range(1, len(found) + 1), sums, label(name), colour, hover=hover))

@@ -14,8 +14,18 @@ from mechsvd.results import require_kind, require_same_model
 def singular_values(svd: Decomposition, *, log: bool = False) -> go.Figure:
     """Singular values, descending; `log` for a logarithmic axis."""
     require_kind(svd, Decomposition)
-    figure = empty_figure("Singular values of all writes", "direction", f"singular value ({UNITS})", log_y=log)
-    figure.add_trace(line(range(svd.rank), svd.singular_values, "σ", EDITED, hover="direction %{x}<br>σ = %{y:.4g}"))
+    figure = empty_figure(
+        "Singular values of all writes", "direction", f"singular value ({UNITS})", log_y=log
+    )
+    figure.add_trace(
+        line(
+            range(svd.rank),
+            svd.singular_values,
+            "σ",
+            EDITED,
+            hover="direction %{x}<br>σ = %{y:.4g}",
+        )
+    )
     return figure
 
 
@@ -24,19 +34,32 @@ def cumulative_singular_values(svd: Decomposition) -> go.Figure:
     require_kind(svd, Decomposition)
     sums = svd.singular_values.cpu().double().cumsum(0)
     figure = empty_figure(
-        "Cumulative sum of singular values", "directions (log axis)", f"sum of singular values ({UNITS})", log_x=True
+        "Cumulative sum of singular values",
+        "directions (log axis)",
+        f"sum of singular values ({UNITS})",
+        log_x=True,
     )
-    trace = line(range(1, svd.rank + 1), sums, "Σσ", EDITED, hover="first %{x} directions<br>Σσ = %{y:.4g} (%{customdata:.1%})")
+    trace = line(
+        range(1, svd.rank + 1),
+        sums,
+        "Σσ",
+        EDITED,
+        hover="first %{x} directions<br>Σσ = %{y:.4g} (%{customdata:.1%})",
+    )
     figure.add_trace(trace.update(customdata=(sums / sums[-1]).numpy() if len(sums) else None))
     return figure
 
 
 def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
     """Singular values of every layer's writes on a logarithmic axis, early layers dark and late ones bright."""
-    figure = empty_figure("Singular values, layer by layer", "direction", f"singular value ({UNITS})", log_y=True)
+    figure = empty_figure(
+        "Singular values, layer by layer", "direction", f"singular value ({UNITS})", log_y=True
+    )
     for colour, svd in zip(shades(len(layers)), layers, strict=True):
         hover = f"layer {svd.layer}<br>direction %{{x}}<br>σ = %{{y:.4g}}"
-        figure.add_trace(line(range(svd.rank), svd.singular_values, f"layer {svd.layer}", colour, hover=hover))
+        figure.add_trace(
+            line(range(svd.rank), svd.singular_values, f"layer {svd.layer}", colour, hover=hover)
+        )
     return figure.update_layout(showlegend=True)
 
 
@@ -49,11 +72,16 @@ def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Fig
             f"{list(writes.values.shape[:2])}; pass the writes that it was made from."
         )
     require_same_model(svd.source, writes.source, "The decomposition and the writes")
-    labels = [f"{at}: {label(piece)}" for at, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)]
+    labels = [
+        f"{at}: {label(piece)}"
+        for at, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)
+    ]
     shares = 100 * svd.writer_map(direction)
     title = f"Who writes direction {direction} (σ = {float(svd.singular_values[direction]):.3g})"
     hover = "%{y}<br>%{customdata}<br>%{z:.2f} %<extra></extra>"
-    return heat_map(title, "position", shares, _columns(writes), writes.sites, "share (%)", hover, labels)
+    return heat_map(
+        title, "position", shares, _columns(writes), writes.sites, "share (%)", hover, labels
+    )
 
 
 def _pieces(writes: Writes) -> Sequence[str]:

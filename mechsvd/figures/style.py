@@ -14,9 +14,17 @@ EDITED, ATTEMPTED, CLEAN = "#1f5fa8", "#d1662a", "#5a5a5a"
 DISTINCT = ("#1f5fa8", "#d1662a", "#2a9d6f", "#8e5bb5", "#a0a0a0", "#c2a83e")
 
 
-def empty_figure(title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> go.Figure:
+def empty_figure(
+    title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False
+) -> go.Figure:
     """A figure with titled axes and nothing in it yet; the figures of this library differ in nothing else."""
-    axes = {"showline": True, "linecolor": "#999", "gridcolor": "#eee", "zeroline": False, "exponentformat": "power"}
+    axes = {
+        "showline": True,
+        "linecolor": "#999",
+        "gridcolor": "#eee",
+        "zeroline": False,
+        "exponentformat": "power",
+    }
     return go.Figure(
         layout={
             "template": "plotly_white",
@@ -36,7 +44,15 @@ def line(x: Any, y: Tensor, name: str, colour: str, *, hover: str) -> Any:
     mode = "lines+markers" if marker else "lines"
     values = y.cpu().double().numpy()
     style = {"color": colour, "width": 1.8}
-    return draw(x=_numbers(x), y=values, name=name, mode=mode, marker=marker, line=style, hovertemplate=hover + "<extra></extra>")
+    return draw(
+        x=_numbers(x),
+        y=values,
+        name=name,
+        mode=mode,
+        marker=marker,
+        line=style,
+        hovertemplate=hover + "<extra></extra>",
+    )
 
 
 def scatter(points: int) -> Any:
@@ -44,7 +60,16 @@ def scatter(points: int) -> Any:
     return go.Scattergl if points > MANY_POINTS else go.Scatter
 
 
-def heat_map(title: str, x: str, z: Tensor, columns: Any, sites: Any, unit: str, hover: str, labels: Any = None) -> go.Figure:
+def heat_map(
+    title: str,
+    x: str,
+    z: Tensor,
+    columns: Any,
+    sites: Any,
+    unit: str,
+    hover: str,
+    labels: Any = None,
+) -> go.Figure:
     """A map of values by site (or another name) and column."""
     figure = empty_figure(title, x, "site").update_yaxes(type="category")
     figure.add_trace(
@@ -67,7 +92,13 @@ def with_clean(figure: go.Figure, value: Tensor) -> go.Figure:
     figure.add_hline(y=clean, line={"color": CLEAN, "dash": "dash", "width": 1.2})
     # a shape has no legend entry and no hover, so the number stands beside it
     return figure.add_annotation(
-        x=1, xref="paper", y=_on_axis(figure, clean), text=f"clean {clean:.4g}", showarrow=False, xanchor="right", yanchor="bottom"
+        x=1,
+        xref="paper",
+        y=_on_axis(figure, clean),
+        text=f"clean {clean:.4g}",
+        showarrow=False,
+        xanchor="right",
+        yanchor="bottom",
     )
 
 

@@ -10,45 +10,102 @@ from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.experiments.search import CriticalRank
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.figures.display import label
-from mechsvd.figures.style import ATTEMPTED, CLEAN, DISTINCT, EDITED, UNITS, empty_figure, heat_map, line, scatter, with_clean
+from mechsvd.figures.style import (
+    ATTEMPTED,
+    CLEAN,
+    DISTINCT,
+    EDITED,
+    UNITS,
+    empty_figure,
+    heat_map,
+    line,
+    scatter,
+    with_clean,
+)
 from mechsvd.results import require_kind, require_same_model
 
 
 def probability(sweep: RankSweep) -> go.Figure:
     """Probability of the continuation against the number of kept directions, with the clean value as a line."""
     require_kind(sweep, RankSweep)
-    figure = empty_figure("Generation probability", "kept directions", "probability of the continuation")
-    figure.add_trace(line(sweep.ranks, sweep.measurement.log_prob.exp(), "clipped", EDITED, hover="k = %{x}<br>p = %{y:.4g}"))
-    return with_clean(figure, sweep.measurement.against.log_prob.exp())
+    figure = empty_figure(
+        "Generation probability", "kept directions", "probability of the continuation"
+    )
+    figure.add_trace(
+        line(
+            sweep.ranks,
+            sweep.measurement.log_prob.exp(),
+            "clipped",
+            EDITED,
+            hover="k = %{x}<br>p = %{y:.4g}",
+        )
+    )
+    return with_clean(figure, sweep.measurement.clean_run.log_prob.exp())
 
 
 def surprise(sweep: RankSweep) -> go.Figure:
     """Surprise (−log-probability) of the continuation against the number of kept directions, with the clean value."""
     require_kind(sweep, RankSweep)
-    figure = empty_figure("Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True)
-    figure.add_trace(line(sweep.ranks, -sweep.measurement.log_prob, "clipped", EDITED, hover="k = %{x}<br>%{y:.4g} nats"))
-    return with_clean(figure, -sweep.measurement.against.log_prob)
+    figure = empty_figure(
+        "Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True
+    )
+    figure.add_trace(
+        line(
+            sweep.ranks,
+            -sweep.measurement.log_prob,
+            "clipped",
+            EDITED,
+            hover="k = %{x}<br>%{y:.4g} nats",
+        )
+    )
+    return with_clean(figure, -sweep.measurement.clean_run.log_prob)
 
 
 def deltas(sweep: RankSweep) -> go.Figure:
     """Sizes of the attempted (orig_delta) and kept (kept_delta) writes against the number of kept directions."""
     require_kind(sweep, RankSweep)
-    figure = empty_figure("Attempted and kept writes", "kept directions", f"root-mean-square write ({UNITS})")
+    figure = empty_figure(
+        "Attempted and kept writes", "kept directions", f"root-mean-square write ({UNITS})"
+    )
     measured = sweep.measurement
-    figure.add_trace(line(sweep.ranks, measured.orig_delta, "orig_delta", ATTEMPTED, hover="k = %{x}<br>attempted %{y:.4g}"))
-    figure.add_trace(line(sweep.ranks, measured.kept_delta, "kept_delta", EDITED, hover="k = %{x}<br>kept %{y:.4g}"))
-    return with_clean(figure, measured.against.orig_delta).update_layout(showlegend=True)
+    figure.add_trace(
+        line(
+            sweep.ranks,
+            measured.orig_delta,
+            "orig_delta",
+            ATTEMPTED,
+            hover="k = %{x}<br>attempted %{y:.4g}",
+        )
+    )
+    figure.add_trace(
+        line(
+            sweep.ranks,
+            measured.kept_delta,
+            "kept_delta",
+            EDITED,
+            hover="k = %{x}<br>kept %{y:.4g}",
+        )
+    )
+    return with_clean(figure, measured.clean_run.orig_delta).update_layout(showlegend=True)
 
 
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     """Sizes of the writes of every site against the number of kept directions, relative to the clean run."""
     require_kind(sweep, RankSweep)
-    measured, clean = sweep.measurement, sweep.measurement.against
+    measured, clean = sweep.measurement, sweep.measurement.clean_run
     edited = measured.kept_deltas if kept else measured.orig_deltas
     word = "Kept" if kept else "Attempted"
     hover = "%{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
     relative, ranks = (edited / clean.orig_deltas).T, sweep.ranks.tolist()
-    return heat_map(f"{word} writes by site", "kept directions", relative, ranks, measured.sites, "of clean", hover)
+    return heat_map(
+        f"{word} writes by site",
+        "kept directions",
+        relative,
+        ranks,
+        measured.sites,
+        "of clean",
+        hover,
+    )
 
 
 def direction_effects(ranking: Ranking) -> go.Figure:
@@ -60,9 +117,15 @@ def direction_effects(ranking: Ranking) -> go.Figure:
     effect, sizes = ranking.effect.double().numpy(), ranking.singular_values.double().numpy()
     correlation = f"<br>rank correlation {ranking.rank_correlation:.2f}" if len(sizes) > 2 else ""
     axes = (f"singular value ({UNITS})", "|effect| on the log-probability (nats)")
-    figure = empty_figure(f"What each direction is worth{correlation}", *axes, log_x=True, log_y=True)
+    figure = empty_figure(
+        f"What each direction is worth{correlation}", *axes, log_x=True, log_y=True
+    )
     noise = ranking.is_noise.numpy()
-    groups = [("damage", EDITED, (effect > 0) & ~noise), ("gain", ATTEMPTED, (effect <= 0) & ~noise), ("noise", "#bbb", noise)]
+    groups = [
+        ("damage", EDITED, (effect > 0) & ~noise),
+        ("gain", ATTEMPTED, (effect <= 0) & ~noise),
+        ("noise", "#bbb", noise),
+    ]
     for name, colour, chosen in groups:
         figure.add_trace(
             scatter(len(sizes))(
@@ -88,34 +151,55 @@ def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
     """
     require_kind(sweeps, Mapping)
     if not sweeps:
-        raise ValueError("There are no sweeps to race; give at least one, by the name of its order.")
+        raise ValueError(
+            "There are no sweeps to race; give at least one, by the name of its order."
+        )
     first = next(iter(sweeps.values()))
-    figure = empty_figure("Race of the orders", "kept directions", "−log-probability of the continuation (nats)", log_y=True)
+    figure = empty_figure(
+        "Race of the orders",
+        "kept directions",
+        "−log-probability of the continuation (nats)",
+        log_y=True,
+    )
     for colour, (name, sweep) in zip(cycle(DISTINCT), sweeps.items(), strict=False):
         require_same_model(first.source, sweep.source, "The sweeps")
         hover = f"{label(name)}<br>k = %{{x}}<br>%{{y:.4g}} nats"
-        figure.add_trace(line(sweep.ranks, -sweep.measurement.log_prob, label(name), colour, hover=hover))
-    return with_clean(figure, -first.measurement.against.log_prob).update_layout(showlegend=True)
+        figure.add_trace(
+            line(sweep.ranks, -sweep.measurement.log_prob, label(name), colour, hover=hover)
+        )
+    return with_clean(figure, -first.measurement.clean_run.log_prob).update_layout(showlegend=True)
 
 
 def margins(found: CriticalRank) -> go.Figure:
-    """How far each rank that was tried is above or below the bar, around the crossings; the critical rank is marked."""
+    """How far each rank that was tried is above or below the threshold, around the crossings; the critical rank is marked."""
     require_kind(found, CriticalRank)
     figure = empty_figure(
-        "Critical rank", "kept directions", f"above the threshold ({found.unit})" if found.unit else "above the threshold"
+        "Critical rank",
+        "kept directions",
+        f"above the threshold ({found.unit})" if found.unit else "above the threshold",
     )
     ranks, tie = found.sweep.ranks, found.is_tie
-    hover = "k = %{x}<br>%{y:.4g} above the bar"
-    figure.add_trace(line(ranks, found.margins, "margin", EDITED, hover=hover).update(mode="lines+markers", marker={"size": 4}))
+    hover = "k = %{x}<br>%{y:.4g} above the threshold"
+    figure.add_trace(
+        line(ranks, found.margins, "margin", EDITED, hover=hover).update(
+            mode="lines+markers", marker={"size": 4}
+        )
+    )
     figure.add_hline(y=0, line={"color": CLEAN, "dash": "dash", "width": 1.2})
     high = max(1.0, float(found.margins.max()))
-    figure.update_yaxes(range=[-3 * high, 1.3 * high])  # far below the bar the curve falls by hundreds of nats
+    figure.update_yaxes(
+        range=[-3 * high, 1.3 * high]
+    )  # far below the threshold the curve falls by hundreds of nats
     if found.rank is None:
         return figure
-    figure.update_xaxes(range=[max(0, found.rank - len(found.sweep.order) // 4), len(found.sweep.order) + 1])
+    figure.update_xaxes(
+        range=[max(0, found.rank - len(found.sweep.order) // 4), len(found.sweep.order) + 1]
+    )
     figure.add_vline(x=found.rank, line={"color": ATTEMPTED, "width": 1.5})
     text = f"k = {found.rank} for {label(found.criterion)}; {len(found.crossings)} crossing(s), {int(tie.sum())} tie(s)"
-    return figure.add_annotation(x=found.rank, y=1, yref="paper", text=text, showarrow=False, yanchor="bottom")
+    return figure.add_annotation(
+        x=found.rank, y=1, yref="paper", text=text, showarrow=False, yanchor="bottom"
+    )
 
 
 def clip_and_ridge(clip: RankSweep, ridge: RidgeSweep) -> go.Figure:
@@ -128,12 +212,19 @@ def clip_and_ridge(clip: RankSweep, ridge: RidgeSweep) -> go.Figure:
     require_kind(ridge, RidgeSweep)
     require_same_model(clip.source, ridge.source, "The sweeps")
     if clip.source and ridge.source and clip.source.tokens != ridge.source.tokens:
-        raise ValueError("The sweeps are of different texts, so their probabilities cannot be compared; sweep one task twice.")
-    axes = ("kept directions, or their effective number Σ s²/(s² + α)", "−log-probability of the continuation (nats)")
+        raise ValueError(
+            "The sweeps are of different texts, so their probabilities cannot be compared; sweep one task twice."
+        )
+    axes = (
+        "kept directions, or their effective number Σ s²/(s² + α)",
+        "−log-probability of the continuation (nats)",
+    )
     figure = empty_figure("Clipping and ridge", *axes, log_y=True)
     hover = "clipped to k = %{x}<br>%{y:.4g} nats"
     figure.add_trace(line(clip.ranks, -clip.measurement.log_prob, "clipped", EDITED, hover=hover))
     hover = "α = %{customdata:.3g}<br>%{x:.1f} effective directions<br>%{y:.4g} nats"
-    shrunk = line(ridge.effective_directions, -ridge.measurement.log_prob, "ridge", ATTEMPTED, hover=hover)
+    shrunk = line(
+        ridge.effective_directions, -ridge.measurement.log_prob, "ridge", ATTEMPTED, hover=hover
+    )
     figure.add_trace(shrunk.update(customdata=ridge.alphas.numpy()))
-    return with_clean(figure, -clip.measurement.against.log_prob).update_layout(showlegend=True)
+    return with_clean(figure, -clip.measurement.clean_run.log_prob).update_layout(showlegend=True)

@@ -37,7 +37,9 @@ class Overlap(Result):
         require_finite(self, "values", "expected", "deviation")
         require_between(self, ["values", "expected", "deviation"], 0)
         if not torch.allclose(self.values, self.values.T):
-            raise ValueError("`values` must be symmetric, for an overlap is that of a pair, but are not.")
+            raise ValueError(
+                "`values` must be symmetric, for an overlap is that of a pair, but are not."
+            )
 
     @property
     def ratio(self) -> Float[Tensor, "n n"]:
@@ -47,7 +49,9 @@ class Overlap(Result):
     @property
     def z_score(self) -> Float[Tensor, "n n"]:
         """Standard deviations above that of random subspaces; NaN where chance leaves no choice (a rank of 0 or d)."""
-        return torch.where(self.deviation > 0, (self.values - self.expected) / self.deviation, torch.nan)
+        return torch.where(
+            self.deviation > 0, (self.values - self.expected) / self.deviation, torch.nan
+        )
 
     def to_pandas(self) -> Any:
         """One row a pair: first, second, overlap, expected, deviation, ratio, z_score (null where undefined)."""
@@ -57,13 +61,18 @@ class Overlap(Result):
         columns = {"overlap": self.values, "expected": self.expected, "deviation": self.deviation}
         columns |= {"ratio": self.ratio, "z_score": self.z_score}
         table = {"first": [i for i, _ in pairs], "second": [j for _, j in pairs]}
-        return pd.DataFrame(table | {name: [float(column[pair]) for pair in pairs] for name, column in columns.items()})
+        return pd.DataFrame(
+            table
+            | {name: [float(column[pair]) for pair in pairs] for name, column in columns.items()}
+        )
 
     def __repr__(self) -> str:
         ranks = ", ".join(f"{rank:.0f}" for rank in self.values.diagonal().tolist())
         table = self.to_pandas()
         ratios = table["ratio"].dropna()
-        spread = f"{ratios.min():.3f} to {ratios.max():.3f} times" if len(ratios) else "nothing, as is"
+        spread = (
+            f"{ratios.min():.3f} to {ratios.max():.3f} times" if len(ratios) else "nothing, as is"
+        )
         return (
             f"Overlap of {len(self.values)} subspaces of ranks {ranks}\n"
             f"  {table['overlap'].min():.2f} to {table['overlap'].max():.2f} dimensions shared by two of them\n"
@@ -84,11 +93,18 @@ def overlap(subspaces: Sequence[Subspace]) -> Overlap:
     """
     d_model = _common_dimension(subspaces)
     bases = [subspace.basis.cpu().double() for subspace in subspaces]
-    values = torch.tensor([[float((a.T @ b).square().sum()) for b in bases] for a in bases], dtype=torch.float64)
+    values = torch.tensor(
+        [[float((a.T @ b).square().sum()) for b in bases] for a in bases], dtype=torch.float64
+    )
     ranks = torch.tensor([subspace.rank for subspace in subspaces], dtype=torch.float64)
     p, q = ranks[:, None], ranks[None, :]
     freedom = max(1, d_model**2 * (d_model - 1) * (d_model + 2))
-    return Overlap(values, p * q / d_model, (2 * p * q * (d_model - p) * (d_model - q) / freedom).sqrt(), subspaces[0].source)
+    return Overlap(
+        values,
+        p * q / d_model,
+        (2 * p * q * (d_model - p) * (d_model - q) / freedom).sqrt(),
+        subspaces[0].source,
+    )
 
 
 def principal_angles(first: Subspace, second: Subspace) -> Float[Tensor, " smaller_rank"]:
@@ -99,7 +115,9 @@ def principal_angles(first: Subspace, second: Subspace) -> Float[Tensor, " small
     Reference: Björck and Golub, Numerical methods for computing angles between linear subspaces, Math. Comp. 27 (1973).
     """
     _common_dimension([first, second])
-    a, b = sorted((s.basis.cpu().double() for s in (first, second)), key=lambda basis: -basis.shape[1])
+    a, b = sorted(
+        (s.basis.cpu().double() for s in (first, second)), key=lambda basis: -basis.shape[1]
+    )
     cosines = torch.linalg.svdvals(a.T @ b).clamp(max=1)
     sines = torch.linalg.svdvals(b - a @ (a.T @ b)).clamp(max=1).flip(0)
     return torch.where(cosines.square() < 0.5, cosines.arccos(), sines.arcsin())
@@ -114,7 +132,9 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
     if not is_whole(rank, 0, d_model):
         raise ValueError(f"`rank` is {rank}, but must be from 0 to `d_model` = {d_model}.")
     generator = torch.Generator().manual_seed(seed)
-    return Subspace(torch.linalg.qr(torch.randn(d_model, rank, generator=generator, dtype=torch.float64))[0])
+    return Subspace(
+        torch.linalg.qr(torch.randn(d_model, rank, generator=generator, dtype=torch.float64))[0]
+    )
 
 
 @result
@@ -141,18 +161,29 @@ class Pool(Result):
         require_between(self, names, 0)
         require_falling(self, "singular_values")
         slack = 1e-6 * (1 + self.random_high)  # a mean of equal numbers is rounded
-        if ((self.random_low > self.random_mean + slack) | (self.random_mean > self.random_high + slack)).any():
-            raise ValueError("`random_mean` must lie between `random_low` and `random_high`, but does not.")
+        if (
+            (self.random_low > self.random_mean + slack)
+            | (self.random_mean > self.random_high + slack)
+        ).any():
+            raise ValueError(
+                "`random_mean` must lie between `random_low` and `random_high`, but does not."
+            )
 
     def to_pandas(self) -> Any:
         """One row a singular value, beside the random band."""
         import pandas as pd
 
         names = ("singular_values", "random_low", "random_mean", "random_high")
-        return pd.DataFrame({name: getattr(self, name).numpy() for name in names}).rename_axis("direction").reset_index()
+        return (
+            pd.DataFrame({name: getattr(self, name).numpy() for name in names})
+            .rename_axis("direction")
+            .reset_index()
+        )
 
     def __repr__(self) -> str:
-        outside = (self.singular_values < self.random_low) | (self.singular_values > self.random_high)
+        outside = (self.singular_values < self.random_low) | (
+            self.singular_values > self.random_high
+        )
         if len(self.singular_values) == 0:
             return "Pool of bases: no singular values, for no subspace has a direction"
         return (
@@ -178,10 +209,16 @@ def pool(subspaces: Sequence[Subspace], *, draws: int = 8, seed: int = 0) -> Poo
     spectra = []
     for draw in range(draws):
         first = seed + draw * len(ranks)
-        spectra.append(_spectrum([random_subspace(d_model, rank, first + i).basis for i, rank in enumerate(ranks)]))
+        spectra.append(
+            _spectrum(
+                [random_subspace(d_model, rank, first + i).basis for i, rank in enumerate(ranks)]
+            )
+        )
     band = torch.stack(spectra)
     values = _spectrum([subspace.basis.cpu().double() for subspace in subspaces])
-    return Pool(values, band.amin(dim=0), band.mean(dim=0), band.amax(dim=0), seed, subspaces[0].source)
+    return Pool(
+        values, band.amin(dim=0), band.mean(dim=0), band.amax(dim=0), seed, subspaces[0].source
+    )
 
 
 def _spectrum(bases: Sequence[Tensor]) -> Float[Tensor, " rank"]:
@@ -190,13 +227,19 @@ def _spectrum(bases: Sequence[Tensor]) -> Float[Tensor, " rank"]:
 
 def _common_dimension(subspaces: Sequence[Subspace]) -> int:
     if not isinstance(subspaces, Sequence):
-        raise TypeError(f"`subspaces` must be a list of subspaces, but is {type(subspaces).__name__}.")
+        raise TypeError(
+            f"`subspaces` must be a list of subspaces, but is {type(subspaces).__name__}."
+        )
     if len(subspaces) < 2:
         raise ValueError(f"{len(subspaces)} subspace(s) given, but it takes two to compare.")
     for number, subspace in enumerate(subspaces):
         if not isinstance(subspace, Subspace):
-            raise TypeError(f"Subspace {number} is {type(subspace).__name__}; see `svd.subspace` and `mechsvd.span`.")
+            raise TypeError(
+                f"Subspace {number} is {type(subspace).__name__}; see `svd.subspace` and `mechsvd.span`."
+            )
         if subspace.d_model != subspaces[0].d_model:
-            raise ValueError(f"Subspace {number} lies in {subspace.d_model} dimensions, but the first in {subspaces[0].d_model}.")
+            raise ValueError(
+                f"Subspace {number} lies in {subspace.d_model} dimensions, but the first in {subspaces[0].d_model}."
+            )
         require_same_model(subspaces[0].source, subspace.source, f"Subspaces 0 and {number}")
     return subspaces[0].d_model

@@ -44,9 +44,13 @@ class Decomposition(Result):
         if self.rank:
             require_orthonormal(self.directions, rounding(self.directions.dtype), "`directions`")
         lengths = self.left.double().square().sum(dim=(0, 1)).sqrt()
-        wrong = ((lengths - 1).abs() > 0.1) & (lengths > 0)  # at a singular value of zero there is no left vector
+        wrong = ((lengths - 1).abs() > 0.1) & (
+            lengths > 0
+        )  # at a singular value of zero there is no left vector
         if wrong.any():
-            raise ValueError(f"`left` must have columns of length 1, but has one of {lengths[wrong][0]:g}.")
+            raise ValueError(
+                f"`left` must have columns of length 1, but has one of {lengths[wrong][0]:g}."
+            )
 
     @property
     def rank(self) -> int:
@@ -65,13 +69,17 @@ class Decomposition(Result):
             ValueError: `rank` is not a whole number from 0 to the number of directions.
         """
         if not is_whole(rank, 0, self.rank):
-            raise ValueError(f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; choose 0 to {self.rank}.")
+            raise ValueError(
+                f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; choose 0 to {self.rank}."
+            )
         return Subspace(self.directions[:, : int(rank)], self.source)
 
     def writer_map(self, direction: int) -> Float[Tensor, "site pos"]:
         """Which site wrote a direction at which position: squared left singular vector, a share that sums to 1."""
         if not 0 <= direction < self.rank:
-            raise ValueError(f"`direction` is {direction}, but the decomposition has directions 0 to {self.rank - 1}.")
+            raise ValueError(
+                f"`direction` is {direction}, but the decomposition has directions 0 to {self.rank - 1}."
+            )
         return self.left[:, :, direction].square()
 
     def to_pandas(self) -> Any:
@@ -110,9 +118,13 @@ class Sample(Protocol):
 
 
 @overload
-def decompose(writes: Sample | Tensor, *, per_layer: Literal[False] = False, center: bool = False) -> Decomposition: ...
+def decompose(
+    writes: Sample | Tensor, *, per_layer: Literal[False] = False, center: bool = False
+) -> Decomposition: ...
 @overload
-def decompose(writes: Sample | Tensor, *, per_layer: Literal[True], center: bool = False) -> tuple[Decomposition, ...]: ...
+def decompose(
+    writes: Sample | Tensor, *, per_layer: Literal[True], center: bool = False
+) -> tuple[Decomposition, ...]: ...
 def decompose(
     writes: Sample | Tensor, *, per_layer: bool = False, center: bool = False
 ) -> Decomposition | tuple[Decomposition, ...]:
@@ -147,7 +159,10 @@ def decompose(
     at, layers = _site_layers(writes), _site_layers(writes).unique().tolist()
     groups = [values[at == layer] for layer in layers]
     if len({len(group) for group in groups}) > 1:  # a hybrid model: some layers have fewer sites
-        found = tuple(decompose_groups(g[None], (n,), center, source)[0] for g, n in zip(groups, layers, strict=True))
+        found = tuple(
+            decompose_groups(g[None], (n,), center, source)[0]
+            for g, n in zip(groups, layers, strict=True)
+        )
     else:
         found = decompose_groups(torch.stack(groups), tuple(layers), center, source)
     _warn_unseen(groups, found)
@@ -165,12 +180,16 @@ def require_decomposition(svd: Any) -> None:
             f"`svd` must be a Decomposition, but is {type(svd).__name__}; of a `per_layer` tuple, take one and its layer."
         )
     if svd.rank == 0:
-        raise ValueError("This decomposition has no directions (its writes were all zero), so there is nothing to measure.")
+        raise ValueError(
+            "This decomposition has no directions (its writes were all zero), so there is nothing to measure."
+        )
 
 
 def thin_svd(
     vectors: Float[Tensor, "batch sample d_model"],
-) -> tuple[Float[Tensor, "batch sample r"], Float[Tensor, "batch r"], Float[Tensor, "batch d_model r"]]:
+) -> tuple[
+    Float[Tensor, "batch sample r"], Float[Tensor, "batch r"], Float[Tensor, "batch d_model r"]
+]:
     """The thin SVD in float64: by the Gram matrix and `eigh` when there are more vectors than dimensions.
 
     The Gram matrix costs a tenth of the SVD of a tall matrix, and in float64 it is more accurate than an SVD in float32;
@@ -208,7 +227,10 @@ def decompose_groups(
         rank = _numerical_rank(sizes, vectors.shape[1:])
         sign = signs(directions[:, :rank])
         left = rearrange(left[:, :rank] * sign, "(site pos) rank -> site pos rank", site=shape[1])
-        sizes, directions, left = (t.to(device=device, dtype=dtype) for t in (sizes[:rank], directions[:, :rank] * sign, left))
+        sizes, directions, left = (
+            t.to(device=device, dtype=dtype)
+            for t in (sizes[:rank], directions[:, :rank] * sign, left)
+        )
         found.append(Decomposition(sizes, directions, left, layer, _of_layer(source, layer)))
     return tuple(found)
 
@@ -216,7 +238,9 @@ def decompose_groups(
 def _of_layer(source: Provenance | None, layer: int | None) -> Provenance | None:
     if source is None or layer is None:
         return source
-    return replace(source, hooks=tuple(name for name in source.hooks if name.startswith(f"blocks.{layer}.")))
+    return replace(
+        source, hooks=tuple(name for name in source.hooks if name.startswith(f"blocks.{layer}."))
+    )
 
 
 def _numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:
@@ -227,7 +251,9 @@ def _numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:
 
 def _warn_unseen(groups: Sequence[Tensor], found: Sequence[Decomposition]) -> None:
     sizes = [group.shape[0] * group.shape[1] for group in groups]
-    few = [svd for svd, size in zip(found, sizes, strict=True) if svd.rank == 0 or size < svd.d_model]
+    few = [
+        svd for svd, size in zip(found, sizes, strict=True) if svd.rank == 0 or size < svd.d_model
+    ]
     if not few:
         return
     ranks, d_model = sorted({svd.rank for svd in few}), few[0].d_model
@@ -246,11 +272,15 @@ def _svd(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError:
         from scipy.linalg import svd
 
-        left, sizes, right = _once_more(lambda matrix: svd(matrix, full_matrices=False, lapack_driver="gesvd"), vectors)
+        left, sizes, right = _once_more(
+            lambda matrix: svd(matrix, full_matrices=False, lapack_driver="gesvd"), vectors
+        )
         return left, sizes, right
 
 
-def eigh_or_again(gram: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+def eigh_or_again(
+    gram: Float[Tensor, "batch n n"],
+) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
     """Eigenvalues, rising, and eigenvectors of symmetric matrices; by a second driver where the first does not converge."""
     try:
         values, vectors = torch.linalg.eigh(gram)
@@ -273,23 +303,30 @@ def _once_more(solve: Callable[[Any], tuple[Any, ...]], matrices: Tensor) -> lis
             "the writes of a sensible size?"
         ) from error
     return [
-        torch.stack([torch.from_numpy(part.copy()) for part in parts]).to(matrices.device) for parts in zip(*solved, strict=True)
+        torch.stack([torch.from_numpy(part.copy()) for part in parts]).to(matrices.device)
+        for parts in zip(*solved, strict=True)
     ]
 
 
 def _require_sample(values: Any) -> None:
     if not isinstance(values, Tensor):
-        raise TypeError("`writes` must be what `collect_writes` gives (of several tasks, too), or a tensor [site, pos, d_model].")
+        raise TypeError(
+            "`writes` must be what `collect_writes` gives (of several tasks, too), or a tensor [site, pos, d_model]."
+        )
     if values.ndim != 3 or values.numel() == 0 or not values.is_floating_point():
         raise ValueError(
             f"`writes` must be a non-empty float tensor [site, pos, d_model], but is {values.dtype} of shape {list(values.shape)}."
         )
     if not values.isfinite().all():
         site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"`writes` hold NaN or inf, first at site {site}, position {pos}; they must be finite.")
+        raise ValueError(
+            f"`writes` hold NaN or inf, first at site {site}, position {pos}; they must be finite."
+        )
 
 
 def _site_layers(writes: Any) -> Int[Tensor, " site"]:
     if not hasattr(writes, "sites"):
-        raise ValueError("`per_layer` needs to know the layers: pass what `collect_writes` gives, not a bare tensor.")
+        raise ValueError(
+            "`per_layer` needs to know the layers: pass what `collect_writes` gives, not a bare tensor."
+        )
     return torch.tensor([site.layer for site in writes.sites])

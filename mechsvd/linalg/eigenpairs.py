@@ -89,7 +89,9 @@ class _Krylov:
         self.rows, self.block, self.size = rows, block, 0
         self.matrix = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         self.coupled = 0  # the product of the next block has parts along the rows from here on, and elsewhere only rounding
-        self.generator = torch.Generator().manual_seed(0x5EED)  # not the seed that the start may have come from
+        self.generator = torch.Generator().manual_seed(
+            0x5EED
+        )  # not the seed that the start may have come from
 
     def extend(self, following: Tensor, products: Products) -> tuple[Tensor, Tensor]:
         """Add a block; give the next one, and the triangle by which the product of this one reaches into it."""
@@ -110,12 +112,20 @@ class _Krylov:
     def _orthonormal(self, rest: Tensor) -> tuple[Tensor, Tensor]:
         following, coupling = torch.linalg.qr(rest.mT)
         coupling = coupling.cpu().double()
-        sizes, scale, eps = coupling.diagonal().abs(), self.matrix.abs().max(), torch.finfo(rest.dtype).eps
+        sizes, scale, eps = (
+            coupling.diagonal().abs(),
+            self.matrix.abs().max(),
+            torch.finfo(rest.dtype).eps,
+        )
         spent = sizes <= 100 * eps * scale
-        if spent.any():  # some products stay inside, up to rounding: go on from random vectors in their place
+        if (
+            spent.any()
+        ):  # some products stay inside, up to rounding: go on from random vectors in their place
             following[:, spent.to(following.device)] = self.random(int(spent.sum())).to(following)
             coupling[spent] = 0
-        if (sizes <= eps**0.5 * scale).any():  # what is left is small beside its rounding, which points anywhere
+        if (
+            sizes <= eps**0.5 * scale
+        ).any():  # what is left is small beside its rounding, which points anywhere
             following = self.outside(following)
         return following.mT, coupling
 
@@ -162,4 +172,6 @@ def _by_size(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
 def _largest(values: Tensor, vectors: Tensor, pairs: int, products: int) -> Eigenpairs:
     order = _by_size(values)[:pairs]
     chosen = vectors[:, order.to(vectors.device)]
-    return Eigenpairs(values[order], (chosen * signs(chosen)).to(at_least_single(chosen.dtype)), products)
+    return Eigenpairs(
+        values[order], (chosen * signs(chosen)).to(at_least_single(chosen.dtype)), products
+    )

@@ -43,7 +43,11 @@ class Subspace(Result):
         """One row a dimension of the residual stream, one column a direction."""
         import pandas as pd
 
-        return pd.DataFrame(self.basis.cpu().numpy(), columns=range(self.rank)).rename_axis("dimension").reset_index()
+        return (
+            pd.DataFrame(self.basis.cpu().numpy(), columns=range(self.rank))
+            .rename_axis("dimension")
+            .reset_index()
+        )
 
     def __repr__(self) -> str:
         origin = self._origin("bare tensors")
@@ -69,7 +73,9 @@ def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) 
     left, sizes, _ = torch.linalg.svd(vectors.cpu().double(), full_matrices=False)
     kept = sizes > max(vectors.shape) * torch.finfo(dtype).eps * sizes[:1]
     if not kept.any():
-        raise ValueError("`vectors` are none or all zero, so they span nothing; at least one must be non-zero.")
+        raise ValueError(
+            "`vectors` are none or all zero, so they span nothing; at least one must be non-zero."
+        )
     return Subspace(left[:, kept].to(vectors.device, dtype), source)
 
 
@@ -121,7 +127,11 @@ def require_orthonormal(basis: Tensor, tolerance: float = 1e-3, name: str = "A b
             f"A basis holds directions as columns, [d_model, rank], but its shape is {[d_model, rank]}: more directions than "
             "dimensions. Is it transposed?"
         )
-    gram = (basis.T.to(at_least_single(basis.dtype)) @ basis.to(at_least_single(basis.dtype))).cpu().double()
+    gram = (
+        (basis.T.to(at_least_single(basis.dtype)) @ basis.to(at_least_single(basis.dtype)))
+        .cpu()
+        .double()
+    )
     error = (gram - torch.eye(rank, dtype=gram.dtype)).abs()
     if rank and error.max() > tolerance:
         i, j = divmod(int(error.argmax()), rank)

@@ -88,7 +88,9 @@ def require_all_weights(directory: Path, shards: list[str]) -> None:
     there, wanted = sum(held.values()), sum(needed.values())
     if there < wanted:
         missing = sorted(needed.keys() - held.keys())[:3] or "some"
-        raise ValueError(f"{directory} holds {there:,} weights, but its model has {wanted:,}; missing: {missing}.")
+        raise ValueError(
+            f"{directory} holds {there:,} weights, but its model has {wanted:,}; missing: {missing}."
+        )
 
 
 @contextmanager

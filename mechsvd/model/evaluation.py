@@ -17,8 +17,16 @@ from mechsvd.checks import warn
 from mechsvd.model.sites import Model
 
 # whose hooks are part of the model: how it is built, split over devices, or parametrised
-_LIBRARIES = ("transformer_lens.model_bridge.", "transformer_lens.hook_points", "transformers.", "accelerate.", "torch.")
-_OPEN: "WeakKeyDictionary[Any, tuple[str, ...]]" = WeakKeyDictionary()  # models in evaluation, and whose hooks were named
+_LIBRARIES = (
+    "transformer_lens.model_bridge.",
+    "transformer_lens.hook_points",
+    "transformers.",
+    "accelerate.",
+    "torch.",
+)
+_OPEN: "WeakKeyDictionary[Any, tuple[str, ...]]" = (
+    WeakKeyDictionary()
+)  # models in evaluation, and whose hooks were named
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,9 @@ class OtherHooks:
 
 
 @contextmanager
-def evaluation(model: Model, *, gradients: bool = False, batched_hooks: bool = False, quiet: bool = False) -> Iterator[OtherHooks]:
+def evaluation(
+    model: Model, *, gradients: bool = False, batched_hooks: bool = False, quiet: bool = False
+) -> Iterator[OtherHooks]:
     """Evaluate without dropout, and leave the model as it was, also after an exception.
 
     An evaluation inside another one of the same model does not repeat its warnings.
@@ -65,9 +75,15 @@ def evaluation(model: Model, *, gradients: bool = False, batched_hooks: bool = F
     if others.places and others.places != enclosing and not quiet:
         _warn_hooks(others)
     training = [module for module in _modules(model) if module.training]
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad] if gradients else []
+    wanting = (
+        [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if gradients
+        else []
+    )
     if any(_is_random(module) for module in training) and not quiet:
-        warn("The model is in train mode: it is evaluated in eval mode here and put back afterwards.")
+        warn(
+            "The model is in train mode: it is evaluated in eval mode here and put back afterwards."
+        )
     try:
         _OPEN[model] = others.places
         for module in training:
@@ -97,16 +113,26 @@ def other_hooks(model: Model) -> list[str]:
     Returns:
         Names of TransformerLens's hook points, and paths of the modules that carry torch's own hooks.
     """
-    names = {id(point): name for name, point in model.hook_dict.items()}  # the last name is the one that users know
-    found = [names[id(point)] for point in _points(model) if any(map(_is_foreign, _functions(point)))]
+    names = {
+        id(point): name for name, point in model.hook_dict.items()
+    }  # the last name is the one that users know
+    found = [
+        names[id(point)] for point in _points(model) if any(map(_is_foreign, _functions(point)))
+    ]
     for path, module in _named_modules(model):
         plain = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(_is_foreign(function) for function in plain):
             found.append(f"{path} (a torch hook)")
         if _is_foreign(vars(module).get("forward")):
             found.append(f"{path} (a patched forward)")
-    everywhere = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
-    return [*found, *(["every module (a global torch hook)"] if any(map(_is_foreign, everywhere)) else [])]
+    everywhere = [
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+    ]
+    return [
+        *found,
+        *(["every module (a global torch hook)"] if any(map(_is_foreign, everywhere)) else []),
+    ]
 
 
 @contextmanager
@@ -137,7 +163,9 @@ def _warn_hooks(others: OtherHooks) -> None:
 def _is_foreign(function: Callable[..., Any] | None) -> bool:
     while isinstance(function, partial):
         function = function.func
-    return function is not None and not str(getattr(function, "__module__", "")).startswith(_LIBRARIES)
+    return function is not None and not str(getattr(function, "__module__", "")).startswith(
+        _LIBRARIES
+    )
 
 
 def _points(model: Model) -> list[Any]:
@@ -156,7 +184,9 @@ def _unknown() -> None:
 def _is_random(module: nn.Module) -> bool:
     """Whether a module drops or jitters anything in train mode."""
     rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
-    rates += [value for name, value in vars(module).items() if ("dropout" in name or "jitter" in name)]
+    rates += [
+        value for name, value in vars(module).items() if ("dropout" in name or "jitter" in name)
+    ]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
@@ -171,7 +201,9 @@ def _named_modules(model: Any) -> list[tuple[str, nn.Module]]:
     found: dict[int, tuple[str, nn.Module]] = {}
     for root in (model, getattr(model, "original_model", None)):
         for path, module in nn.Module.named_modules(root) if root is not None else ():
-            found.setdefault(id(module), (path.replace("._original_component", "") or "the model", module))
+            found.setdefault(
+                id(module), (path.replace("._original_component", "") or "the model", module)
+            )
     return list(found.values())
 
 

@@ -18,11 +18,16 @@ from mechsvd.model.sites import Model, Site
 from mechsvd.results import Provenance
 from mechsvd.version import __version__
 
-_FINGERPRINTS: "WeakKeyDictionary[Any, str | None]" = WeakKeyDictionary()  # of the models that are in a session
+_FINGERPRINTS: "WeakKeyDictionary[Any, str | None]" = (
+    WeakKeyDictionary()
+)  # of the models that are in a session
 
 
 def provenance_of(
-    model: Model, tokens: tuple[tuple[int, ...], ...] = (), sites: tuple[Site, ...] = (), notes: tuple[str, ...] = ()
+    model: Model,
+    tokens: tuple[tuple[int, ...], ...] = (),
+    sites: tuple[Site, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> Provenance:
     """Say which model this is, in which state, for the results it gives."""
     return Provenance(
@@ -77,13 +82,19 @@ def _read(model: Model) -> str:
     digests = []
     for parameter in model.parameters():
         flat = parameter.detach().reshape(-1)
-        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        bits = flat.view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        )
         total = int(bits.sum(dtype=torch.int64))
         if total == 0 and not bits.any():
             continue  # a bias that is not there: some versions of TransformerLens add one to the unembedding
         sample = bits[:: max(1, len(bits) // 512)].cpu().numpy().tobytes()
-        digests.append(hashlib.sha256(f"{tuple(parameter.shape)} {total}".encode() + sample).digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]  # sorted: names and order differ between versions
+        digests.append(
+            hashlib.sha256(f"{tuple(parameter.shape)} {total}".encode() + sample).digest()
+        )
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[
+        :16
+    ]  # sorted: names and order differ between versions
 
 
 def processing_state(model: Model) -> str:

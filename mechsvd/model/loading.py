@@ -7,7 +7,12 @@ from typing import Any
 import torch
 
 from mechsvd.demo import WEIGHTS
-from mechsvd.model.checkpoints import only_trusted, require_all_weights, require_checkpoint, safe_weights
+from mechsvd.model.checkpoints import (
+    only_trusted,
+    require_all_weights,
+    require_checkpoint,
+    safe_weights,
+)
 from mechsvd.model.identity import installed_version
 
 EMBEDDED = "embedded"
@@ -43,14 +48,24 @@ def load_model(
     """
     if hasattr(model, "run_with_hooks"):
         if options or device is not None or dtype is not None:
-            raise ValueError("This model is loaded already and is used as it is; options are for models that are loaded by name.")
+            raise ValueError(
+                "This model is loaded already and is used as it is; options are for models that are loaded by name."
+            )
         return model
     if not isinstance(model, (str, Path)) or not str(model):
-        raise TypeError(f"`model` must be a name, a directory or a TransformerLens model, but it is {model!r}.")
+        raise TypeError(
+            f"`model` must be a name, a directory or a TransformerLens model, but it is {model!r}."
+        )
     _require_transformer_lens()
     dtype = torch.float32 if dtype is None else dtype
     _require_placement(device, dtype)
-    name = str(WEIGHTS if model == EMBEDDED else Path(model).expanduser() if str(model).startswith("~") else model)
+    name = str(
+        WEIGHTS
+        if model == EMBEDDED
+        else Path(model).expanduser()
+        if str(model).startswith("~")
+        else model
+    )
     is_local = Path(name).is_dir()
     if is_local:
         name = os.path.abspath(name)  # a relative one may be an alias for a hub model
@@ -90,22 +105,30 @@ def _require_transformer_lens() -> None:
         raise ImportError(f"TransformerLens is not installed; run: {INSTALL}")
     numbers = tuple(int(part) for part in found.split(".")[:2])
     if not OLDEST <= numbers < NEWEST:
-        raise ImportError(f"TransformerLens {found} is installed, but mechsvd supports 3.9 to below 5; run: {INSTALL}")
+        raise ImportError(
+            f"TransformerLens {found} is installed, but mechsvd supports 3.9 to below 5; run: {INSTALL}"
+        )
 
 
 def _require_placement(device: str | torch.device | None, dtype: torch.dtype) -> None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"`dtype` must be a floating torch.dtype such as torch.float32, but is {dtype!r}.")
+        raise TypeError(
+            f"`dtype` must be a floating torch.dtype such as torch.float32, but is {dtype!r}."
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(":")[0].splitlines()[0]
-        raise ValueError(f"Device {str(device)!r} cannot be used here ({reason}); 'cpu' always can.") from error
+        raise ValueError(
+            f"Device {str(device)!r} cannot be used here ({reason}); 'cpu' always can."
+        ) from error
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:300]
-    return ValueError(f"The checkpoint in {name} cannot be loaded; is its model.safetensors or config.json damaged? {reason}")
+    return ValueError(
+        f"The checkpoint in {name} cannot be loaded; is its model.safetensors or config.json damaged? {reason}"
+    )
 
 
 def _unreachable(name: str, error: Exception) -> OSError:

@@ -43,7 +43,9 @@ def run_model(
     logits = model.run_with_hooks(tokens, fwd_hooks=ours, return_type="logits")
     for (name, _), times in zip(hooks, fired, strict=True):
         if times != 1:
-            raise RuntimeError(f"The hook at `{name}` fired {times} of 1 times: this model does not pass there once a run.")
+            raise RuntimeError(
+                f"The hook at `{name}` fired {times} of 1 times: this model does not pass there once a run."
+            )
     return logits if cut_early or scored is None else logits[:, scored]
 
 
@@ -81,10 +83,16 @@ def continue_tokens(
     }
     with _seeded(seed, device) if temperature > 0 else nullcontext(), model.hooks(fwd_hooks=ours):
         longer = model.generate(
-            tokens.to(device), max_new_tokens=max_new_tokens, return_type="tokens", verbose=False, **options
+            tokens.to(device),
+            max_new_tokens=max_new_tokens,
+            return_type="tokens",
+            verbose=False,
+            **options,
         ).cpu()
     if silent := [name for (name, _), times in zip(hooks, fired, strict=True) if times == 0]:
-        raise RuntimeError(f"The hook at `{silent[0]}` never fired: this model does not pass there when it generates.")
+        raise RuntimeError(
+            f"The hook at `{silent[0]}` never fired: this model does not pass there when it generates."
+        )
     return [_until_its_end(model, row, tokens.shape[1]) for row in longer]
 
 
@@ -109,19 +117,25 @@ def _require_points(model: Model, hooks: Sequence[Hook]) -> None:
     for name, _ in hooks:
         if name not in points:
             close = difflib.get_close_matches(name, points, n=3)
-            raise KeyError(f"No hook point `{name}`: the model has layers 0–{model.cfg.n_layers - 1}; close matches: {close}.")
+            raise KeyError(
+                f"No hook point `{name}`: the model has layers 0–{model.cfg.n_layers - 1}; close matches: {close}."
+            )
 
 
 def _counted(hooks: Sequence[Hook], shape: tuple[int, int]) -> tuple[list[Hook], list[int]]:
     """The hooks, each told how often it fired, and given both axes of `shape` where the model has made one of them."""
     fired = [0] * len(hooks)
 
-    def counted(index: int, hook_function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    def counted(
+        index: int, hook_function: Callable[..., Tensor | None]
+    ) -> Callable[..., Tensor | None]:
         def run(x: Tensor, hook: Any = None) -> Tensor | None:
             fired[index] += 1
             if x.ndim != 2:
                 return hook_function(x, hook=hook)
-            rows = hook_function(x.reshape(*shape, x.shape[-1]), hook=hook)  # OPT's MLP sees [batch·pos, d_model]
+            rows = hook_function(
+                x.reshape(*shape, x.shape[-1]), hook=hook
+            )  # OPT's MLP sees [batch·pos, d_model]
             return None if rows is None else rows.flatten(0, 1)
 
         return run

@@ -41,7 +41,14 @@ class SelfCheck(Result):
     tolerance: float
 
     def _require_values(self) -> None:
-        errors = ("block_error", "stream_error", "output_change", "scored_error", "sharing_error", "tolerance")
+        errors = (
+            "block_error",
+            "stream_error",
+            "output_change",
+            "scored_error",
+            "sharing_error",
+            "tolerance",
+        )
         require_between(self, errors, 0)  # a model that fails may have NaN or inf among them
         require_between(self, ["unchecked"], 0, len(self.block_error) - 1)
 
@@ -74,7 +81,9 @@ class SelfCheck(Result):
         """One row a block, with its error."""
         import pandas as pd
 
-        return pd.DataFrame({"layer": range(len(self.block_error)), "block_error": self.block_error.numpy()})
+        return pd.DataFrame(
+            {"layer": range(len(self.block_error)), "block_error": self.block_error.numpy()}
+        )
 
     def __repr__(self) -> str:
         return (
@@ -98,14 +107,20 @@ def self_check(model: Model) -> SelfCheck:
         RuntimeError: a hook that does not fire exactly once.
     """
     require_model(model)
-    state = (next(model.parameters()).dtype, getattr(model, "compatibility_mode", False), *_torch_hooks(model))
+    state = (
+        next(model.parameters()).dtype,
+        getattr(model, "compatibility_mode", False),
+        *_torch_hooks(model),
+    )
     known = _CHECKED.setdefault(model, {})
     if state not in known:
         known[state] = _measure(model)
     return known[state]
 
 
-def require_sound(model: Model, check: bool = True, missing: str = "error") -> tuple[SelfCheck, tuple[str, ...]]:
+def require_sound(
+    model: Model, check: bool = True, missing: str = "error"
+) -> tuple[SelfCheck, tuple[str, ...]]:
     """Run the self-check, refuse a model that fails it unless told not to, and say what belongs into the provenance.
 
     Raises:
@@ -119,7 +134,11 @@ def require_sound(model: Model, check: bool = True, missing: str = "error") -> t
             f"mechsvd cannot use this model: {found.failure}{cause}. Results would be wrong without a sign of it; `check=False` "
             "goes on all the same, and every result records it."
         )
-    skipped = [f"layers without all hooks: {list(found.unchecked)}"] if missing == "skip" and found.unchecked else []
+    skipped = (
+        [f"layers without all hooks: {list(found.unchecked)}"]
+        if missing == "skip" and found.unchecked
+        else []
+    )
     return found, (*([] if check else ["self-check skipped"]), *skipped)
 
 
@@ -138,16 +157,25 @@ def _measure(model: Model) -> SelfCheck:
         return name, lambda x, hook=None: stored.__setitem__(name, x.detach().cpu().double())
 
     with without_hook_points(model), evaluation(model, quiet=True):
-        logits = run_model(model, tokens, [store(n) for n in [*(s.hook_name for s in sites), *sum(names, ())]])
+        logits = run_model(
+            model, tokens, [store(n) for n in [*(s.hook_name for s in sites), *sum(names, ())]]
+        )
         clean = dict(stored)
         zero = [(s.hook_name, lambda x, hook=None: torch.zeros_like(x)) for s in sites]
         zeroed = run_model(model, tokens, [*zero, store(names[0][0]), store(names[-1][1])])
         scored = slice(tokens.shape[1] - 2, tokens.shape[1])
         scored_error = _difference(run_model(model, tokens, scored=scored), logits[:, scored])
         firsts = {site.component: site for site in reversed(sites)}.values()
-        sharing_error = max(_sharing_error(model, tokens, site.hook_name, logits) for site in firsts)
-    blocks = [[clean[s.hook_name] for s in sites if s.layer == layer] for layer in range(len(names))]
-    block_error = [_imbalance([clean[pre], *writes], clean[post]) for (pre, post), writes in zip(names, blocks, strict=True)]
+        sharing_error = max(
+            _sharing_error(model, tokens, site.hook_name, logits) for site in firsts
+        )
+    blocks = [
+        [clean[s.hook_name] for s in sites if s.layer == layer] for layer in range(len(names))
+    ]
+    block_error = [
+        _imbalance([clean[pre], *writes], clean[post])
+        for (pre, post), writes in zip(names, blocks, strict=True)
+    ]
     return SelfCheck(
         block_error=torch.tensor(block_error),
         stream_error=_imbalance([stored[names[0][0]]], stored[names[-1][1]]),
@@ -161,8 +189,14 @@ def _measure(model: Model) -> SelfCheck:
 
 def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> float:
     try:
-        shared = run_model(model, tokens, [(first, lambda x, hook=None: x.expand(2, -1, -1).contiguous())])
-    except (RuntimeError, ValueError, IndexError):  # the model's own code reshapes with the batch size it started with
+        shared = run_model(
+            model, tokens, [(first, lambda x, hook=None: x.expand(2, -1, -1).contiguous())]
+        )
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+    ):  # the model's own code reshapes with the batch size it started with
         return float("inf")
     return _difference(shared, logits.expand(2, -1, -1)) if shared.shape[0] == 2 else float("inf")
 
@@ -189,4 +223,7 @@ def _probe_tokens(model: Model) -> Tensor:
     count = min(6, model.cfg.n_ctx)
     tokens = torch.randperm(model.cfg.d_vocab, generator=generator)[: count + 8]
     special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
-    return torch.tensor([[t for t in tokens.tolist() if t not in special][:count]], device=next(model.parameters()).device)
+    return torch.tensor(
+        [[t for t in tokens.tolist() if t not in special][:count]],
+        device=next(model.parameters()).device,
+    )

@@ -16,7 +16,9 @@ from mechsvd.results import result
 
 COMPONENTS = ("attn", "mlp")
 Hook = tuple[str, Callable[..., Tensor | None]]
-Positions = Iterable[int] | Int[Tensor, " position"] | None  # absolute, in the whole text; None for all
+Positions = (
+    Iterable[int] | Int[Tensor, " position"] | None
+)  # absolute, in the whole text; None for all
 
 
 @runtime_checkable
@@ -49,7 +51,9 @@ class Site:
     def __post_init__(self) -> None:
         require_declared(self)
         if self.layer < 0 or self.component not in COMPONENTS:
-            raise ValueError(f"No site {self}: layers count from 0, and components are {list(COMPONENTS)}.")
+            raise ValueError(
+                f"No site {self}: layers count from 0, and components are {list(COMPONENTS)}."
+            )
 
     def __str__(self) -> str:
         return f"{self.layer} {self.component}"
@@ -68,7 +72,9 @@ def require_model(model: Any) -> None:
         TypeError: saying how to get a model.
     """
     if not hasattr(model, "run_with_hooks") or not hasattr(model, "hook_dict"):
-        raise TypeError(f"`model` must be a TransformerLens model, but is {model!r:.60}; get one by `mechsvd.load_model(…)`.")
+        raise TypeError(
+            f"`model` must be a TransformerLens model, but is {model!r:.60}; get one by `mechsvd.load_model(…)`."
+        )
 
 
 def find_sites(
@@ -93,7 +99,9 @@ def find_sites(
         raise ValueError(f"`missing` is {missing!r}, but must be 'error' or 'skip'.")
     wanted_layers, wanted = _valid_layers(model, layers), _valid_components(components)
     hook_names, found = model.hook_dict, []
-    attention_only = getattr(model.cfg, "attn_only", False)  # its blocks still have an MLP hook, which never fires
+    attention_only = getattr(
+        model.cfg, "attn_only", False
+    )  # its blocks still have an MLP hook, which never fires
     for layer in wanted_layers:
         for component in wanted:
             name = f"blocks.{layer}.hook_{component}_out"
@@ -105,7 +113,9 @@ def find_sites(
                     "Choose other layers or components, or pass `missing='skip'`."
                 )
     if not found:
-        raise ValueError(f"No sites are left for layers {list(wanted_layers)} and components {list(wanted)}.")
+        raise ValueError(
+            f"No sites are left for layers {list(wanted_layers)} and components {list(wanted)}."
+        )
     return tuple(found)
 
 
@@ -125,18 +135,26 @@ def find_weights(model: Any, patterns: str | Sequence[str]) -> dict[str, tuple[l
     require_model(model)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     aliases: dict[int, list[str]] = {}
-    for name, weight in nn.Module.named_parameters(model, remove_duplicate=False):  # a bridge's own method gives other names
-        alias = name.replace("._original_component", "").replace("._W_", ".W_").replace("._b_", ".b_")  # grouped keys and values
+    for name, weight in nn.Module.named_parameters(
+        model, remove_duplicate=False
+    ):  # a bridge's own method gives other names
+        alias = (
+            name.replace("._original_component", "").replace("._W_", ".W_").replace("._b_", ".b_")
+        )  # grouped keys and values
         aliases.setdefault(id(weight), []).append(alias)
     found: dict[int, tuple[list[str], Tensor]] = {}
     for path, module in nn.Module.named_modules(model):
         for name, weight in module.named_parameters(path, recurse=False):
-            if any(fnmatchcase(alias, pattern) for alias in aliases[id(weight)] for pattern in wanted):
+            if any(
+                fnmatchcase(alias, pattern) for alias in aliases[id(weight)] for pattern in wanted
+            ):
                 found.setdefault(id(weight), ([], weight))[0].append(name)
     for pattern in wanted:
         known = [alias for names in aliases.values() for alias in names]
         if not any(fnmatchcase(alias, pattern) for alias in known):
-            close = difflib.get_close_matches(pattern, sorted(set(known)), n=3, cutoff=0.3) or known[:3]
+            close = (
+                difflib.get_close_matches(pattern, sorted(set(known)), n=3, cutoff=0.3) or known[:3]
+            )
             raise KeyError(
                 f"No weight matches {pattern!r}: patterns are shell-like, such as 'blocks.2.mlp.*'; close matches: {close}."
             )
@@ -145,7 +163,10 @@ def find_weights(model: Any, patterns: str | Sequence[str]) -> dict[str, tuple[l
 
 def stream_names(model: Model) -> list[tuple[str, str]]:
     """Names of the residual stream before and after each block."""
-    return [(f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_resid_post") for i in range(model.cfg.n_layers)]
+    return [
+        (f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_resid_post")
+        for i in range(model.cfg.n_layers)
+    ]
 
 
 def before_unembedding(model: Model) -> str:
@@ -215,10 +236,14 @@ def valid_positions(positions: Positions, length: int | None = None) -> tuple[in
     if isinstance(positions, Tensor):
         positions = positions.tolist()
     if not isinstance(positions, Iterable) or isinstance(positions, str):
-        raise TypeError(f"`positions` must be a list or range of whole numbers, but is {positions!r}.")
+        raise TypeError(
+            f"`positions` must be a list or range of whole numbers, but is {positions!r}."
+        )
     chosen = list(positions)
     if wrong := [p for p in chosen if not is_whole(p)]:
-        raise TypeError(f"`positions` must be whole numbers, but holds {wrong[0]!r}; of a mask, take `mask.nonzero().flatten()`.")
+        raise TypeError(
+            f"`positions` must be whole numbers, but holds {wrong[0]!r}; of a mask, take `mask.nonzero().flatten()`."
+        )
     if not chosen:
         raise ValueError("`positions` is empty, so nothing is left; give at least one.")
     if wrong := [p for p in chosen if p < 0 or (length is not None and p >= length)]:

@@ -12,7 +12,14 @@ from mechsvd.fields import require_between, require_declared
 from mechsvd.model.evaluation import evaluation
 from mechsvd.model.runs import continue_tokens
 from mechsvd.model.sites import Model, require_model
-from mechsvd.model.tokenization import continuation_tokens, fit_context, pieces_of, prompt_tokens, require_text, warn_unusual_start
+from mechsvd.model.tokenization import (
+    continuation_tokens,
+    fit_context,
+    pieces_of,
+    prompt_tokens,
+    require_text,
+    warn_unusual_start,
+)
 from mechsvd.results import Result, result
 
 SHORTFORM_PROMPTS: dict[str, str] = {
@@ -49,16 +56,30 @@ class Task(Result):
             raise TypeError(
                 f"`tokens` must be a tensor of token ids, but is {type(self.tokens).__name__}; wrap it in torch.tensor."
             )
-        if self.tokens.is_floating_point() or self.tokens.is_complex() or self.tokens.dtype == torch.bool:
-            raise TypeError(f"`tokens` must be token ids (whole numbers), but their dtype is {self.tokens.dtype}.")
+        if (
+            self.tokens.is_floating_point()
+            or self.tokens.is_complex()
+            or self.tokens.dtype == torch.bool
+        ):
+            raise TypeError(
+                f"`tokens` must be token ids (whole numbers), but their dtype is {self.tokens.dtype}."
+            )
         if self.tokens.ndim != 1:
-            raise ValueError(f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row.")
+            raise ValueError(
+                f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row."
+            )
         if not is_whole(self.prompt_length, 1):
-            raise ValueError(f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts).")
-        object.__setattr__(self, "prompt_length", int(self.prompt_length))  # numpy's become Python's
+            raise ValueError(
+                f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts)."
+            )
+        object.__setattr__(
+            self, "prompt_length", int(self.prompt_length)
+        )  # numpy's become Python's
         require_declared(self)
         if self.pieces and len(self.pieces) != len(self.tokens):
-            raise ValueError(f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; give one for each, or none.")
+            raise ValueError(
+                f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; give one for each, or none."
+            )
         if self.prompt_length >= len(self.tokens):
             raise ValueError(
                 f"Nothing to score: `prompt_length` is {self.prompt_length} of {len(self.tokens)} tokens; the continuation needs "
@@ -99,8 +120,12 @@ class Task(Result):
         else:
             require_text("continuation", continuation)
             scored = continuation_tokens(model, prompt, continuation)
-        prompt_ids = fit_context(model, prompt_ids, max_new_tokens if scored is None else len(scored), truncate)
-        ids = prompt_ids + (_greedy(model, prompt_ids, max_new_tokens) if scored is None else scored)
+        prompt_ids = fit_context(
+            model, prompt_ids, max_new_tokens if scored is None else len(scored), truncate
+        )
+        ids = prompt_ids + (
+            _greedy(model, prompt_ids, max_new_tokens) if scored is None else scored
+        )
         return cls(torch.tensor(ids), len(prompt_ids), pieces_of(model, ids))
 
     @property
@@ -129,7 +154,14 @@ class Task(Result):
         count = len(self.tokens)
         pieces: list[str | None] = [*self.pieces] or [None] * count
         scored = [i >= self.prompt_length for i in range(count)]
-        return pd.DataFrame({"position": range(count), "token": self.tokens.tolist(), "text": pieces, "scored": scored})
+        return pd.DataFrame(
+            {
+                "position": range(count),
+                "token": self.tokens.tolist(),
+                "text": pieces,
+                "scored": scored,
+            }
+        )
 
     def __repr__(self) -> str:
         prompt, continuation = self.text()
@@ -152,7 +184,9 @@ def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
         raise ValueError("No tasks: the list is empty; give at least one.")
     for index, task in enumerate(found):
         if not isinstance(task, Task):
-            raise TypeError(f"Task {index} is {type(task).__name__} {str(task)[:40]!r}; make one by `Task.from_text(model, …)`.")
+            raise TypeError(
+                f"Task {index} is {type(task).__name__} {str(task)[:40]!r}; make one by `Task.from_text(model, …)`."
+            )
     return found
 
 
@@ -164,9 +198,13 @@ def require_fitting(model: Model, task: Task) -> None:
     """
     require_model(model)
     if not isinstance(task, Task):
-        raise TypeError(f"One task is needed, but this is {type(task).__name__}; make one by `Task.from_text(model, …)`.")
+        raise TypeError(
+            f"One task is needed, but this is {type(task).__name__}; make one by `Task.from_text(model, …)`."
+        )
     if len(task.tokens) > model.cfg.n_ctx:
-        raise ValueError(f"The task has {len(task.tokens)} tokens, but the model's context holds {model.cfg.n_ctx}; shorten it.")
+        raise ValueError(
+            f"The task has {len(task.tokens)} tokens, but the model's context holds {model.cfg.n_ctx}; shorten it."
+        )
     require_known(model, task.tokens)
     warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0])
 
@@ -179,11 +217,17 @@ def require_known(model: Model, tokens: Int[Tensor, " pos"]) -> None:
     """
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
-        raise ValueError(f"Token ids run from {low} to {high}, but the model has 0 to {model.cfg.d_vocab - 1}.")
+        raise ValueError(
+            f"Token ids run from {low} to {high}, but the model has 0 to {model.cfg.d_vocab - 1}."
+        )
 
 
 def _greedy(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
     if max_new_tokens < 1:
-        raise ValueError(f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1.")
+        raise ValueError(
+            f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1."
+        )
     with evaluation(model):
-        return continue_tokens(model, torch.tensor([prompt_ids]), max_new_tokens)[0][len(prompt_ids) :].tolist()
+        return continue_tokens(model, torch.tensor([prompt_ids]), max_new_tokens)[0][
+            len(prompt_ids) :
+        ].tolist()

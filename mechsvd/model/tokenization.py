@@ -19,7 +19,9 @@ def require_text(name: str, text: Any) -> None:
         raise ValueError(f"`{name}` is empty; give some text.")
 
 
-def prompt_tokens(model: Model, prompt: str, prepend_bos: bool | None = None, *, may_be_empty: bool = False) -> list[int]:
+def prompt_tokens(
+    model: Model, prompt: str, prepend_bos: bool | None = None, *, may_be_empty: bool = False
+) -> list[int]:
     """The tokens of a prompt behind BOS; of "", where that is allowed, BOS alone, the bare start.
 
     Raises:
@@ -30,11 +32,15 @@ def prompt_tokens(model: Model, prompt: str, prepend_bos: bool | None = None, *,
     if not may_be_empty or not isinstance(prompt, str):
         require_text("prompt", prompt)
     if model.tokenizer is None:
-        raise ValueError("The model has no tokenizer: make the task from token ids, `Task(tokens=…, prompt_length=…)`.")
+        raise ValueError(
+            "The model has no tokenizer: make the task from token ids, `Task(tokens=…, prompt_length=…)`."
+        )
     wanted = _expected_bos(model) is not None if prepend_bos is None else prepend_bos
     start = [model.tokenizer.bos_token_id] if wanted or not prompt else []
     if start == [None]:
-        way_out = "leave `prepend_bos` out" if prompt else "there is no bare start, so give a prompt"
+        way_out = (
+            "leave `prepend_bos` out" if prompt else "there is no bare start, so give a prompt"
+        )
         raise ValueError(f"The model's tokenizer has no BOS token; {way_out}.")
     ids = start + (_encode(model, prompt) if prompt else [])
     warn_unusual_start(model, ids, prompt)
@@ -59,12 +65,18 @@ def continuation_tokens(model: Model, prompt: str, continuation: str) -> list[in
     for anchor in ("", "\n", "a", "0", "."):
         start = _encode(model, anchor)
         ids = _encode(model, anchor + continuation)
-        if ids[: len(start)] == start and model.tokenizer.decode(own + ids[len(start) :]).endswith(prompt[-8:] + continuation):
+        if ids[: len(start)] == start and model.tokenizer.decode(own + ids[len(start) :]).endswith(
+            prompt[-8:] + continuation
+        ):
             return ids[len(start) :]
-    raise ValueError(f"The continuation {continuation!r} has no tokens that follow the prompt's own; move the boundary.")
+    raise ValueError(
+        f"The continuation {continuation!r} has no tokens that follow the prompt's own; move the boundary."
+    )
 
 
-def fit_context(model: Model, prompt_ids: list[int], new_tokens: int, truncate: str | None) -> list[int]:
+def fit_context(
+    model: Model, prompt_ids: list[int], new_tokens: int, truncate: str | None
+) -> list[int]:
     """The prompt, shortened from the left on request (`truncate="left"`), so that the new tokens still fit into the context.
 
     Raises:
@@ -81,7 +93,9 @@ def fit_context(model: Model, prompt_ids: list[int], new_tokens: int, truncate: 
             f"The prompt has {len(prompt_ids)} tokens and the continuation {new_tokens}, but the context holds {model.cfg.n_ctx}; "
             "shorten one, or pass `truncate='left'` to drop the oldest prompt tokens."
         )
-    warn(f"The {excess} oldest tokens of the prompt were dropped to fit the context of {model.cfg.n_ctx}.")
+    warn(
+        f"The {excess} oldest tokens of the prompt were dropped to fit the context of {model.cfg.n_ctx}."
+    )
     return prompt_ids[:kept_start] + prompt_ids[kept_start + excess :]
 
 
@@ -89,9 +103,15 @@ def pieces_of(model: Model, ids: list[int]) -> tuple[str, ...]:
     """The text that each token adds: SentencePiece shows spaces only behind other text, and a character of several tokens
     belongs to the last of them."""
     pieces: list[str] = []
-    context, done = 0, 0  # tokens from `context` on are decoded again, those up to `done` have given their text
+    context, done = (
+        0,
+        0,
+    )  # tokens from `context` on are decoded again, those up to `done` have given their text
     for end in range(1, len(ids) + 1):
-        before, through = model.tokenizer.decode(ids[context:done]), model.tokenizer.decode(ids[context:end])
+        before, through = (
+            model.tokenizer.decode(ids[context:done]),
+            model.tokenizer.decode(ids[context:end]),
+        )
         if through.endswith("\ufffd") and end < len(ids):
             pieces.append("")
             continue

@@ -76,12 +76,16 @@ def reproduce(
     """
     started = time.perf_counter()
     require_writable(out)
-    with open_session(model):  # what holds for the whole run is said once, and the weights are read once
+    with open_session(
+        model
+    ):  # what holds for the whole run is said once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
         studies = [_study(model, name, made, components, say) for name in made]
     comparison = compare(studies) if len(studies) > 1 else None
     took = time.perf_counter() - started
-    path = write_report(studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=took)
+    path = write_report(
+        studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=took
+    )
     say(f"{path} after {time.perf_counter() - started:.0f} s")
     return path
 
@@ -91,11 +95,19 @@ def _made(name: str, make: Callable[[], Task]) -> Task:
         return make()
 
 
-def _study(model: Model, name: str, tasks: Mapping[str, Task], components: Sequence[str], say: Callable[[str], None]) -> Study:
+def _study(
+    model: Model,
+    name: str,
+    tasks: Mapping[str, Task],
+    components: Sequence[str],
+    say: Callable[[str], None],
+) -> Study:
     task = tasks[name]
     others = [other for other in tasks.values() if other is not task]
     with about(name):
-        say(f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}")
+        say(
+            f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}"
+        )
         return study_task(model, name, task, _starts(model, name, tasks), components, others=others)
 
 
@@ -112,7 +124,10 @@ def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, tor
         other = names[(names.index(name) + 1) % len(names)]
         ids = tasks[other].tokens[: tasks[other].prompt_length]
     else:
-        candidates = [(n, torch.tensor(prompt_tokens(model, text))) for n, text in list(SHORTFORM_PROMPTS.items())[:2]]
+        candidates = [
+            (n, torch.tensor(prompt_tokens(model, text)))
+            for n, text in list(SHORTFORM_PROMPTS.items())[:2]
+        ]
         other, ids = next((n, ids) for n, ids in candidates if not torch.equal(ids, own))
     starts = {"its own prompt": own, f"another prompt ({other})": ids}
     return starts if bos is None else starts | {"no prompt": torch.tensor([bos])}
@@ -128,9 +143,22 @@ def _page(
 ) -> str:
     source = studies[0].sweep.source
     assert source is not None  # `measure` always says it
-    titles = {s.name: s.title for s in SECTIONS} | {"texts": "Text from inside", "prompts": "Several prompts"}
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles.items() if comparison or name != "prompts")
-    body = "\n".join([*(section(part, studies) for part in SECTIONS), texts(studies), several(comparison) if comparison else ""])
+    titles = {s.name: s.title for s in SECTIONS} | {
+        "texts": "Text from inside",
+        "prompts": "Several prompts",
+    }
+    links = "".join(
+        f'<a href="#{name}">{title}</a>'
+        for name, title in titles.items()
+        if comparison or name != "prompts"
+    )
+    body = "\n".join(
+        [
+            *(section(part, studies) for part in SECTIONS),
+            texts(studies),
+            several(comparison) if comparison else "",
+        ]
+    )
     content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
 <p>The shortform's experiments on Llama-3-8B, on this model. Each section says what the shortform saw and, in bold, what was
 measured here.</p>
@@ -148,7 +176,9 @@ positions.</footer>"""
 
 def _provenance_rows(source: Provenance, check: SelfCheck, seconds: float | None) -> dict[str, str]:
     rows = {key: value for key, value in asdict(source).items() if isinstance(value, str)}
-    rows["torch"] = f"{torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    rows["torch"] = (
+        f"{torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    )
     rows["self-check"] = " ".join(repr(check).split())
     rows["notes"] = "; ".join(source.notes) or "none"
     return rows | ({"time": f"{seconds:.1f} s"} if seconds is not None else {})

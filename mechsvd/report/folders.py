@@ -40,7 +40,9 @@ def require_writable(out: Path) -> None:
                 pass
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"The report cannot be written to {out}: {reason}; choose another folder.") from error
+        raise OSError(
+            f"The report cannot be written to {out}: {reason}; choose another folder."
+        ) from error
 
 
 def replace_run(out: Path, write: Callable[[Path, str], str]) -> Path:
@@ -171,7 +173,9 @@ def _remove_first_layout(out: Path) -> None:
     unfinished = [
         f"{name}/{path.name}"
         for name, files in listing.items()
-        for path in (data / name).glob(".*.????????")  # a point, the file's name, a point, eight letters
+        for path in (data / name).glob(
+            ".*.????????"
+        )  # a point, the file's name, a point, eight letters
         if path.name[1:-9] in files
     ]
     _remove(data, [*written, *unfinished])

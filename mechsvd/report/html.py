@@ -10,7 +10,7 @@ body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;paddin
 h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:3rem;border-bottom:1px solid #ccc;padding-bottom:.3rem}
 .text{white-space:pre-wrap;background:#f6f6f4;border-left:4px solid #1f5fa8;padding:.6rem .9rem;border-radius:3px;margin:.6rem 0}
 .text b{font-weight:400;background:#dcebfa;unicode-bidi:isolate}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:1rem}
-.plot{height:400px;min-width:0;overflow:hidden}.then{color:#555;margin:.3rem 0}.now{font-weight:600;margin:.3rem 0 1rem}
+.plot{height:400px;min-width:0;overflow:hidden}.original{color:#555;margin:.3rem 0}.measured{font-weight:600;margin:.3rem 0 1rem}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top}
 tr+tr{border-top:1px solid #e5e5e5}td{font-variant-numeric:tabular-nums}nav a{margin-right:1rem}
 .written{table-layout:fixed;width:100%}.written td{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem}
@@ -24,7 +24,11 @@ def page(title: str, body: str, *, cdn: bool) -> str:
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     address = f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"
-    plotly = f'<script src="{address}" charset="utf-8"></script>' if cdn else f"<script>{get_plotlyjs()}</script>"
+    plotly = (
+        f'<script src="{address}" charset="utf-8"></script>'
+        if cdn
+        else f"<script>{get_plotlyjs()}</script>"
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <style>{_STYLE}</style>{plotly}</head><body>
@@ -33,9 +37,9 @@ def page(title: str, body: str, *, cdn: bool) -> str:
 """
 
 
-def heading(name: str, title: str, what: str, then: str, now: str) -> str:
-    """What a section is about, what was seen then, and what is seen now."""
-    return f'<h2 id="{name}">{title}</h2><p>{what}</p><p class="then">{then}</p><p class="now">{escape(now)}</p>\n'
+def heading(name: str, title: str, what: str, original: str, measured: str) -> str:
+    """What a section is about, what the shortform saw, and what is measured here."""
+    return f'<h2 id="{name}">{title}</h2><p>{what}</p><p class="original">{original}</p><p class="measured">{escape(measured)}</p>\n'
 
 
 def grid(plots: Sequence[str]) -> str:
@@ -50,13 +54,20 @@ def plot(name: str, prompt: str, figure: Any) -> str:
     if prompt:
         figure.update_layout(title_text=f"{label(prompt)}: {figure.layout.title.text}")
         name = f"{file_name(prompt)}-{name}"
-    body = to_html(figure, include_plotlyjs=False, full_html=False, div_id=name, config={"displaylogo": False, "responsive": True})
+    body = to_html(
+        figure,
+        include_plotlyjs=False,
+        full_html=False,
+        div_id=name,
+        config={"displaylogo": False, "responsive": True},
+    )
     return f'<div class="plot">{body}</div>'
 
 
 def table(rows: Mapping[str, Sequence[str]]) -> str:
     """A table with a heading at the left of each row."""
     body = "".join(
-        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for key, values in rows.items()
+        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        for key, values in rows.items()
     )
     return f"<table>{body}</table>"

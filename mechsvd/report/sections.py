@@ -18,8 +18,8 @@ class Section:
     name: str
     title: str
     what: str
-    then: str
-    now: Callable[[Sequence[Study]], str]
+    original: str
+    measured: Callable[[Sequence[Study]], str]
     figures: Callable[[Study], dict[str, Any]]
 
 
@@ -116,8 +116,12 @@ def prompt_text(found: Study) -> str:
 
 def section(part: Section, studies: Sequence[Study]) -> str:
     """One of `SECTIONS`, with the figures of every prompt."""
-    plots = [plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()]
-    return heading(part.name, part.title, part.what, part.then, part.now(studies)) + grid(plots)
+    plots = [
+        plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()
+    ]
+    return heading(part.name, part.title, part.what, part.original, part.measured(studies)) + grid(
+        plots
+    )
 
 
 def texts(studies: Sequence[Study]) -> str:
@@ -135,14 +139,20 @@ def texts(studies: Sequence[Study]) -> str:
 
 def _written(found: Study) -> str:
     heads = "".join(f"<th>{escape(text.start)}</th>" for text in found.texts)
-    prompts = "".join(f'<td class="start">{escape(text.tasks[0].text()[0])}</td>' for text in found.texts)
+    prompts = "".join(
+        f'<td class="start">{escape(text.tasks[0].text()[0])}</td>' for text in found.texts
+    )
     rows = [f"<tr><th>{escape(found.name)}</th>{heads}</tr><tr><th>prompt</th>{prompts}</tr>"]
     for i, rank in enumerate(found.texts[0].ranks):
         cells = "".join(
             f"<td{' class=same' if i and findings.is_clean(text, i) else ''}><div>{escape(text.tasks[i].text()[1])}</div></td>"
             for text in found.texts
         )
-        label = "clean" if rank is None else f"k = {rank}{' (critical)' if rank == found.critical.rank else ''}"
+        label = (
+            "clean"
+            if rank is None
+            else f"k = {rank}{' (critical)' if rank == found.critical.rank else ''}"
+        )
         rows.append(f"<tr><th>{label}</th>{cells}</tr>")
     return f'<table class="written">{"".join(rows)}</table>'
 

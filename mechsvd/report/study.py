@@ -110,13 +110,20 @@ def study_task(
         writes = collect_writes(model, task, **options)
         svd = decompose(writes)
         ranking = rank_directions(model, task, svd, **options)
-        sweeps = {order: sweep_rank(model, task, svd, order=o, **options) for order, o in _orders(svd, ranking).items()}
+        sweeps = {
+            order: sweep_rank(model, task, svd, order=o, **options)
+            for order, o in _orders(svd, ranking).items()
+        }
         critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
         layers = decompose(writes, per_layer=True)
         ridge = sweep_ridge(model, task, svd, **options)
-        texts = _texts(model, svd, _rank_or_all(critical, svd), starts, len(task.continuation), options)
+        texts = _texts(
+            model, svd, _rank_or_all(critical, svd), starts, len(task.continuation), options
+        )
         attribution = _attribution(model, task, svd, [task, *others], options)
-    return Study(name, task, writes, svd, layers, ranking, sweeps, ridge, critical, texts, attribution)
+    return Study(
+        name, task, writes, svd, layers, ranking, sweeps, ridge, critical, texts, attribution
+    )
 
 
 def compare(studies: Sequence[Study]) -> Comparison:
@@ -143,22 +150,40 @@ def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:
     }
 
 
-def _attribution(model: Model, task: Task, svd: Decomposition, tasks: Sequence[Task], options: RunOptions) -> Attribution:
+def _attribution(
+    model: Model, task: Task, svd: Decomposition, tasks: Sequence[Task], options: RunOptions
+) -> Attribution:
     """The probability, attributed to the gains in the Hessian's basis and in three others, as many components in each."""
     gradients = gradient_basis(collect_gradients(model, tasks, svd, **options)).directions
     most = len(gradients) if len(gradients) <= DENSE else PAIRS
-    bases = {"singular directions": torch.eye(len(gradients))[:, :most], "gradients": gradients[:, :most]}
+    bases = {
+        "singular directions": torch.eye(len(gradients))[:, :most],
+        "gradients": gradients[:, :most],
+    }
     return hessian_attribution(model, task, svd, pairs=most, bases=bases, **options)
 
 
 def _texts(
-    model: Model, svd: Decomposition, critical: int, starts: Mapping[str, Tensor], length: int, options: RunOptions
+    model: Model,
+    svd: Decomposition,
+    critical: int,
+    starts: Mapping[str, Tensor],
+    length: int,
+    options: RunOptions,
 ) -> tuple[Text, ...]:
-    fewer = sorted({max(1, round(share * critical)) for share in FEWER} & {*range(critical)}, reverse=True)
+    fewer = sorted(
+        {max(1, round(share * critical)) for share in FEWER} & {*range(critical)}, reverse=True
+    )
     ranks = (None, critical, *fewer)
     edits = [None if rank is None else keep(svd.subspace(rank)) for rank in ranks]
     found = []
     for start, tokens in starts.items():
         room = min(length, model.cfg.n_ctx - len(tokens))
-        found.append(Text(start, ranks, tuple(generate_tasks(model, tokens, edits, max_new_tokens=room, **options))))
+        found.append(
+            Text(
+                start,
+                ranks,
+                tuple(generate_tasks(model, tokens, edits, max_new_tokens=room, **options)),
+            )
+        )
     return tuple(found)

@@ -66,15 +66,26 @@ def _tables(found: Study) -> dict[str, Any]:
         "tokens": found.task.to_pandas(),
         "write_norms": norms,
         "singular_values": found.pooled.to_pandas(),
-        "layer_singular_values": pd.concat([svd.to_pandas().assign(layer=svd.layer) for svd in found.layers]),
+        "layer_singular_values": pd.concat(
+            [svd.to_pandas().assign(layer=svd.layer) for svd in found.layers]
+        ),
         "sweep": found.sweep.to_pandas(),
         "sweep_by_site": found.sweep.sites_to_pandas(),
-        "writers_of_direction_0": norms.drop(columns="norm").assign(share=found.pooled.writer_map(0).flatten().cpu().numpy()),
+        "writers_of_direction_0": norms.drop(columns="norm").assign(
+            share=found.pooled.writer_map(0).flatten().cpu().numpy()
+        ),
         "directions": found.ranking.to_pandas(),
-        "orders": pd.concat([sweep.to_pandas().assign(order=order) for order, sweep in found.sweeps.items()]),
+        "orders": pd.concat(
+            [sweep.to_pandas().assign(order=order) for order, sweep in found.sweeps.items()]
+        ),
         "critical_rank": found.critical.to_pandas(),
         "ridge": found.ridge.to_pandas(),
-        "attributions": pd.concat([each.to_pandas().assign(basis=basis) for basis, each in found.attribution.bases.items()]),
+        "attributions": pd.concat(
+            [
+                each.to_pandas().assign(basis=basis)
+                for basis, each in found.attribution.bases.items()
+            ]
+        ),
         "texts": _texts(found),
     }
 
@@ -100,4 +111,8 @@ def _tables_together(comparison: Comparison) -> dict[str, Any]:
         for (first, second), found in comparison.angles.items()
         for place, angle in enumerate(found.tolist())
     ]
-    return {"overlap": pairs, "pool": comparison.pool.to_pandas(), "principal_angles": pd.DataFrame(angles)}
+    return {
+        "overlap": pairs,
+        "pool": comparison.pool.to_pandas(),
+        "principal_angles": pd.DataFrame(angles),
+    }

@@ -47,7 +47,12 @@ def function_over(model, task, over):
     """The log-probability as a function of w, in rows as many as the library would take."""
     with open_session(model, [task], gradients=True) as session:
         f = objective_over(session, task, over)
-        return Function(lambda rows: f.log_probs(rows).sum(dim=-1), f.point, session.rows_per_pass(task), session.halve(task))
+        return Function(
+            lambda rows: f.log_probs(rows).sum(dim=-1),
+            f.point,
+            session.rows_per_pass(task),
+            session.halve(task),
+        )
 
 
 def dense(model, task, svd):
@@ -57,30 +62,45 @@ def dense(model, task, svd):
 
     def graph():
         gains = torch.ones(svd.rank, requires_grad=True)
-        edit = lambda x, hook: (x @ v * gains) @ v.T  # noqa: E731
+        edit = lambda x, hook: (x @ v * gains) @ v.T
         logits = model.run_with_hooks(tokens, fwd_hooks=[(name, edit) for name in names])
         log_probs = logits[0, task.scored].log_softmax(-1).gather(-1, task.continuation[:, None])
         return torch.autograd.grad(log_probs.sum(), gains, create_graph=True)[0], gains
 
     def fresh():
-        return torch.stack([torch.autograd.grad(slope, gains, e)[0] for e in unit for slope, gains in [graph()]])
+        return torch.stack(
+            [torch.autograd.grad(slope, gains, e)[0] for e in unit for slope, gains in [graph()]]
+        )
 
     def kept():
         slope, gains = graph()
-        return torch.stack([torch.autograd.grad(slope, gains, e, retain_graph=True)[0] for e in unit])
+        return torch.stack(
+            [torch.autograd.grad(slope, gains, e, retain_graph=True)[0] for e in unit]
+        )
 
     def ours():
         return differentiate(function_over(model, task, svd)).hessian
 
     seconds, found = in_turn({"fresh": fresh, "kept": kept, "ours": ours}, repeats=9)
-    differs = max(float((found[name] - found["fresh"]).abs().max() / found["fresh"].abs().max()) for name in found)
+    differs = max(
+        float((found[name] - found["fresh"]).abs().max() / found["fresh"].abs().max())
+        for name in found
+    )
     print(
         f"\n| the whole Hessian of {svd.rank} gains (differences {differs:.0e} of the largest entry) | seconds | times as fast as each |"
     )
     print("| --- | --- | --- |")
-    labels = {"fresh": "64 fresh double backwards", "kept": "64 products on one kept graph", "ours": "mechsvd, columns batched"}
+    labels = {
+        "fresh": "64 fresh double backwards",
+        "kept": "64 products on one kept graph",
+        "ours": "mechsvd, columns batched",
+    }
     for name, label in labels.items():
-        faster = "" if name != "ours" else f"{ratio(seconds, 'fresh'):.1f} and {ratio(seconds, 'kept'):.1f}"
+        faster = (
+            ""
+            if name != "ours"
+            else f"{ratio(seconds, 'fresh'):.1f} and {ratio(seconds, 'kept'):.1f}"
+        )
         print(f"| {label} | {statistics.median(seconds[name]):.3f} | {faster} |")
 
 
@@ -98,16 +118,25 @@ def products(model, task):
         slope = torch.func.grad(lambda w: function.values(w[None])[0])
         return torch.func.jvp(slope, (function.point,), (vectors[:, 0],))[1]
 
-    ways = {"a gradient": gradient, "the graph of the gradient": lambda: differentiate(function).gradient.detach()}
+    ways = {
+        "a gradient": gradient,
+        "the graph of the gradient": lambda: differentiate(function).gradient.detach(),
+    }
     ways |= {"a product, forward over reverse": forward_over_reverse}
     ways |= {"a product on the kept graph": lambda: curvature.products(vectors[:, :1])}
-    ways |= {f"{n} products together": lambda n=n: curvature.products(vectors[:, :n]) for n in (4, 16)}
+    ways |= {
+        f"{n} products together": lambda n=n: curvature.products(vectors[:, :n]) for n in (4, 16)
+    }
     seconds, _ = in_turn(ways, repeats=15)
-    print(f"\n| over all {len(function.point):,} weights | milliseconds | for one, in gradients |\n| --- | --- | --- |")
+    print(
+        f"\n| over all {len(function.point):,} weights | milliseconds | for one, in gradients |\n| --- | --- | --- |"
+    )
     for name, taken in seconds.items():
         count = int(name.split()[0]) if name[0].isdigit() else 1
         milliseconds = 1000 * statistics.median(taken)
-        print(f"| {name} | {milliseconds:.1f} | {milliseconds / count / 1000 / statistics.median(seconds['a gradient']):.2f} |")
+        print(
+            f"| {name} | {milliseconds:.1f} | {milliseconds / count / 1000 / statistics.median(seconds['a gradient']):.2f} |"
+        )
 
 
 def lanczos(model, task):
@@ -135,12 +164,16 @@ def lanczos(model, task):
         from scipy.sparse.linalg import LinearOperator, eigsh
 
         product = counted("scipy eigsh", differentiate(function))
-        operator = LinearOperator((entries, entries), matvec=lambda v: product(v)[:, 0].numpy(), dtype=np.float32)
+        operator = LinearOperator(
+            (entries, entries), matvec=lambda v: product(v)[:, 0].numpy(), dtype=np.float32
+        )
         start = np.random.default_rng(0).standard_normal(entries).astype(np.float32)
         values, vectors = eigsh(operator, PAIRS, which="LM", tol=TOLERANCE, v0=start)
         return torch.from_numpy(values).double(), torch.from_numpy(vectors)
 
-    ways = {"mechsvd": ours, "scipy eigsh": scipys} | eigenthings(model, task, function, counted, counts)
+    ways = {"mechsvd": ours, "scipy eigsh": scipys} | eigenthings(
+        model, task, function, counted, counts
+    )
     seconds, found = in_turn(ways, repeats=5)
     exact = differentiate(function)
     print(
@@ -148,9 +181,13 @@ def lanczos(model, task):
     )
     print("| --- | --- | --- | --- | --- |")
     for name, (values, vectors) in found.items():
-        residuals = (exact.products(vectors) - vectors * values.to(vectors)).norm(dim=0) / values.abs()
+        residuals = (exact.products(vectors) - vectors * values.to(vectors)).norm(
+            dim=0
+        ) / values.abs()
         taken = statistics.median(seconds[name])
-        print(f"| {name} | {taken:.2f} | {counts[name]} | {float(residuals.max()):.1e} | {int((residuals <= TOLERANCE).sum())} |")
+        print(
+            f"| {name} | {taken:.2f} | {counts[name]} | {float(residuals.max()):.1e} | {int((residuals <= TOLERANCE).sum())} |"
+        )
 
 
 def eigenthings(model, task, function, counted, counts):
@@ -169,8 +206,12 @@ def eigenthings(model, task, function, counted, counts):
         return logits[0, task.scored].log_softmax(-1).gather(-1, task.continuation[:, None]).sum()
 
     def solve(operator, steps):
-        found = their_lanczos(operator, k=PAIRS, max_iter=steps, tol=TOLERANCE, reorthogonalize=True, seed=0)
-        return found.eigenvalues.double(), found.eigenvectors.mT if found.eigenvectors.shape[0] == PAIRS else found.eigenvectors
+        found = their_lanczos(
+            operator, k=PAIRS, max_iter=steps, tol=TOLERANCE, reorthogonalize=True, seed=0
+        )
+        return found.eigenvalues.double(), found.eigenvectors.mT if found.eigenvectors.shape[
+            0
+        ] == PAIRS else found.eigenvectors
 
     def over_ours(label, steps):
         product = counted(label, differentiate(function))
@@ -186,7 +227,11 @@ def eigenthings(model, task, function, counted, counts):
             for weight in weights:
                 weight.requires_grad = False
 
-    labels = [f"{name}, its own products, 75 steps", f"{name}, our products, 75 steps", f"{name}, our products, 90 steps"]
+    labels = [
+        f"{name}, its own products, 75 steps",
+        f"{name}, our products, 75 steps",
+        f"{name}, our products, 90 steps",
+    ]
     return {
         labels[0]: lambda: over_its_own(labels[0]),
         labels[1]: lambda: over_ours(labels[1], 75),

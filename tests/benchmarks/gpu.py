@@ -46,15 +46,23 @@ def main():
     logging.disable(logging.WARNING)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = random_llama(SIZES | (SMALL if options.small else {}), device, dtype)
-    tokens = torch.randint(3, model.cfg.d_vocab, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        3, model.cfg.d_vocab, (TOKENS,), generator=torch.Generator().manual_seed(0)
+    )
     task = ms.Task(tokens=tokens, prompt_length=TOKENS - SCORED)
-    print(f"{machine(device)}, torch {torch.__version__}, mechsvd {ms.__version__}, {options.dtype}")
+    print(
+        f"{machine(device)}, torch {torch.__version__}, mechsvd {ms.__version__}, {options.dtype}"
+    )
     seconds, svd = timed(device, lambda: ms.decompose(ms.collect_writes(model, task, check=False)))
-    print(f"writes and their SVD: {seconds:.1f} s, {svd.rank} directions of {svd.d_model}", flush=True)
+    print(
+        f"writes and their SVD: {seconds:.1f} s, {svd.rank} directions of {svd.d_model}", flush=True
+    )
     table = [row(options, model, task, svd, *case) for case in cases(options, svd)]
     print_table(table)
     if options.profile:
-        profile(device, lambda: ms.sweep_rank(model, task, svd, ranks=spread(svd.rank, 64), check=False))
+        profile(
+            device, lambda: ms.sweep_rank(model, task, svd, ranks=spread(svd.rank, 64), check=False)
+        )
     if options.compare:
         compare(model, task, svd, options.compare)
     if options.json:
@@ -62,14 +70,27 @@ def main():
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--small", action="store_true", help="a toy in place of Llama-3-8B's shape")
-    parser.add_argument("--edits", type=int, help="ranks and directions to run, evenly spread (default: all)")
-    parser.add_argument("--loop", type=int, default=24, help="edits that the loop runs (default: 24)")
-    parser.add_argument("--compare", type=int, default=0, help="ranks to compare with the model in float32 on the CPU")
-    parser.add_argument("--profile", action="store_true", help="print the kernels that take most of a sweep's time")
+    parser.add_argument(
+        "--edits", type=int, help="ranks and directions to run, evenly spread (default: all)"
+    )
+    parser.add_argument(
+        "--loop", type=int, default=24, help="edits that the loop runs (default: 24)"
+    )
+    parser.add_argument(
+        "--compare",
+        type=int,
+        default=0,
+        help="ranks to compare with the model in float32 on the CPU",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print the kernels that take most of a sweep's time"
+    )
     parser.add_argument("--json", help="also write the table here")
     return parser.parse_args()
 
@@ -97,7 +118,10 @@ def cases(options, svd):
         return lambda x, hook: x - (x @ column)[..., None] * column
 
     options.torch_dtype = getattr(torch, options.dtype)
-    return [("rank sweep", svd.rank + 1, ranks, sweep, project), ("ranking", svd.rank, directions, ranking, remove)]
+    return [
+        ("rank sweep", svd.rank + 1, ranks, sweep, project),
+        ("ranking", svd.rank, directions, ranking, remove),
+    ]
 
 
 def row(options, model, task, svd, what, full, edits, engine, edit):
@@ -125,7 +149,9 @@ def row(options, model, task, svd, what, full, edits, engine, edit):
         "rate, TFLOP/s": rate / 1e12,
         "peak, GiB": peak,
         "weights, GiB": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30,
-        "largest difference to the loop, nats": float((measured.log_prob[at] - expected).abs().max()),
+        "largest difference to the loop, nats": float(
+            (measured.log_prob[at] - expected).abs().max()
+        ),
         "clean, nats": float(measured.clean.log_prob),
     }
 
@@ -152,7 +178,9 @@ def compare(model, task, svd, count):
     differences = (half.measurement.log_prob - exact.measurement.log_prob).tolist()
     print(f"\nfloat32 on the CPU ({time.perf_counter() - started:.0f} s for {len(ranks)} ranks), noise floor of the "
           f"half-precision run {half.measurement.noise_floor:.3g} nats, clean {float(exact.measurement.clean.log_prob):.4f}")  # fmt: skip
-    for rank, value, difference in zip(ranks, exact.measurement.log_prob.tolist(), differences, strict=True):
+    for rank, value, difference in zip(
+        ranks, exact.measurement.log_prob.tolist(), differences, strict=True
+    ):
         print(f"  rank {rank}: {value:.4f} nats, half precision differs by {difference:+.4f}")
 
 
@@ -197,7 +225,9 @@ def boot(model):
     model.config.architectures = [type(model).__name__]
     tokenizer = AutoTokenizer.from_pretrained(Path(ms.__file__).parent / "demo" / "weights")
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    return TransformerBridge.boot_transformers("random-llama", hf_model=model, tokenizer=tokenizer, device=str(device), dtype=dtype)
+    return TransformerBridge.boot_transformers(
+        "random-llama", hf_model=model, tokenizer=tokenizer, device=str(device), dtype=dtype
+    )
 
 
 def profile(device, run):
@@ -229,13 +259,22 @@ def timed(device, run):
 
 
 def machine(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
 
 
 def print_table(table):
     print("\n| " + " | ".join(table[0]) + " |\n|" + " --- |" * len(table[0]))
     for line in table:
-        print("| " + " | ".join(v if isinstance(v, str) else f"{v:.4g}" for v in line.values()) + " |", flush=True)
+        print(
+            "| "
+            + " | ".join(v if isinstance(v, str) else f"{v:.4g}" for v in line.values())
+            + " |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -31,16 +31,32 @@ def main():
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else STORIES
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, mechsvd {ms.__version__}, float32\n")
-    print("| what | model | tokens | edits | loop | engine | times as fast | at most | share of the matrix-multiply rate |")
+    print(
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, mechsvd {ms.__version__}, float32\n"
+    )
+    print(
+        "| what | model | tokens | edits | loop | engine | times as fast | at most | share of the matrix-multiply rate |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     if directory.is_dir():
         model = ms.load_model(directory, device="cpu")
         rows(
-            "stories260k (d_model 64, 5 layers)", model, ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
+            "stories260k (d_model 64, 5 layers)",
+            model,
+            ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20),
         )
-    tokens = torch.cat([torch.tensor([1]), torch.randint(3, 1000, (63,), generator=torch.Generator().manual_seed(0))])
-    rows("random Llama (d_model 512, 8 layers)", random_llama(), ms.Task(tokens=tokens, prompt_length=44), repeats=3)
+    tokens = torch.cat(
+        [
+            torch.tensor([1]),
+            torch.randint(3, 1000, (63,), generator=torch.Generator().manual_seed(0)),
+        ]
+    )
+    rows(
+        "random Llama (d_model 512, 8 layers)",
+        random_llama(),
+        ms.Task(tokens=tokens, prompt_length=44),
+        repeats=3,
+    )
     print("\n| start | seconds |\n| --- | --- |")
     print(f"| `import torch` | {import_seconds('torch'):.2f} |")
     print(f"| `import mechsvd` | {import_seconds('mechsvd'):.2f} |")
@@ -51,8 +67,28 @@ def rows(name, model, task, repeats=9):
     svd = ms.decompose(ms.collect_writes(model, task))
     d, v = svd.d_model, svd.directions
     kept = sum(min(k, d - k) for k in range(svd.rank + 1))
-    row("rank sweep", name, model, task, sweep, [dense(v[:, :k]) for k in range(svd.rank + 1)], svd, 4 * d * kept, repeats)
-    row("ranking", name, model, task, ranking, [rank_one(v[:, j]) for j in range(svd.rank)], svd, 4 * d * svd.rank, repeats)
+    row(
+        "rank sweep",
+        name,
+        model,
+        task,
+        sweep,
+        [dense(v[:, :k]) for k in range(svd.rank + 1)],
+        svd,
+        4 * d * kept,
+        repeats,
+    )
+    row(
+        "ranking",
+        name,
+        model,
+        task,
+        ranking,
+        [rank_one(v[:, j]) for j in range(svd.rank)],
+        svd,
+        4 * d * svd.rank,
+        repeats,
+    )
 
 
 def sweep(model, task, svd):
@@ -90,14 +126,20 @@ def row(what, name, model, task, engine, edits, svd, flops_a_write, repeats):
     alone = flops(model, task) * len(edits)
     together = alone + 2 * model.cfg.n_layers * len(task.tokens) * flops_a_write
     ratio = statistics.median(a / b for a, b in zip(loops, engines, strict=True))
-    share, model_share = (statistics.median(f / s / r for s, r in zip(engines, rates, strict=True)) for f in (together, alone))
+    share, model_share = (
+        statistics.median(f / s / r for s, r in zip(engines, rates, strict=True))
+        for f in (together, alone)
+    )
     limit = statistics.median(s * r / alone for s, r in zip(loops, rates, strict=True))
     rate = statistics.median(rates) / 1e9
     print(
         f"| {what} | {name} | {len(task.tokens)} | {len(edits)} | {statistics.median(loops):.2f} s "
         f"| {statistics.median(engines):.3f} s | {ratio:.1f} | {limit:.1f} | {share:.0%} ({model_share:.0%} without the edits) of {rate:.0f} GFLOP/s |"
     )
-    print(f"<!-- {what}, {name}: largest difference between loop and engine {worst:.1e} nats -->", file=sys.stderr)
+    print(
+        f"<!-- {what}, {name}: largest difference between loop and engine {worst:.1e} nats -->",
+        file=sys.stderr,
+    )
 
 
 @torch.no_grad()
@@ -118,7 +160,11 @@ def flops(model, task):
     cfg, length, scored = model.cfg, len(task.tokens), len(task.continuation)
     heads_share = (cfg.n_key_value_heads or cfg.n_heads) / cfg.n_heads
     weights = cfg.n_layers * (2 * (1 + heads_share) * cfg.d_model**2 + 3 * cfg.d_model * cfg.d_mlp)
-    return 2 * weights * length + cfg.n_layers * 4 * length**2 * cfg.d_model + 2 * cfg.d_model * cfg.d_vocab * scored
+    return (
+        2 * weights * length
+        + cfg.n_layers * 4 * length**2 * cfg.d_model
+        + 2 * cfg.d_model * cfg.d_vocab * scored
+    )
 
 
 def multiply_rate(size=2048, seconds=1.0):
@@ -148,7 +194,9 @@ def random_llama():
     )
     with tempfile.TemporaryDirectory() as directory:
         LlamaForCausalLM(config).save_pretrained(directory)
-        AutoTokenizer.from_pretrained(Path(ms.__file__).parent / "demo" / "weights").save_pretrained(directory)
+        AutoTokenizer.from_pretrained(
+            Path(ms.__file__).parent / "demo" / "weights"
+        ).save_pretrained(directory)
         return ms.load_model(directory, device="cpu")
 
 
