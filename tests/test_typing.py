@@ -1,0 +1,58 @@
+"""What a type checker sees of the package from outside."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+from pathlib import Path
+
+import mechsvd as ms
+
+model = ms.load_model()
+task = ms.Task.from_text(model, "I believe")
+writes = ms.collect_writes(model, [task], layers=[0], skip_bos=True)
+svd: ms.Decomposition = ms.decompose(writes)
+layers: tuple[ms.Decomposition, ...] = ms.decompose(writes, per_layer=True)
+sweep: ms.RankSweep = ms.sweep_rank(model, task, svd, range(5), positions=[1], noise_floor=True)
+text: str = ms.generate(model, "I", ms.keep(svd.subspace(3)), temperature=0.5)
+texts: list[str] = ms.generate(model, "I", [None, ms.ablate(svd)])
+loaded: ms.Ranking = ms.Ranking.load(Path("ranking.safetensors"))
+found: ms.CriticalRank = ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text)
+"""
+WRONG = {
+    "ms.sweep_rank(model, task, svd, rank=[1])": 'Unexpected keyword argument "rank"',
+    "ms.measure(model, task, [], layers='all')": 'incompatible type "str"',
+    "ms.rank_directions(model, task, svd, noise_floor=True)": 'keyword argument "noise_floor"',
+    "ms.decompose(writes, per_layer=True).rank": 'has no attribute "rank"',
+    "ms.Ranking.load('x').directions": '"Ranking" has no attribute "directions"',
+}
+
+
+def check(script, folder):
+    config = folder / "mypy.ini"
+    heavy = "".join(
+        f"[mypy-{name}.*]\nfollow_imports = skip\n"
+        for name in ("torch", "jaxtyping", "numpy", "pandas", "plotly", "tqdm")
+    )
+    config.write_text(f"[mypy]\nignore_missing_imports = True\n{heavy}".replace("\\\n", "\n"))
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "-m", "mypy", "--config-file", str(config), "script.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("downstream")
+
+
+def test_a_script_that_uses_the_package_type_checks(folder):
+    assert "Success" in check(SCRIPT, folder)
+
+
+def test_wrong_calls_are_found(folder):
+    output = check(SCRIPT + "\n".join(WRONG), folder)
+    for call, message in WRONG.items():
+        assert message in output, (call, output)
+    assert f"Found {len(WRONG)} errors" in output
