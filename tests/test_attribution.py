@@ -688,7 +688,7 @@ def test_directions_of_one_layer_are_not_used_elsewhere_without_a_word(stories, 
     warnings.simplefilter("always")
     with pytest.warns(
         UserWarning,
-        match="10 sites are edited, but the directions were computed from the writes of 2 sites",
+        match="10 sites are edited, but the directions were computed from 2 sites",
     ):
         ms.hessian_attribution(stories, story_task, layer)
 

@@ -84,7 +84,7 @@ def test_sites_that_were_not_decomposed_are_counted(embedded, meaning):
         svd = of_two_sites(embedded, meaning)
     with pytest.warns(
         UserWarning,
-        match="12 sites are edited, but the directions were computed from the writes of 2 sites; pass the",
+        match="12 sites are edited, but the directions were computed from 2 sites; pass the",
     ):
         ms.sweep_rank(embedded, meaning, svd, [0])
 

@@ -140,7 +140,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
     monkeypatch.setattr(_Setup, "forward", limited)
     with pytest.warns(UserWarning, match="Out of memory") as said:
         measured = measure(model, task, STACKS["ranks"], batch_size=33)
-    assert str(said[0].message) == "Out of memory with 33 edits a forward pass; going on with 16."
+    assert str(said[0].message) == "Out of memory with 33 edits per forward pass; going on with 16."
     torch.testing.assert_close(measured.log_probs, expected.log_probs, rtol=0, atol=1e-4)
     assert sizes[:5] == [
         33,

@@ -86,7 +86,7 @@ def test_directions_of_other_sites_than_are_swept_warn(embedded, meaning, silent
     assert layer.source.hooks == ("blocks.3.hook_attn_out", "blocks.3.hook_mlp_out")
     with pytest.warns(
         UserWarning,
-        match="12 sites are edited, but the directions were computed from the writes of 2 sites",
+        match="12 sites are edited, but the directions were computed from 2 sites",
     ):
         ms.sweep_rank(embedded, meaning, layer, ranks=[1])
     with warnings.catch_warnings():

@@ -1,1 +1,1 @@
-"""Edits: pure maps on writes, most of them gates, and how they become hooks."""
+"""Edits: pure maps on writes, most of them gates, and the hooks made from them."""

@@ -1,4 +1,4 @@
-"""The gate: a gain for each direction of a basis and one gain for the rest. Most edits are gates."""
+"""The gate: a gain per direction of a basis, and one gain for the rest. Most edits are gates."""
 
 import math
 from collections.abc import Sequence
@@ -19,15 +19,17 @@ Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"]
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """The linear edit x → V diag(g) Vᵀx + rest·(x − VVᵀx), or a stack of them over one basis.
+    """The linear edit x → V diag(g) Vᵀx + rest·(x − VVᵀx), or a stack of them.
 
-    With a leading axis in `gains` it is a stack: called on "edit pos d_model" (or on one row, "1 pos d_model", shared by all),
-    edit i acts on row i. `gate[rows]` takes some of them, `len(gate)` counts them. Build one with `gate`, which checks.
+    With a leading axis in `gains` it is a stack: edit i acts on row i of "edit pos d_model".
+    A single row, "1 pos d_model", is shared by all edits. `gate[rows]` selects edits, and
+    `len(gate)` counts them. Build one with `gate`, which checks its input.
 
-    It is computed as r·x + V_S diag(g_S − r) V_Sᵀx, where S holds only the directions whose gain differs from r: removing one
-    direction costs a dot product, and when the basis spans everything, r is whichever of `rest` and 1 leaves the smaller S.
-    Where a gradient is wanted, r is `rest` and S is everything, for a gain that equals r has a slope like any other.
-    `rest` may be a tensor, one number per edit, so that it can have a gradient too.
+    It is computed as r·x + V_S diag(g_S − r) V_Sᵀx. S holds the directions whose gain differs
+    from r, so removing one direction costs a dot product. r is `rest`; when the basis spans
+    everything, it is whichever of `rest` and 1 gives the smaller S. With gradients, r is `rest`
+    and S holds all directions, because a gain equal to r has a slope too. `rest` may be a tensor,
+    one number per edit, so that it can have a gradient.
     """
 
     basis: Float[Tensor, "d_model rank"]
@@ -38,10 +40,10 @@ class Gate:
     def __call__(
         self, x: Float[Tensor, "... d_model"], hook: Any = None
     ) -> Float[Tensor, "... d_model"]:
-        """Edit the writes `x`; computed in float32 or wider, returned as a new tensor in the dtype of `x`."""
+        """Edit the writes `x`: a new tensor in the dtype of `x`, computed in float32 or wider."""
         plan, wide = self._plan, x.to(at_least_single(x.dtype))
         columns, delta = plan.columns.to(wide), plan.delta.to(wide)
-        # rows with columns of their own: the transposed product is ten times as fast on a CPU where they are few
+        # with columns per row, the transposed product is ten times as fast on a CPU for few rows
         product = (columns.mT @ wide.mT).mT if columns.ndim > 2 else wide @ columns
         coordinates = product.mul(delta)
         if plan.is_constant(0):
@@ -55,13 +57,16 @@ class Gate:
         rest = (
             f"times {self.rest:g}"
             if isinstance(self.rest, float | int)
-            else "times a gain of its own per edit"
+            else "times one gain per edit"
         )
         origin = self.source.model if self.source else "bare tensors"
-        return f"A {stack} over {rank} directions in {d_model} dimensions\n  the rest {rest}\n  from {origin}"
+        return (
+            f"A {stack} over {rank} directions in {d_model} dimensions\n"
+            f"  the rest {rest}\n  from {origin}"
+        )
 
     def __getitem__(self, rows: Any) -> "Gate":
-        """Some edits of a stack, in the order asked for."""
+        """Some edits of a stack, in the order of `rows`."""
         rest = self.rest[rows] if isinstance(self.rest, Tensor) else self.rest
         return Gate(self.basis, self.gains[rows], rest, self.source)
 
@@ -86,15 +91,18 @@ class Gate:
 
     @property
     def costs(self) -> Int[Tensor, "constant edit"]:
-        """Number of directions that each edit must touch, for each way of computing it."""
+        """Number of directions in each edit's product, per way of computing it."""
         gains = self.gains if self.is_stack else self.gains[None]
         return torch.stack(
-            [(gains != _beside_gains(constant)).sum(dim=-1) for constant in self._constants]
+            [(gains != _for_directions(constant)).sum(dim=-1) for constant in self._constants]
         )
 
     @property
     def changes_nothing(self) -> Bool[Tensor, " edit"]:
-        """Which edits are the identity: every gain is 1, and outside the basis there is nothing, or its gain is 1 too."""
+        """Which edits are the identity.
+
+        Every gain is 1, and the basis spans everything or the gain outside it is 1.
+        """
         gains = self.gains if self.is_stack else self.gains[None]
         keeps_rest = torch.stack(
             [torch.as_tensor(constant, device=gains.device) == 1 for constant in self._constants]
@@ -102,7 +110,7 @@ class Gate:
         return (gains == 1).all(dim=-1) & keeps_rest.any(dim=0)
 
     def order_by_cost(self) -> Int[Tensor, " edit"]:
-        """An order of the stack in which edits that are computed the same way, at like cost, are neighbours."""
+        """An order that puts edits of similar cost, computed the same way, next to each other."""
         cost, way = self.costs.min(dim=0)
         return (way * (self.basis.shape[1] + 1) + cost).argsort(stable=True)
 
@@ -112,17 +120,16 @@ class Gate:
             isinstance(part, Tensor) and part.requires_grad
             for part in (self.gains, self.basis, self.rest)
         ):
-            delta = self.gains - _beside_gains(self.rest)
+            delta = self.gains - _for_directions(self.rest)
             return _Plan(
-                _beside_writes(self.rest), self.basis, delta[:, None] if self.is_stack else delta
+                _for_writes(self.rest), self.basis, delta[:, None] if self.is_stack else delta
             )
         return self._kept_plan
 
     @cached_property
     def _kept_plan(self) -> "_Plan":
-        with torch.inference_mode(
-            False
-        ):  # made while a model generates, it must serve gradients later
+        # may be made while a model generates, but must support gradients later
+        with torch.inference_mode(False):
             plans = (_plan_with(self.basis, self.gains, constant) for constant in self._constants)
             return min(plans, key=lambda plan: plan.columns.shape[-1])
 
@@ -130,14 +137,13 @@ class Gate:
     def _constants(self) -> tuple[float | Tensor, ...]:
         if self.basis.shape[0] != self.basis.shape[1]:
             return (self.rest,)
-        return (
-            (1.0,) if isinstance(self.rest, Tensor) or self.rest == 1.0 else (self.rest, 1.0)
-        )  # there is no rest
+        # a complete basis leaves no rest, so 1 is as good a constant as `rest`
+        return (1.0,) if isinstance(self.rest, Tensor) or self.rest == 1.0 else (self.rest, 1.0)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a gate is computed: r, the columns V_S (shared by all edits, or gathered for each), and g_S − r."""
+    """How a gate is computed: r, the columns V_S (shared, or gathered per edit), and g_S − r."""
 
     constant: float | Float[Tensor, "..."]
     columns: Float[Tensor, "*own d_model m"]
@@ -149,26 +155,25 @@ class _Plan:
 
 
 def _plan_with(basis: Tensor, gains: Tensor, constant: float | Tensor) -> _Plan:
-    delta, r = gains - _beside_gains(constant), _beside_writes(constant)
+    delta, r = gains - _for_directions(constant), _for_writes(constant)
     differs = delta != 0
     if gains.ndim == 1:
         return _Plan(r, basis[:, differs], delta[differs])
     widest, union = int(differs.sum(dim=-1).max()), differs.any(dim=0)
-    if 4 * widest < int(
-        union.sum()
-    ):  # few directions an edit, different ones: each row gets its own columns
+    # few directions per edit, but different ones: each row gets its own columns
+    if 4 * widest < int(union.sum()):
         own = differs.float().topk(widest, dim=-1).indices
         columns = basis.T[own].mT
         return _Plan(r, columns, delta.gather(-1, own)[:, None])
     return _Plan(r, basis[:, union], delta[:, union][:, None])
 
 
-def _beside_gains(rest: float | Tensor) -> Any:
+def _for_directions(rest: float | Tensor) -> Any:
     """One number per edit, with an axis for the directions."""
     return rest[..., None] if isinstance(rest, Tensor) else rest
 
 
-def _beside_writes(rest: float | Tensor) -> Any:
+def _for_writes(rest: float | Tensor) -> Any:
     """One number per edit, with axes for positions and dimensions."""
     return rest[..., None, None] if isinstance(rest, Tensor) else rest
 
@@ -176,7 +181,11 @@ def _beside_writes(rest: float | Tensor) -> Any:
 def _add_product(
     base: Tensor, coordinates: Tensor, columns: Tensor
 ) -> Float[Tensor, "*edit pos d_model"]:
-    """Compute base + coordinates Vᵀ, in one pass over the result where rows share V and have their own base, or V is one column."""
+    """Compute base + coordinates Vᵀ.
+
+    It takes one pass over the result where rows share V and each has its own base, or V is one
+    column.
+    """
     if columns.shape[-1] == 0:
         return base.expand(*coordinates.shape[:-1], -1).clone()
     if columns.ndim > 2 and columns.shape[-1] == 1:
@@ -194,14 +203,15 @@ def gate(
     gains: Float[Tensor, "*edit gain"] | Sequence[float],
     rest: float | int | Float[Tensor, "*rest"] = 0.0,
 ) -> Gate:
-    """Give each direction a gain, and everything outside the basis the gain `rest`.
+    """Give each direction its gain, and everything outside the basis the gain `rest`.
 
-    `rest` is 0 by default, so `gate(basis, ones)` keeps the subspace; with `rest=1`, gains of 1 change nothing.
+    `rest` is 0 by default, so `gate(basis, ones)` keeps the subspace. With `rest=1`, gains of 1
+    change nothing.
 
     Args:
         basis: orthonormal directions as columns, a subspace, or the directions of a decomposition.
-        gains: one a direction; with a leading axis, a stack of edits.
-        rest: gain of what the basis does not span; a tensor has one per edit.
+        gains: one per direction; with a leading axis, a stack of edits.
+        rest: gain of what the basis does not span; a tensor gives one per edit.
 
     Raises:
         ValueError: a basis that is not orthonormal, gains of another length, NaN or inf.
@@ -214,13 +224,15 @@ def gate(
     rank, gains = directions.shape[1], torch.as_tensor(gains)
     if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
         raise ValueError(
-            f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; give one gain for each."
+            f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; "
+            "give one gain for each."
         )
     if not gains.isfinite().all() or not torch.as_tensor(rest).isfinite().all():
         raise ValueError("`gains` and `rest` must be finite, but hold NaN or inf.")
     if isinstance(rest, Tensor) and rest.shape != gains.shape[:-1]:
         raise ValueError(
-            f"`rest` has shape {list(rest.shape)}, but must be one number per edit, {list(gains.shape[:-1])}."
+            f"`rest` has shape {list(rest.shape)}, but must be one number per edit, "
+            f"{list(gains.shape[:-1])}."
         )
     return Gate(
         directions,
@@ -243,17 +255,18 @@ def ablate(subspace: Basis) -> Gate:
 
 
 def shrink(svd: Decomposition, alpha: float) -> Gate:
-    """Shrink each direction as ridge regression does, with gain s²/(s² + alpha), instead of clipping.
+    """Shrink each direction by s²/(s² + alpha), as ridge regression does, instead of clipping.
 
     Args:
         svd: the directions and their singular values.
-        alpha: strength in squared units of the residual stream; 0 keeps every direction of the decomposition as it is, and
-            drops what it did not see.
+        alpha: strength in squared units of the residual stream. 0 keeps every direction of the
+            decomposition unchanged, and drops what it did not see.
 
     Raises:
         ValueError: `alpha` is negative or not finite.
 
-    Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed., eq. 3.47.
+    Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed.,
+        eq. 3.47.
     """
     if not math.isfinite(alpha) or alpha < 0:
         raise ValueError(f"`alpha` is {alpha}, but must be finite and at least 0.")
@@ -263,16 +276,16 @@ def shrink(svd: Decomposition, alpha: float) -> Gate:
 def ridge_gains(
     singular_values: Float[Tensor, " rank"], alpha: Float[Tensor, "*edit"]
 ) -> Float[Tensor, "*edit rank"]:
-    """The gains s²/(s² + alpha) of `shrink`, for each strength."""
+    """The gains s²/(s² + alpha) of `shrink`, per strength."""
     squares = singular_values.square()
     return squares / (squares + alpha[..., None].to(squares))
 
 
 def directions_of(basis: Basis) -> tuple[Float[Tensor, "d_model rank"], Provenance | None]:
-    """The directions of a basis as columns, and the model that they come from where it is known.
+    """The directions of a basis as columns, and the model they come from, or None if unknown.
 
     Raises:
-        TypeError, ValueError: no basis, or not an orthonormal one.
+        TypeError, ValueError: not a basis, or not an orthonormal one.
     """
     if isinstance(basis, Subspace):
         return basis.basis, basis.source
@@ -280,16 +293,18 @@ def directions_of(basis: Basis) -> tuple[Float[Tensor, "d_model rank"], Provenan
         return basis.directions, basis.source
     if not isinstance(basis, Tensor):
         raise TypeError(
-            f"A basis must be a Subspace, a Decomposition or a tensor [d_model, rank], but is {type(basis).__name__}."
+            "A basis must be a Subspace, a Decomposition or a tensor [d_model, rank], "
+            f"but is {type(basis).__name__}."
         )
     require_orthonormal(basis)
     return basis, None
 
 
 def cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gate:
-    """The stack that drops what the basis does not span, over a complete basis where many directions are kept.
+    """A stack that drops what the basis does not span, computed on the smaller side.
 
-    Over a complete basis, keeping k directions is removing the other d − k, so that the smaller side can be computed.
+    When most directions are kept, the basis is completed: keeping k directions is then removing
+    the other d − k.
     """
     if 2 * svd.rank <= svd.d_model:
         return Gate(svd.directions, gains, 0.0, svd.source)

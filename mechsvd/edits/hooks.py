@@ -1,4 +1,4 @@
-"""Edits bound to sites: the `(name, function)` pairs that `run_with_hooks(fwd_hooks=…)` takes, next to anyone else's."""
+"""Edits bound to sites: `(name, function)` pairs for `run_with_hooks(fwd_hooks=…)`."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -38,32 +38,32 @@ def fwd_hooks(
     """Bind an edit to the sites of a model, as hooks for `run_with_hooks`, `hooks` or `generate`.
 
     Args:
-        edit: a gate, a chain, or any function `edit(x, hook)` of the writes "batch pos d_model" that returns a new tensor of
-            that shape.
+        edit: a gate, a chain, or any function `edit(x, hook)` of the writes "batch pos d_model".
+            It must return a new tensor of the same shape.
         check: refuse a basis that comes from another model or processing state.
-        options: see `SiteOptions` (layers, components, positions, missing). Where a run begins is read off the KV cache that the
-            model is given, so a text may be read in chunks.
+        options: see `SiteOptions` (layers, components, positions, missing). With a KV cache, the
+            start of a run is read from the cache, so a text may be read in chunks.
 
     Returns:
-        One `(hook name, function)` per site, in the order of writing; with `positions`, one more before them, which sees how
-        much of the text is cached.
+        One `(hook name, function)` per site, in the order of writing. With `positions`, one more
+        comes first, which reads how much of the text is cached.
 
     Raises:
         KeyError: an unknown layer or component.
         TypeError: an edit that cannot be called, or positions that are not whole numbers.
-        ValueError: an edit over another `d_model` or of another model, a stack of edits, or a position below 0.
+        ValueError: an edit over another `d_model` or of another model, a stack of edits, or a
+            position below 0.
     """
     where = where_of(options)
-    sites, chosen = (
-        find_sites(model, where.layers, where.components, where.missing),
-        valid_positions(where.positions),
-    )
+    sites = find_sites(model, where.layers, where.components, where.missing)
+    positions = valid_positions(where.positions)
     if isinstance(edit, Gate) and edit.is_stack:
         raise ValueError(
-            f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, or measure all by `measure`."
+            f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, "
+            "or measure all by `measure`."
         )
     require_fitting_edit(model, edit, provenance_of(model) if check and gates_of(edit) else None)
-    return hooks_at(model, edit, sites, chosen)
+    return hooks_at(model, edit, sites, positions)
 
 
 def hooks_at(
@@ -73,10 +73,10 @@ def hooks_at(
     positions: Sequence[int] | None,
     observe: Observer | None = None,
 ) -> list[Hook]:
-    """Bind an edit to sites for runs that may begin anywhere in a text, as those with a KV cache do.
+    """Bind an edit to sites for runs that may start anywhere in a text, as with a KV cache.
 
     Raises:
-        ValueError: positions at a first layer without attention.
+        ValueError: positions, but the first layer has no attention.
     """
     if positions is None:
         return [(site.hook_name, bind(edit, site, observe=observe)) for site in sites]
@@ -88,25 +88,31 @@ def hooks_at(
 
 
 def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) -> None:
-    """Refuse an edit that cannot be called, or whose basis is of another size or, where `source` is known, another model.
+    """Refuse an edit that cannot be called, or whose basis does not fit the model.
+
+    Args:
+        source: the model that the basis must come from; None where that is not checked.
 
     Raises:
-        TypeError, ValueError: saying which.
+        TypeError: not a function.
+        ValueError: a basis of another `d_model` or of another model.
     """
     if not callable(edit):
         raise TypeError(
-            f"An edit must be a function of the writes, but this is {type(edit).__name__}; make one by `mechsvd.keep`."
+            f"An edit must be a function of the writes, but this is {type(edit).__name__}; "
+            "make one by `mechsvd.keep`."
         )
     for gate in gates_of(edit):
         if gate.d_model != model.cfg.d_model:
             raise ValueError(
-                f"The edit's basis has d_model {gate.d_model}, but the model's is {model.cfg.d_model}."
+                f"The edit's basis has d_model {gate.d_model}, "
+                f"but the model's is {model.cfg.d_model}."
             )
         require_same_model(gate.source, source, "The basis and the model")
 
 
 def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | EditList:
-    """Take one gate, a stack of gates or a list of edits as a stack that fits the model and lies on its device.
+    """Turn a gate, a stack or a list of edits into a stack that fits the model, on its device.
 
     Raises:
         TypeError, ValueError: as `require_fitting_edit`; no edits; a stack in a list.
@@ -125,7 +131,8 @@ def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | Edit
         require_fitting_edit(model, edit, source)
         if isinstance(edit, Gate) and edit.is_stack:
             raise ValueError(
-                "A stack of gates cannot be one of a list of edits: pass the stack alone, or its members `stack[i]`."
+                "A stack of gates cannot be one of a list of edits: pass the stack alone, "
+                "or its members `stack[i]`."
             )
     return EditList(tuple(edits))
 
@@ -138,12 +145,14 @@ def bind(
     rows: int | None = None,
     reading: Reading | None = None,
 ) -> Callable[..., Tensor]:
-    """Make the hook function of one site: edit, check the shape, restore dtype and device, spare the other positions.
+    """Make the hook function of one site.
+
+    It edits, checks the shape, restores dtype and device, and leaves other positions unchanged.
 
     Args:
-        observe: is shown the attempted and the kept write, at the edited positions.
-        rows: how many rows the edit returns; as many as it gets by default.
-        reading: knows where in the text a run begins; at its beginning by default.
+        observe: called with the attempted and the kept write, at the edited positions.
+        rows: number of rows that the edit returns; by default as many as it gets.
+        reading: gives the place in the text where a run starts; by default its beginning.
     """
 
     @lru_cache(maxsize=1)
@@ -171,7 +180,10 @@ def bind(
 
 
 class SitePoint:
-    """TransformerLens's hook point under the name of `find_sites`, which differs between versions; the rest is the point's own."""
+    """TransformerLens's hook point under the name that `find_sites` gives it.
+
+    The name differs between versions; everything else is passed on from the point.
+    """
 
     def __init__(self, site: Site, point: Any):
         self.name = site.hook_name
@@ -194,7 +206,7 @@ def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:
         edited = edit(x, hook=point)
     except (torch.OutOfMemoryError, MemoryError, EditError):
         raise
-    except Exception as error:  # the user's own keeps its type, and says where it was raised
+    except Exception as error:  # a user's exception keeps its type and gains the site
         if len(error.args) == 1 and isinstance(error.args[0], str):
             error.args = (f"The edit failed at {point}: {error.args[0]}",)
         elif hasattr(error, "add_note"):
@@ -202,7 +214,7 @@ def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:
         raise
     if before is not None and x._version != before:
         raise ValueError(
-            f"The edit at {point} changed its input in place, which would change the clean run and other edits too; return a new "
-            "tensor, `x = x.clone()` first."
+            f"The edit at {point} changed its input in place, which would change the clean run "
+            "and other edits too; return a new tensor, `x = x.clone()` first."
         )
     return require_same_shape(edited, x, None, point, rows).to(x)

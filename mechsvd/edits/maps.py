@@ -1,4 +1,4 @@
-"""Edits: pure maps on writes; shifts, chains, and lists of any of them. Most edits are gates."""
+"""Edits: pure maps on writes. Shifts, chains, and lists of any edits; most edits are gates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Edit = Callable[..., Tensor]  # edit(x) and, as a TransformerLens hook, edit(x, 
 
 @runtime_checkable
 class Stack(Protocol):
-    """Edits side by side: `stack[rows]` is one edit that treats row i of a batch as edit `rows[i]` does."""
+    """Edits side by side: in `stack[rows]`, row i of a batch gets edit `rows[i]`."""
 
     def __len__(self) -> int: ...
 
@@ -39,7 +39,7 @@ def shift(vector: Float[Tensor, " d_model"]) -> Edit:
 
 
 def chain(*edits: Edit) -> Edit:
-    """Apply edits one after the other, the first one first; a chain of none changes nothing."""
+    """Apply edits one after the other, in the order given; an empty chain changes nothing."""
     return Chain(edits)
 
 
@@ -50,7 +50,7 @@ class Chain:
     edits: tuple[Edit, ...]
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        """Edit the writes `x` by each in turn."""
+        """Apply each edit in turn to the writes `x`."""
         for edit in self.edits:
             x = edit(x, hook=hook)
         return x
@@ -63,7 +63,7 @@ class EditList:
     edits: tuple[Edit, ...]
 
     def __getitem__(self, rows: Int[Tensor, " row"]) -> "EditList":
-        """Some of the edits, in the order asked for."""
+        """Some of the edits, in the order of `rows`."""
         return EditList(tuple(self.edits[i] for i in rows))
 
     def __len__(self) -> int:
@@ -71,10 +71,10 @@ class EditList:
         return len(self.edits)
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
-        """Edit each row of the writes `x` by its own.
+        """Edit each row of the writes `x` by its own edit.
 
         Raises:
-            EditError: an edit that gives another shape than it got, though others may make up for its rows.
+            EditError: an edit returns another shape, even if the total number of rows is right.
         """
         rows = x.expand(len(self), -1, -1).split(1)
         edited = [(edit, edit(row, hook=hook)) for edit, row in zip(self.edits, rows, strict=True)]
@@ -82,36 +82,34 @@ class EditList:
 
 
 class EditError(ValueError):
-    """An edit gave something else than writes of the shape that it got."""
+    """An edit returned something other than writes of the shape that it got."""
 
 
 def require_same_shape(
     edited: Any, x: Tensor, edit: Any, hook: Any = None, rows: int | None = None
 ) -> Tensor:
-    """Refuse what an edit returned if it is no tensor of the shape of the writes `x`.
+    """Refuse what an edit returned unless it is a tensor of the shape of `x`.
 
     Args:
-        edit, hook: what returned it, and where; None where that is not known.
-        rows: how many rows there must be; as many as in `x` by default.
+        edit, hook: what returned it, and where; None where unknown.
+        rows: the required number of rows; by default as many as in `x`.
 
     Raises:
-        EditError: with both shapes.
+        EditError: another shape or type; the message gives both shapes.
     """
     if not isinstance(edited, Tensor) or edited.shape != (rows or x.shape[0], *x.shape[1:]):
         returned = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        which, where = (
-            "" if edit is None else f" This one is {edit!r:.80}.",
-            "" if hook is None else f" at {hook}",
-        )
+        which = "" if edit is None else f" This one is {edit!r:.80}."
+        where = "" if hook is None else f" at {hook}"
         raise EditError(
-            f"The edit{where} returned {returned} for writes of shape {list(x.shape)}; an edit must return a new tensor of "
-            f"the same shape.{which}"
+            f"The edit{where} returned {returned} for writes of shape {list(x.shape)}; "
+            f"an edit must return a new tensor of the same shape.{which}"
         )
     return edited
 
 
 def gates_of(edit: Edit) -> list[Gate]:
-    """The gates in an edit, so that their bases can be held against a model."""
+    """The gates in an edit, so that their bases can be compared with a model."""
     if isinstance(edit, Chain):
         return [gate for part in edit.edits for gate in gates_of(part)]
     return [edit] if isinstance(edit, Gate) else []

@@ -1,1 +1,1 @@
-"""The engine: many edits in one forward pass, once for everybody."""
+"""The engine: many edits in one forward pass, measured against the clean run."""

@@ -1,4 +1,4 @@
-"""The engine: a model, a task and a stack of edits, many edits in one forward pass, measured against the clean run."""
+"""Measuring edits: many in one forward pass, compared with the clean run."""
 
 import time
 from collections.abc import Sequence
@@ -35,11 +35,14 @@ class Measurement(Result):
 
     Attributes:
         log_probs: natural-log probability of each continuation token, in nats.
-        is_greedy: whether each continuation token is the most probable one; if all are, greedy text would be the same.
-        orig_deltas, kept_deltas: root-mean-square L2 norm over positions of the attempted write / of what the edit let
-            through, at each site, in the units of the residual stream.
-        clean: the same for the model without an edit; None in that measurement itself.
-        noise_floor: how far the clean log-probability moves for no reason, in nats; None where it was not asked for.
+        is_greedy: whether each continuation token is the most probable one; if all are, greedy
+            text would be the same.
+        orig_deltas, kept_deltas: root-mean-square L2 norm over positions of the attempted write
+            and of the kept write (what the edit let through), at each site, in the units of the
+            residual stream.
+        clean: the same for the model without an edit; None in the clean measurement itself.
+        noise_floor: how much the clean log-probability changes by rounding noise, in nats; None
+            if not measured.
     """
 
     log_probs: Float[Tensor, "edit scored"]
@@ -56,18 +59,17 @@ class Measurement(Result):
         require_length(self, "sites", self.orig_deltas.shape[1], "site of `orig_deltas`")
         if self.clean is not None and self.clean.log_probs.shape != (1, self.log_probs.shape[1]):
             raise ValueError(
-                f"`clean` must have one edit and the {self.log_probs.shape[1]} scored tokens of the others, but its `log_probs` "
-                f"have shape {list(self.clean.log_probs.shape)}."
+                f"`clean` must have one edit and the {self.log_probs.shape[1]} scored tokens "
+                f"of the others, but its `log_probs` have shape {list(self.clean.log_probs.shape)}."
             )
 
     def _require_values(self) -> None:
-        require_between(
-            self, ["log_probs"], -float("inf"), 0
-        )  # NaN where an edit made the model overflow
+        # NaN where an edit made the model overflow
+        require_between(self, ["log_probs"], -float("inf"), 0)
         require_between(self, ["orig_deltas", "kept_deltas", "noise_floor"], 0)
 
     def __getitem__(self, edits: slice | Tensor) -> "Measurement":
-        """Some of the edits, in the order asked for, beside the same clean run."""
+        """Some of the edits, in the order of `edits`, with the same clean run."""
         columns: dict[str, Any] = {name: getattr(self, name)[edits] for name in _BY_EDIT}
         return replace(self, **columns)
 
@@ -77,23 +79,23 @@ class Measurement(Result):
 
     @property
     def clean_run(self) -> "Measurement":
-        """The clean run that the edits are held against.
+        """The clean run that the edits are compared with.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the measurement has none.
         """
         if self.clean is None:
             raise ValueError(
-                "This measurement holds no clean run, so there is nothing to compare with; make it by `measure`."
+                "This measurement holds no clean run, so there is nothing to compare with; "
+                "make it by `measure`."
             )
         return self.clean
 
     @property
     def log_prob(self) -> Float[Tensor, " edit"]:
         """Natural-log probability of the whole continuation, in nats."""
-        return self.log_probs.sum(
-            dim=-1, dtype=torch.float64
-        )  # a float32 sum rounds more than most effects are
+        # a float32 sum rounds by more than most effects
+        return self.log_probs.sum(dim=-1, dtype=torch.float64)
 
     @property
     def orig_delta(self) -> Float[Tensor, " edit"]:
@@ -106,7 +108,7 @@ class Measurement(Result):
         return self.kept_deltas.square().mean(dim=-1).sqrt()
 
     def to_pandas(self) -> Any:
-        """One row an edit: log_prob, probability, surprise, orig_delta, kept_delta."""
+        """One row per edit: log_prob, probability, surprise, orig_delta, kept_delta."""
         import pandas as pd
 
         columns = {
@@ -119,7 +121,7 @@ class Measurement(Result):
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
     def sites_to_pandas(self) -> Any:
-        """One row an edit and site: layer, component, orig_delta, kept_delta."""
+        """One row per edit and site: layer, component, orig_delta, kept_delta."""
         import pandas as pd
 
         edits = len(self)
@@ -138,7 +140,8 @@ class Measurement(Result):
         clean = f"{float(self.clean.log_prob):.4f} nats clean, " if self.clean else ""
         return (
             f"Measurement of {len(self)} edits at {len(self.sites)} sites\n"
-            f"  log-probability of {self.log_probs.shape[1]} tokens: {clean}{low:.4f} to {high:.4f} edited\n"
+            f"  log-probability of {self.log_probs.shape[1]} tokens: "
+            f"{clean}{low:.4f} to {high:.4f} edited\n"
             f"  on {self._origin()}"
         )
 
@@ -152,20 +155,25 @@ def measure(
     noise_floor: bool = False,
     **options: Unpack[RunOptions],
 ) -> Measurement:
-    """Run a task under many edits, several in each forward pass as rows of its batch, and under none.
+    """Run a task under many edits, and once without any.
 
-    Edits of like cost run together, everything before the first edited site is computed once for all of them, and only the
-    scored positions are unembedded. When memory runs out the batch is halved.
+    Several edits share a forward pass, as rows of its batch; edits of similar cost run together.
+    Everything before the first edited site is computed once for all of them. Only the scored
+    positions are unembedded. When memory runs out the batch is halved.
 
     Args:
-        edits: a stack of gates over one basis (fastest), or any edits, each applied to its own row.
-        noise_floor: measure it too, by one more pass: the spread in nats of the clean log-probability over two batch sizes,
-            and over writes whose entries are moved at random by up to eight times the precision of the model's dtype.
-        options: see `RunOptions` (layers, components, positions, batch_size, …). Deltas are over the edited positions.
+        edits: a stack of gates over one basis (fastest), or any edits, each applied to its own
+            row.
+        noise_floor: measure it too, by one more pass. It is the spread of the clean
+            log-probability, in nats, over two batch sizes and over random changes of the entries
+            of the writes, by up to eight times the precision of the model's dtype.
+        options: see `RunOptions` (layers, components, positions, batch_size, …). Deltas are over
+            the edited positions.
 
     Raises:
-        TypeError: something else than a task, or than edits.
-        ValueError: a task that does not fit the model, a basis of another `d_model` or model, an edit that changes shapes.
+        TypeError: not a task, or not edits.
+        ValueError: a task that does not fit the model, a basis of another `d_model` or model, an
+            edit that changes shapes.
         MemoryError: one edit alone does not fit.
     """
     with open_session(model, [task], **options) as session:
@@ -180,7 +188,7 @@ def measure(
 
 
 def concatenate(parts: Sequence[Measurement]) -> Measurement:
-    """Measurements of one task at the same sites as one, in their order; the clean run is the first one's."""
+    """Join measurements of one task at the same sites, in order; the first gives the clean run."""
     columns: dict[str, Any] = {
         name: torch.cat([getattr(part, name) for part in parts]) for name in _BY_EDIT
     }
@@ -188,7 +196,7 @@ def concatenate(parts: Sequence[Measurement]) -> Measurement:
 
 
 def estimate_seconds(model: Model, task: Task, edits: int) -> float:
-    """Foretell how long it takes to measure so many edits, from two small measurements."""
+    """Estimate the run time for `edits` edits from two short runs."""
     few = min(8, rows_per_pass(model, task))
 
     def seconds(count: int) -> float:
@@ -196,18 +204,22 @@ def estimate_seconds(model: Model, task: Task, edits: int) -> float:
         measure(model, task, [chain()] * count, check=False, progress=False)
         return time.perf_counter() - started
 
-    seconds(1)  # the first run pays for what is set up once
-    one, several = seconds(1), seconds(few)
-    an_edit = max(0.0, several - one) / max(1, few - 1)
-    return edits * an_edit + -(-edits // rows_per_pass(model, task)) * max(0.0, one - an_edit)
+    seconds(1)  # the first run also pays for what is set up once
+    seconds_one, seconds_few = seconds(1), seconds(few)
+    per_edit = max(0.0, seconds_few - seconds_one) / max(1, few - 1)
+    passes = -(-edits // rows_per_pass(model, task))
+    return edits * per_edit + passes * max(0.0, seconds_one - per_edit)
 
 
 def score(
     model: Model, task: Task, check: SelfCheck, hooks: Sequence[Hook] = (), rows: int = 1
 ) -> tuple[Float[Tensor, "edit scored"], Bool[Tensor, "edit scored"]]:
-    """One forward pass of a task with hooks that make so many rows of it: log-probabilities, and which tokens are greedy.
+    """Run a task once with hooks that make `rows` rows of it.
 
     Gradients flow through it where they are enabled; see `evaluation`.
+
+    Returns:
+        The log-probability of each continuation token in nats, and whether it is the greedy one.
     """
     tokens = task.tokens.to(next(model.parameters()).device)
     batch = tokens.expand(1 if check.shares_prefix else rows, -1)
@@ -218,7 +230,10 @@ def score(
 
 
 def clean_noise(session: Session, task: Task) -> float:
-    """How far the clean log-probability moves for no reason, in nats, when the writes of all sites move; see `measure`."""
+    """How much the clean log-probability changes by rounding noise at all sites, in nats.
+
+    See `measure`.
+    """
     setup = _Setup(replace(session, where=Where(missing="skip")), task)
     with torch.no_grad():
         return setup.noise_floor(setup.forward(chain(), 1))
@@ -226,7 +241,7 @@ def clean_noise(session: Session, task: Task) -> float:
 
 @dataclass(frozen=True)
 class _Setup:
-    """All that the forward passes of one measurement have in common."""
+    """What the forward passes of one measurement have in common."""
 
     session: Session
     task: Task
@@ -237,14 +252,14 @@ class _Setup:
         return self.session.positions(len(self.task.tokens))
 
     def run(self, edits: Stack, order: Tensor, progress: bool | None = False) -> list[Measurement]:
-        """Some edits of a stack, as many in each forward pass as may share one."""
+        """Run some edits of a stack, as many per forward pass as fit."""
         size, halve = self.session.rows_per_pass(self.task), self.session.halve(self.task)
         return run_batches(
             lambda rows: self.forward(edits[rows], len(rows)), order, size, halve, progress
         )
 
     def forward(self, rows: Edit, count: int) -> Measurement:
-        """One forward pass with an edit that makes so many rows of the batch, each edited in its own way."""
+        """Run one forward pass with an edit that makes `count` rows, each edited in its own way."""
         orig: list[Tensor] = []
         kept: list[Tensor] = []
 
@@ -261,16 +276,17 @@ class _Setup:
         return Measurement(scored.cpu(), is_greedy.cpu(), orig_deltas, kept_deltas, sites)
 
     def noise_floor(self, clean: Measurement) -> float:
-        """How far the clean log-probability moves for no reason; see `measure`."""
+        """How much the clean log-probability changes by rounding noise; see `measure`."""
 
-        def log_probs(moved: Stack) -> Tensor:
-            return concatenate([clean, *self.run(moved, torch.arange(len(moved)))]).log_prob
+        def log_probs(perturbed: Stack) -> Tensor:
+            parts = [clean, *self.run(perturbed, torch.arange(len(perturbed)))]
+            return concatenate(parts).log_prob
 
         return spread_by_rounding(log_probs, next(self.session.model.parameters()).dtype)
 
 
 @dataclass(frozen=True)
-class _WithClean:
+class _CleanFirst:
     """A stack of edits with the clean run as its first row."""
 
     edits: Gate | EditList
@@ -281,12 +297,12 @@ class _WithClean:
     def __getitem__(self, rows: Int[Tensor, " row"]) -> Edit:
         if rows[0] != 0:
             return self.edits[rows - 1]
-        return _BehindClean(self.edits[rows[1:] - 1]) if len(rows) > 1 else chain()
+        return _AfterClean(self.edits[rows[1:] - 1]) if len(rows) > 1 else chain()
 
 
 @dataclass(frozen=True)
-class _BehindClean:
-    """A stack of edits behind a first row that is left as it is: the clean run, in the same pass."""
+class _AfterClean:
+    """A stack of edits after an unedited first row: the clean run, in the same pass."""
 
     edits: Edit
 
@@ -295,13 +311,16 @@ class _BehindClean:
 
 
 def _run_all(setup: _Setup, edits: Gate | EditList, progress: bool | None) -> Measurement:
-    """All edits, of like cost together, in the order given; the clean run is row 0, and so is every edit that changes nothing."""
+    """Run all edits, those of similar cost together; the results are in the order given.
+
+    Row 0 is the clean run. An edit that changes nothing gets a copy of it.
+    """
     order = torch.arange(len(edits))
     if isinstance(edits, Gate):
         order = edits.order_by_cost().cpu()
         order = order[~edits.changes_nothing.cpu()[order]]
     parts = setup.run(
-        _WithClean(edits), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), progress
+        _CleanFirst(edits), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), progress
     )
     row = torch.zeros(1 + len(edits), dtype=torch.long)
     row[1 + order] = torch.arange(1, 1 + len(order))
@@ -319,5 +338,6 @@ def _warn_not_finite(edited: Measurement) -> None:
     wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
     if wrong:
         warn(
-            f"Edits {wrong[:10]} gave log-probabilities that are not finite; the table shows them so."
+            f"Edits {wrong[:10]} gave log-probabilities that are not finite; "
+            "the results keep these values."
         )

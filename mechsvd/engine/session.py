@@ -1,4 +1,4 @@
-"""Opening a model for some tasks: what every call that runs one checks, sets up, and needs to know."""
+"""Opening a model for some tasks: what every call that runs one checks and sets up."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,14 +31,15 @@ from mechsvd.results import Provenance
 
 
 class RunOptions(SiteOptions, total=False):
-    """The options of every call that runs a model, in addition to where it acts.
+    """The options of every call that runs a model, in addition to those of `SiteOptions`.
 
     Attributes:
-        check: refuse a model whose hooks are not its writes (see `self_check`), and directions of another model.
-        batch_size: rows in one forward pass; by default from the free memory and the size of the model.
-        batched_hooks: your own hooks on the model act on every row of a batch. By default they may act on a single row, so
-            while there are any, each row runs alone.
-        progress: a bar with an estimate; by default only where it is seen.
+        check: refuse a model whose hooks are not its writes (see `self_check`), and directions
+            of another model.
+        batch_size: rows in one forward pass; by default from free memory and model size.
+        batched_hooks: your own hooks on the model act on every row of a batch. By default they
+            may act on a single row, so each row runs alone while there are any.
+        progress: a bar with an estimate; by default only in a terminal or a notebook.
     """
 
     check: bool
@@ -48,7 +49,7 @@ class RunOptions(SiteOptions, total=False):
 
 
 class MeasureOptions(RunOptions, total=False):
-    """The options of `measure`, and of what calls it.
+    """The options of `measure`, and of the calls that use it.
 
     Attributes:
         noise_floor: measure it too; see `measure`.
@@ -62,11 +63,11 @@ class Session:
     """A model opened for some tasks.
 
     Attributes:
-        where: which writes are meant.
+        where: the layers, components and positions.
         check: the self-check of the model.
-        other_hooks: hooks of the user on the model.
-        notes: what the provenance of results says besides.
-        options: all that the user asked for.
+        other_hooks: the user's own hooks on the model.
+        notes: further notes for the provenance of results.
+        options: the options that the user gave.
     """
 
     model: Model
@@ -84,26 +85,26 @@ class Session:
 
     @property
     def progress(self) -> bool | None:
-        """Whether a bar is shown; None for where it is seen."""
+        """Whether to show a bar; None for only in a terminal or a notebook."""
         return self.options.get("progress")
 
     def positions(self, length: int) -> tuple[int, ...] | None:
-        """The positions that are meant in a text of this length; None for all."""
+        """The chosen positions in a text of this length; None for all."""
         return valid_positions(self.where.positions, length)
 
     def rows_per_pass(self, task: Task) -> int:
         """How many rows of this task share a forward pass."""
         if self.other_hooks.one_row:
             return 1
-        asked = self.options.get("batch_size")
-        return rows_per_pass(self.model, task) if asked is None else int(asked)
+        batch_size = self.options.get("batch_size")
+        return rows_per_pass(self.model, task) if batch_size is None else int(batch_size)
 
     def halve(self, task: Task) -> Callable[[int], int]:
-        """What halves the rows of a pass when memory runs out."""
+        """The function that halves the rows of a pass when memory runs out."""
         return halving(self.model, task)
 
     def provenance(self, sites: Sequence[Site] = ()) -> Provenance:
-        """The model, its state, the tokens of the tasks, and whose hooks took part."""
+        """The model, its state, the tokens of the tasks, and which user hooks took part."""
         tokens = tuple(tuple(task.tokens.tolist()) for task in self.tasks)
         return provenance_of(
             self.model, tokens, tuple(sites), (*self.notes, *self.other_hooks.notes)
@@ -111,11 +112,11 @@ class Session:
 
     @property
     def required_source(self) -> Provenance | None:
-        """What directions must come from; None where that is not checked."""
+        """The model that directions must come from; None where that is not checked."""
         return self.provenance() if self.options.get("check", True) else None
 
     def stack(self, edits: Any) -> Gate | EditList:
-        """Edits as a stack that fits the model and lies on its device; see `as_stack`."""
+        """Edits as a stack that fits the model, on its device; see `as_stack`."""
         return as_stack(self.model, edits, self.required_source)
 
 
@@ -127,38 +128,39 @@ def open_session(
     gradients: bool = False,
     **options: Unpack[RunOptions],
 ) -> Iterator[Session]:
-    """Open a model for some tasks: check all, evaluate without dropout, and read the weights at most once until the end.
+    """Open a model for some tasks: check everything, and evaluate without dropout.
 
-    A session inside another one of the same model reads no weights again and does not repeat warnings.
+    The weights are read at most once until it closes. A session inside another one of the same
+    model does not read them again, and does not repeat warnings.
 
     Args:
         gradients: allow them; see `evaluation`.
 
     Raises:
-        TypeError, KeyError, ValueError: a task or a site that does not fit the model; a model that fails its self-check.
+        TypeError, KeyError, ValueError: a task or a site that does not fit the model, or a model
+            that fails its self-check.
     """
     where = where_of(options)
     for task in tasks:
         require_fitting(model, task)
     if options.get("batch_size") is not None:
         require_whole("batch_size", options.get("batch_size"), 1)
-    if not gradients:  # weights need no sites
-        find_sites(
-            model, where.layers, where.components, where.missing
-        )  # a wrong one is refused before the model runs
+    if not gradients:  # weights need no sites; a wrong site is refused before the model runs
+        find_sites(model, where.layers, where.components, where.missing)
     check, notes = require_sound(model, options.get("check", True), where.missing)
     batched = options.get("batched_hooks", False)
     with (
-        evaluation(model, gradients=gradients, batched_hooks=batched) as others,
+        evaluation(model, gradients=gradients, batched_hooks=batched) as other_hooks,
         weights_read_once(model),
     ):
-        yield Session(model, tuple(tasks), where, check, others, notes, options)
+        yield Session(model, tuple(tasks), where, check, other_hooks, notes, options)
 
 
 def warn_other_sites(svd: Decomposition, sites: Sequence[Site]) -> None:
     """Warn when the edited sites are not those whose writes were decomposed."""
     if svd.source and {site.hook_name for site in sites} != set(svd.source.hooks):
         warn(
-            f"{len(sites)} sites are edited, but the directions were computed from the writes of {len(svd.source.hooks)} sites; "
-            "pass the same `layers` and `components` as to `collect_writes`, unless you mean it."
+            f"{len(sites)} sites are edited, but the directions were computed from "
+            f"{len(svd.source.hooks)} sites; pass the same `layers` and `components` as to "
+            "`collect_writes`, unless you mean it."
         )

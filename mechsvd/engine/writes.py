@@ -20,13 +20,15 @@ from mechsvd.results import Provenance, Result, result
 
 @result
 class Writes(Result):
-    """Writes of a model, site by site in the order of writing, over the positions of one text or several.
+    """Writes of a model: site by site in the order of writing, over the positions of the texts.
 
     Attributes:
         values: in the units of the residual stream.
-        sites: what the first axis is.
-        tokens, positions, task_index: what the second axis is: token id, absolute position, and number of the text.
-        pieces: the text of each token; `[id]` for tokens of a task that does not know it, and empty where none does.
+        sites: the first axis.
+        tokens, positions, task_index: the second axis: token id, absolute position, and number
+            of the text.
+        pieces: the text of each token; `[id]` for tokens of a task without texts, and empty if
+            no task has them.
     """
 
     values: Float[Tensor, "site pos d_model"]
@@ -52,7 +54,7 @@ class Writes(Result):
         return self.values.shape[0] * self.values.shape[1]
 
     def to_pandas(self) -> Any:
-        """One row a write, with its L2 norm."""
+        """One row per write, with its L2 norm."""
         import pandas as pd
 
         sites, count = len(self.sites), len(self.tokens)
@@ -71,7 +73,8 @@ class Writes(Result):
         layers = len({site.layer for site in self.sites})
         kinds = " and ".join(c for c in COMPONENTS if any(s.component == c for s in self.sites))
         return (
-            f"{len(self)} writes: {len(self.sites)} sites × {len(self.tokens)} positions, in {self.values.shape[2]} dimensions\n"
+            f"{len(self)} writes: {len(self.sites)} sites × {len(self.tokens)} positions, "
+            f"in {self.values.shape[2]} dimensions\n"
             f"  {kinds} of {layers} layers, {int(self.task_index.max()) + 1} task(s)\n"
             f"  from {self._origin('bare tensors')}"
         )
@@ -85,22 +88,24 @@ def collect_writes(
     skip_bos: bool = False,
     **options: Unpack[RunOptions],
 ) -> Writes:
-    """Collect what attention and MLP layers write to the residual stream, in one forward pass a text length, or more
-    where memory asks for it.
+    """Collect what attention and MLP layers write to the residual stream.
 
-    Every position counts by default, prompt and continuation and BOS, as in the shortform; BOS can own the top direction.
+    It takes one forward pass per text length, or more if memory requires it. Every position
+    counts by default, prompt and continuation and BOS, as in the shortform. BOS can dominate the
+    top direction.
 
     Args:
-        tasks: one or several; those of the same length run together, and none is padded.
+        tasks: one or more; those of the same length run together, without padding.
         skip_bos: leave out the BOS token.
-        options: see `RunOptions` (layers, components, positions, batch_size, …); `components=("attn",)` gives the shortform's
-            first, attention-only diagrams.
+        options: see `RunOptions` (layers, components, positions, batch_size, …).
+            `components=("attn",)` gives the shortform's first, attention-only diagrams.
 
     Returns:
         Writes with the positions of all tasks one after the other, in the order given.
 
     Raises:
-        ValueError: no tasks, nothing left to collect, a model that fails the self-check, NaN or inf in the writes.
+        ValueError: no tasks, nothing left to collect, a model that fails the self-check, or NaN
+            or inf in the writes.
         KeyError: an unknown layer or component.
     """
     chosen = as_tasks(tasks)
@@ -131,7 +136,7 @@ def collect_writes(
 def _run_by_length(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
     model, tasks = session.model, session.tasks
     device = next(model.parameters()).device
-    found: dict[int, Tensor] = {}
+    writes: dict[int, Tensor] = {}
 
     def forward(rows: Tensor) -> None:
         stored: list[Tensor] = []
@@ -145,32 +150,34 @@ def _run_by_length(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
             hooks,
             scored=slice(0, 1),
         )
-        found.update({int(i): torch.stack([x[row] for x in stored]) for row, i in enumerate(rows)})
+        for row, i in enumerate(rows):
+            writes[int(i)] = torch.stack([x[row] for x in stored])
 
     for length in {len(task.tokens) for task in tasks}:
         same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
-        one = tasks[same[0]]
+        first = tasks[same[0]]
         run_batches(
             forward,
             torch.tensor(same),
-            session.rows_per_pass(one),
-            session.halve(one),
+            session.rows_per_pass(first),
+            session.halve(first),
             session.progress or False,
         )
-    return [found[i] for i in range(len(tasks))]
+    return [writes[i] for i in range(len(tasks))]
 
 
 def _kept_positions(session: Session, task: Task, skip_bos: bool) -> Int[Tensor, " kept"]:
     length = len(task.tokens)
-    chosen = list(session.positions(length) or range(length))
+    positions = list(session.positions(length) or range(length))
     if skip_bos:
         bos = getattr(session.model.tokenizer, "bos_token_id", None)
-        chosen = [p for p in chosen if not (p == 0 and int(task.tokens[0]) == bos)]
-    if not chosen:
+        positions = [p for p in positions if not (p == 0 and int(task.tokens[0]) == bos)]
+    if not positions:
         raise ValueError(
-            f"No writes are left: `positions` and `skip_bos` exclude all {length} positions of the task."
+            f"No writes are left: `positions` and `skip_bos` exclude all {length} positions "
+            "of the task."
         )
-    return torch.tensor(chosen)
+    return torch.tensor(positions)
 
 
 def _require_finite(values: Tensor, sites: Sequence[Site], kept: Tensor, number: int) -> None:
@@ -183,6 +190,6 @@ def _require_finite(values: Tensor, sites: Sequence[Site], kept: Tensor, number:
         else ""
     )
     raise ValueError(
-        f"The writes hold NaN or inf, first at layer {sites[site].layer} {sites[site].component}, position {int(kept[pos])} of "
-        f"prompt {number} ({values.dtype}).{hint}"
+        f"The writes hold NaN or inf, first at layer {sites[site].layer} {sites[site].component}, "
+        f"position {int(kept[pos])} of prompt {number} ({values.dtype}).{hint}"
     )

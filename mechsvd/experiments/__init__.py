@@ -1,1 +1,1 @@
-"""Experiments: the shortform's questions, each a few lines over the engine."""
+"""Experiments: the shortform's questions, each a few lines on top of the engine."""

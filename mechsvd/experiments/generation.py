@@ -1,4 +1,4 @@
-"""Text from inside a subspace: a model goes on from a prompt, or from nothing, while every write is edited."""
+"""Text from inside a subspace: a model continues a prompt while every write is edited."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -46,27 +46,28 @@ def generate(
 def generate(
     model: Model, prompt: Prompt, edit: Any = None, **options: Unpack[GenerateOptions]
 ) -> str | list[str]:
-    """Let a model write on from a prompt while an edit acts on every write; greedily by default.
+    """Let a model continue a prompt while an edit acts on every write; greedily by default.
 
     Args:
-        prompt: the text to go on from, or its token ids; "" is the bare start, BOS alone.
-        edit: one edit, None for the model as it is, or several (a list or a stack of gates), whose greedy texts are written
-            side by side as rows of one batch.
+        prompt: the text to continue, or its token ids; "" is BOS alone.
+        edit: one edit, None for the model as it is, or several (a list or a stack of gates).
+            Greedy texts of several edits are written together, as rows of one batch.
         options: see `GenerateOptions` (max_new_tokens, temperature, seed, layers, positions, …).
 
     Returns:
-        The prompt and what follows, up to the end of the text; a list of texts for several edits.
+        The prompt and its continuation, up to the end of the text; for several edits, a list of
+        texts.
 
     Raises:
         TypeError, ValueError: as `generate_tasks`.
     """
-    several = isinstance(edit, list | tuple) or (isinstance(edit, Gate) and edit.is_stack)
-    tasks = generate_tasks(model, prompt, edit if several else [edit], **options)
+    is_list = isinstance(edit, list | tuple) or (isinstance(edit, Gate) and edit.is_stack)
+    tasks = generate_tasks(model, prompt, edit if is_list else [edit], **options)
     texts = [
-        (prompt if isinstance(prompt, str) else task.text()[0]) + _said(model, task)
+        (prompt if isinstance(prompt, str) else task.text()[0]) + _continuation_text(model, task)
         for task in tasks
     ]
-    return texts if several else texts[0]
+    return texts if is_list else texts[0]
 
 
 @with_options(RunOptions)
@@ -83,26 +84,29 @@ def generate_tasks(
     use_kv_cache: bool = True,
     **options: Unpack[RunOptions],
 ) -> list[Task]:
-    """As `generate`, but as tasks: what each edit wrote, ready to be measured, collected or decomposed.
+    """Like `generate`, but returns tasks, ready to be measured, collected or decomposed.
 
     Args:
-        temperature: 0 takes the most probable token; above 0, tokens are drawn, and each edit gets the same random numbers,
-            whatever stands beside it.
-        seed: of the draws; the global generators stay as they were.
-        truncate: "left" drops the oldest prompt tokens when prompt and new tokens do not fit into the context.
-        use_kv_cache: reuse keys and values of earlier positions; the text is the same without, but slower.
-        options: see `RunOptions` (layers, components, positions, batch_size, …); positions count through the prompt and what
-            follows.
+        temperature: 0 takes the most probable token; above 0, tokens are drawn. Each edit gets
+            the same random numbers, whatever the other edits are.
+        seed: of the draws; the global generators are left unchanged.
+        truncate: "left" drops the oldest prompt tokens when prompt and new tokens do not fit into
+            the context.
+        use_kv_cache: reuse keys and values of earlier positions; without it, the text is the same
+            but slower.
+        options: see `RunOptions` (layers, components, positions, batch_size, …); positions count
+            through the prompt and its continuation.
 
     Raises:
-        TypeError: a prompt that is not a string, edits that are none.
-        ValueError: a prompt that does not fit, no BOS to start from, a basis of another model, a temperature below 0.
+        TypeError: a prompt that is not a string, or edits that are not edits.
+        ValueError: a prompt that does not fit, no BOS to start from, a basis of another model, or
+            a temperature below 0.
     """
     _require_options(max_new_tokens, temperature, seed)
     start = fit_context(model, _start(model, prompt, prepend_bos), max_new_tokens, truncate)
     longest = _longest(start, max_new_tokens)
     with open_session(model, **options) as session:
-        sites, chosen = session.sites, session.positions(len(longest.tokens))
+        sites, positions = session.sites, session.positions(len(longest.tokens))
         stack = session.stack(
             [chain() if e is None else e for e in edits]
             if isinstance(edits, list | tuple)
@@ -118,7 +122,7 @@ def generate_tasks(
             broken[site] = ~kept.isfinite().all() | broken.get(site, False)
 
         def forward(rows: Int[Tensor, " row"]) -> list[Tensor]:
-            hooks = hooks_at(model, stack[rows], sites, chosen, observe)
+            hooks = hooks_at(model, stack[rows], sites, positions, observe)
             return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
 
         size = 1 if temperature > 0 else session.rows_per_pass(longest)
@@ -127,17 +131,18 @@ def generate_tasks(
         )
     if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
         warn(
-            f"The edits gave writes that are not finite, first at layer {wrong[0]}: the text says nothing."
+            f"The edits gave writes that are not finite, first at layer {wrong[0]}; "
+            "the text is meaningless."
         )
     has_text = model.tokenizer is not None
     return [
-        Task(t, len(start), pieces_of(model, t.tolist()) if has_text else ())
+        Task(tokens, len(start), pieces_of(model, tokens.tolist()) if has_text else ())
         for part in parts
-        for t in part
+        for tokens in part
     ]
 
 
-def _said(model: Model, task: Task) -> str:
+def _continuation_text(model: Model, task: Task) -> str:
     has_ended = int(task.tokens[-1]) in end_tokens(model)
     return "".join(task.pieces[task.prompt_length : -1]) if has_ended else task.text()[1]
 
@@ -153,7 +158,8 @@ def _start(model: Model, prompt: Any, prepend_bos: bool | None) -> list[int]:
         or prompt.dtype == torch.bool
     ):
         raise ValueError(
-            f"`prompt` must be text, or token ids of shape [pos], but is {prompt.dtype} of shape {list(prompt.shape)}."
+            "`prompt` must be text, or token ids of shape [pos], "
+            f"but is {prompt.dtype} of shape {list(prompt.shape)}."
         )
     require_known(model, prompt)
     warn_unusual_start(model, prompt[:2].tolist(), "".join(map(str, prompt[:8].tolist())))
@@ -161,7 +167,7 @@ def _start(model: Model, prompt: Any, prepend_bos: bool | None) -> list[int]:
 
 
 def _longest(start: list[int], max_new_tokens: int) -> Task:
-    """A task of the size that the text can have."""
+    """A task of the longest length that the text can have."""
     return Task(torch.tensor(start + [0] * max_new_tokens), len(start))
 
 
@@ -170,5 +176,6 @@ def _require_options(max_new_tokens: Any, temperature: Any, seed: Any) -> None:
     require_whole("seed", seed, 0, 2**63 - 1)
     if not is_number(temperature, 0):
         raise ValueError(
-            f"`temperature` is {temperature!r}, but must be 0 (the most probable token) or more, and finite."
+            f"`temperature` is {temperature!r}, but must be 0 (the most probable token) or more, "
+            "and finite."
         )

@@ -1,4 +1,4 @@
-"""One direction at a time: what the text loses without it, and the orders of the directions that follow from that."""
+"""Rank directions: what the text loses without each one, and orders that follow from it."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ from mechsvd.results import Provenance, Result, require_kind, require_same_model
 
 @result
 class Ranking(Result):
-    """What each direction is worth to a task: the measurement without it, beside the singular value.
+    """What each direction is worth to a task: its effect when removed, and its singular value.
 
     Attributes:
         singular_values: in the units of the residual stream.
@@ -47,22 +47,22 @@ class Ranking(Result):
 
     @property
     def effect(self) -> Float[Tensor, " rank"]:
-        """Clean minus edited log-probability in nats, so that damage is positive."""
+        """Clean minus edited log-probability in nats; damage is positive."""
         return self.measurement.clean_run.log_prob - self.measurement.log_prob
 
     @property
     def noise_floor(self) -> float:
-        """How far the clean log-probability moves with the batch size and one rounding a write, in nats; see `measure`."""
+        """How much batch size and rounding change the clean log-probability, in nats."""
         return self.measurement.noise_floor or 0.0
 
     @property
     def is_noise(self) -> Bool[Tensor, " rank"]:
-        """Which effects are no larger than the numerical noise."""
+        """Which effects are within the noise floor."""
         return self.effect.abs() <= self.noise_floor
 
     @property
     def rank_correlation(self) -> float:
-        """Spearman's correlation of effect and singular value over all directions; NaN for fewer than two."""
+        """Spearman's correlation of effect and singular value; NaN below two directions."""
         from scipy.stats import spearmanr
 
         return float(spearmanr(self.singular_values.numpy(), self.effect.numpy()).statistic)
@@ -73,7 +73,7 @@ class Ranking(Result):
         return self.measurement.source
 
     def to_pandas(self) -> Any:
-        """One row a direction: direction, singular_value, log_prob, effect, is_noise."""
+        """One row per direction: direction, singular_value, log_prob, effect, is_noise."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -87,10 +87,12 @@ class Ranking(Result):
         )
 
     def __repr__(self) -> str:
-        worst, silent = int(self.effect.argmax()), int(self.is_noise.sum())
+        worst, noise_count = int(self.effect.argmax()), int(self.is_noise.sum())
         return (
-            f"Ranking of {len(self.singular_values)} directions, each removed alone: direction {worst} does most damage\n"
-            f"  {float(self.effect[worst]):.4g} nats; {silent} effects within the noise floor of {self.noise_floor:.1e} nats\n"
+            f"Ranking of {len(self.singular_values)} directions, each removed alone: "
+            f"direction {worst} does most damage\n"
+            f"  {float(self.effect[worst]):.4g} nats; {noise_count} effects within the noise floor "
+            f"of {self.noise_floor:.1e} nats\n"
             f"  on {self._origin()}"
         )
 
@@ -99,36 +101,37 @@ class Ranking(Result):
 def rank_directions(
     model: Model, task: Task, svd: Decomposition, **options: Unpack[RunOptions]
 ) -> Ranking:
-    """Remove each singular direction alone from every write, and measure what the continuation loses; exact, all directions.
+    """Remove each direction alone from every write, and measure what the continuation loses.
 
-    Many directions share a forward pass as rows of its batch, each at the cost of a dot product a write.
+    The effect is exact, for all directions. Many directions share a forward pass as rows of its
+    batch, each at the cost of one dot product per write.
 
     Args:
         options: see `RunOptions` (layers, components, positions, batch_size, progress, …).
 
     Returns:
-        One row a direction, in the order of the decomposition.
+        One row per direction, in the order of the decomposition.
 
     Raises:
-        TypeError, ValueError: as `measure`; a decomposition without directions.
+        TypeError, ValueError: as `measure`; or a decomposition without directions.
     """
     require_decomposition(svd)
     gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
-    measured = measure(
+    measurement = measure(
         model, task, Gate(svd.directions, gains, 1.0, svd.source), noise_floor=True, **options
     )
-    warn_other_sites(svd, measured.sites)
-    return Ranking(svd.singular_values.cpu(), measured)
+    warn_other_sites(svd, measurement.sites)
+    return Ranking(svd.singular_values.cpu(), measurement)
 
 
 def order_by_singular_value(svd: Decomposition) -> Int[Tensor, " rank"]:
-    """The order of the decomposition itself: by falling singular value."""
+    """Order directions by falling singular value, as in the decomposition."""
     require_decomposition(svd)
     return torch.arange(svd.rank)
 
 
 def order_by_effect(ranking: Ranking) -> Int[Tensor, " rank"]:
-    """By falling damage; directions of equal effect stay in the order of their singular values."""
+    """Order directions by falling damage; ties stay in the order of their singular values."""
     require_kind(ranking, Ranking)
     return ranking.effect.argsort(descending=True, stable=True)
 
@@ -136,10 +139,11 @@ def order_by_effect(ranking: Ranking) -> Int[Tensor, " rank"]:
 def order_by_compromise(
     svd: Decomposition, ranking: Ranking, weight: float = 0.5
 ) -> Int[Tensor, " rank"]:
-    """By the weighted mean of a direction's places in the two orders.
+    """Order directions by the weighted mean of their places in the two orders.
 
     Args:
-        weight: of the place by effect, 0 to 1; the place by singular value has the rest. Ties go to the larger singular value.
+        weight: of the place by effect, 0 to 1; the place by singular value gets the rest. Ties go
+            to the larger singular value.
 
     Raises:
         ValueError: a weight outside 0 to 1, or a ranking of other directions.
@@ -151,20 +155,21 @@ def order_by_compromise(
         )
     if len(ranking.singular_values) != svd.rank:
         raise ValueError(
-            f"The ranking is of {len(ranking.singular_values)} directions, but the decomposition has {svd.rank}."
+            f"The ranking is of {len(ranking.singular_values)} directions, "
+            f"but the decomposition has {svd.rank}."
         )
     require_same_model(svd.source, ranking.source, "The decomposition and the ranking")
     if not torch.allclose(svd.singular_values.cpu(), ranking.singular_values):
         raise ValueError(
-            "The ranking is of other directions, with other singular values; rank those of this decomposition."
+            "The ranking is of other directions, with other singular values; "
+            "rank those of this decomposition."
         )
-    by_effect = order_by_effect(ranking).argsort()
-    return (weight * by_effect.double() + (1 - weight) * torch.arange(svd.rank).double()).argsort(
-        stable=True
-    )
+    by_effect = order_by_effect(ranking).argsort().double()
+    by_singular_value = torch.arange(svd.rank).double()
+    return (weight * by_effect + (1 - weight) * by_singular_value).argsort(stable=True)
 
 
 def order_at_random(svd: Decomposition, seed: int = 0) -> Int[Tensor, " rank"]:
-    """A seeded random order, to compare the others with."""
+    """A seeded random order, as a baseline for the others."""
     require_decomposition(svd)
     return torch.randperm(svd.rank, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Ridge in place of clipping: shrink every direction by its singular value, more and more strongly."""
+"""Ridge instead of clipping: shrink every direction by its singular value, ever more strongly."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,18 +18,18 @@ from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
 from mechsvd.results import Provenance, Result, result
 
-STEPS = 64  # strengths, where none are given
+STEPS = 64  # number of strengths by default
 
 
 @result
 class RidgeSweep(Result):
-    """What is left of a task when every write is shrunk as ridge regression does, for several strengths.
+    """What is left of a task when ridge regression shrinks every write, for several strengths.
 
     Attributes:
         alphas: strengths, in squared units of the residual stream.
-        effective_directions: Σ s²/(s² + alpha), the effective number of directions that are left (ridge regression's effective
-            degrees of freedom).
-        measurement: one row a strength, and the clean run.
+        effective_directions: Σ s²/(s² + alpha), the effective number of directions that are left
+            (ridge regression's effective degrees of freedom).
+        measurement: one row per strength, and the clean run.
         basis_source: the writes that the directions come from.
     """
 
@@ -47,7 +47,11 @@ class RidgeSweep(Result):
         require_between(self, ["alphas", "effective_directions"], 0)
 
     def to_pandas(self) -> Any:
-        """One row a strength: alpha, effective_directions, log_prob, probability, surprise, orig_delta, kept_delta."""
+        """One row per strength.
+
+        Columns: alpha, effective_directions, log_prob, probability, surprise, orig_delta,
+        kept_delta.
+        """
         table = self.measurement.to_pandas()
         table.insert(0, "effective_directions", self.effective_directions.numpy())
         table.insert(0, "alpha", self.alphas.numpy())
@@ -59,9 +63,10 @@ class RidgeSweep(Result):
         return self.measurement.source
 
     def __repr__(self) -> str:
-        few, many = float(self.effective_directions.min()), float(self.effective_directions.max())
+        low, high = float(self.effective_directions.min()), float(self.effective_directions.max())
         return (
-            f"RidgeSweep over {len(self.alphas)} strengths, {few:.3g} to {many:.3g} effective directions\n"
+            f"RidgeSweep over {len(self.alphas)} strengths, "
+            f"{low:.3g} to {high:.3g} effective directions\n"
             + "\n".join(repr(self.measurement).splitlines()[1:])
         )
 
@@ -74,31 +79,33 @@ def sweep_ridge(
     alphas: Iterable[float] | Float[Tensor, " edit"] | None = None,
     **options: Unpack[MeasureOptions],
 ) -> RidgeSweep:
-    """Shrink every write by `shrink(svd, alpha)` while the model runs, for each strength alpha.
+    """Shrink every write by `shrink(svd, alpha)` while the model runs, for each `alpha`.
 
     Args:
-        alphas: strengths; by default 64 whose effective numbers of directions are evenly spaced, the last one 0, which keeps all
-            that the decomposition saw. What it did not see is dropped, as in `sweep_rank`.
+        alphas: strengths. By default 64, with evenly spaced effective numbers of directions; the
+            last one is 0, which keeps all that the decomposition saw. What it did not see is
+            dropped, as in `sweep_rank`.
         options: see `MeasureOptions` (layers, components, positions, batch_size, progress, …).
 
     Raises:
-        TypeError: strengths that are no numbers.
-        ValueError: a strength below 0, NaN or inf, or none at all.
+        TypeError: strengths that are not numbers.
+        ValueError: a strength below 0, NaN or inf, or no strengths.
     """
     require_decomposition(svd)
-    chosen = _evenly_spaced(svd) if alphas is None else _valid_alphas(alphas)
-    gains = ridge_gains(svd.singular_values, chosen.to(svd.singular_values.device))
-    measured = measure(model, task, cheapest_gate(svd, gains.to(svd.directions)), **options)
-    warn_other_sites(svd, measured.sites)
-    return RidgeSweep(chosen, effective_directions(svd, chosen), measured, svd.source)
+    strengths = _evenly_spaced(svd) if alphas is None else _valid_alphas(alphas)
+    gains = ridge_gains(svd.singular_values, strengths.to(svd.singular_values.device))
+    measurement = measure(model, task, cheapest_gate(svd, gains.to(svd.directions)), **options)
+    warn_other_sites(svd, measurement.sites)
+    return RidgeSweep(strengths, effective_directions(svd, strengths), measurement, svd.source)
 
 
 def effective_directions(
     svd: Decomposition, alphas: Float[Tensor, " edit"]
 ) -> Float[Tensor, " edit"]:
-    """The effective number of directions, Σ s²/(s² + alpha), for each strength.
+    """The effective number of directions, Σ s²/(s² + alpha), per strength.
 
-    Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed., eq. 3.50.
+    Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed.,
+        eq. 3.50.
     """
     return ridge_gains(svd.singular_values.cpu().double(), alphas).sum(dim=-1)
 
@@ -111,22 +118,23 @@ def _evenly_spaced(svd: Decomposition) -> Float[Tensor, " edit"]:
         float(squares[-1].log()) - 7, float(squares.sum().log()) + 7, 4096, dtype=torch.float64
     )
     numbers = effective_directions(svd, exponents.exp())  # falling
-    wanted = torch.linspace(0, svd.rank, STEPS + 1, dtype=torch.float64)[1:-1]
-    found = np.interp(wanted.numpy(), numbers.flip(0).numpy(), exponents.flip(0).numpy())
-    return torch.cat([torch.from_numpy(found).exp(), torch.zeros(1, dtype=torch.float64)])
+    targets = torch.linspace(0, svd.rank, STEPS + 1, dtype=torch.float64)[1:-1]
+    spaced = np.interp(targets.numpy(), numbers.flip(0).numpy(), exponents.flip(0).numpy())
+    return torch.cat([torch.from_numpy(spaced).exp(), torch.zeros(1, dtype=torch.float64)])
 
 
 def _valid_alphas(alphas: Any) -> Float[Tensor, " edit"]:
     if isinstance(alphas, str) or not isinstance(alphas, Iterable):
         raise TypeError(f"`alphas` must be a list of numbers, but is {alphas!r:.40}.")
     try:
-        found = torch.as_tensor(
+        strengths = torch.as_tensor(
             alphas if isinstance(alphas, Tensor) else list(alphas), dtype=torch.float64
         ).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`alphas` must be a list of numbers, but is {alphas!r:.40}.") from error
-    if found.ndim != 1 or len(found) == 0 or not found.isfinite().all() or (found < 0).any():
+    is_valid = strengths.isfinite().all() and (strengths >= 0).all()
+    if strengths.ndim != 1 or len(strengths) == 0 or not is_valid:
         raise ValueError(
             f"`alphas` must be finite numbers from 0, at least one, but is {alphas!r:.60}."
         )
-    return found
+    return strengths

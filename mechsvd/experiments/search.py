@@ -1,4 +1,4 @@
-"""The smallest rank from which a model still gives the text, from few probes of a curve that need not be monotone."""
+"""The critical rank: a search with few probes of a curve that need not be monotone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,10 +22,10 @@ from mechsvd.model.sites import Model, require_model, where_of
 from mechsvd.model.tasks import Task
 from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
 
-PROBES = 8  # a round
-SHARE = 10  # a search may cost one in so many of a full sweep's evaluations,
-LEAST = 48  # or so many, where that is more
-NATS = "nats"  # the unit that the noise floor is in
+PROBES = 8  # ranks per round
+SHARE = 10  # a search may cost a tenth of the evaluations of a full sweep,
+LEAST = 48  # or this many, if that is more
+NATS = "nats"  # the unit of the noise floor
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Criterion:
     """A threshold that an edit reaches or misses.
 
     Attributes:
-        name: what is asked, in words.
+        name: the threshold in words.
         unit: of the margin.
-        margin: a function of a measurement that gives how far each edit is above (≥ 0) or below the threshold.
+        margin: a function of a measurement that returns how far each edit is above (≥ 0) or below
+            the threshold.
     """
 
     name: str
@@ -49,15 +50,17 @@ class Criterion:
 
 @result
 class CriticalRank(Result):
-    """The smallest rank, of those tried, whose directions give the text, and all that was tried.
+    """The smallest rank tried whose directions give the text, and all ranks tried.
 
     Attributes:
         sweep: the ranks that were tried, rising.
-        margins: how far each is above (≥ 0) or below the threshold: in nats, unless the criterion says otherwise.
-        noise_floor: margins no further below 0 than this count as reaching the threshold; 0 for a threshold that is not in nats.
-        evaluations: how many rows went through the model, the clean ones and those for the noise floor too.
+        margins: how far each rank is above (≥ 0) or below the threshold, in `unit`.
+        noise_floor: margins down to minus this count as reaching the threshold; 0 for a threshold
+            that is not in nats.
+        evaluations: number of rows run through the model, including the clean ones and those for
+            the noise floor.
         criterion: the threshold's name.
-        unit: of the margins.
+        unit: of the margins; nats by default.
     """
 
     sweep: RankSweep
@@ -85,12 +88,12 @@ class CriticalRank(Result):
 
     @property
     def is_tie(self) -> Bool[Tensor, " edit"]:
-        """Which margins say nothing, being within the numerical noise."""
+        """Which margins are within the noise floor, so that they decide nothing."""
         return (self.margins.abs() <= self.noise_floor) & (self.noise_floor > 0)
 
     @property
     def rank(self) -> int | None:
-        """The smallest rank that reaches the threshold; None where none of those tried does."""
+        """The smallest rank that reaches the threshold; None if no rank tried does."""
         return int(self.sweep.ranks[self.reached][0]) if self.reached.any() else None
 
     @property
@@ -101,28 +104,33 @@ class CriticalRank(Result):
 
     @property
     def crossings(self) -> tuple[tuple[int, int], ...]:
-        """Neighbours among the ranks tried of which one reaches the threshold and the other does not, smaller rank first."""
+        """Neighbouring ranks, smaller one first, of which only one reaches the threshold."""
         changes = (self.reached[1:] != self.reached[:-1]).nonzero().flatten().tolist()
         ranks = self.sweep.ranks.tolist()
         return tuple((ranks[i], ranks[i + 1]) for i in changes)
 
     def subspace(self, svd: Decomposition) -> Subspace:
-        """The span of the directions that the critical rank keeps, in the order of the sweep; of rank 0 where none is needed.
+        """The span of the directions that the critical rank keeps, in the order of the sweep.
+
+        It has rank 0 if no direction is needed.
 
         Raises:
-            ValueError: no rank that was tried reaches the threshold, or a decomposition of other directions.
+            ValueError: no rank tried reaches the threshold, or a decomposition of other
+                directions.
         """
         require_decomposition(svd)
         if len(self.sweep.order) != svd.rank:
             raise ValueError(
-                f"The search was over {len(self.sweep.order)} directions, but the decomposition has {svd.rank}."
+                f"The search was over {len(self.sweep.order)} directions, "
+                f"but the decomposition has {svd.rank}."
             )
         require_same_model(self.sweep.basis_source, svd.source, "The search and the decomposition")
         if self.rank is None:
-            more = "" if self.is_certain else "try every rank by `exhaustive=True`, "
+            advice = "" if self.is_certain else "try every rank by `exhaustive=True`, "
             raise ValueError(
-                f"None of the {len(self.sweep.ranks)} ranks tried reaches {self.criterion}, so there is no subspace; allow a "
-                f"`tolerance`, {more}or keep all directions by `svd.subspace(svd.rank)`."
+                f"None of the {len(self.sweep.ranks)} ranks tried reaches {self.criterion}, "
+                f"so there is no subspace; allow a `tolerance`, {advice}"
+                "or keep all directions by `svd.subspace(svd.rank)`."
             )
         return Subspace(svd.directions[:, self.sweep.order[: self.rank]], svd.source)
 
@@ -132,7 +140,7 @@ class CriticalRank(Result):
         return self.sweep.source
 
     def to_pandas(self) -> Any:
-        """One row a rank tried: rank, log_prob, margin, reached, is_tie (within the noise floor)."""
+        """One row per rank tried: rank, log_prob, margin, reached, is_tie (within the noise)."""
         table = self.sweep.to_pandas()[["rank", "log_prob"]]
         return table.assign(
             margin=self.margins.numpy(), reached=self.reached.numpy(), is_tie=self.is_tie.numpy()
@@ -153,34 +161,37 @@ class CriticalRank(Result):
 
 
 def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
-    """The threshold that the continuation loses no more log-probability than this against the clean run.
+    """The threshold that the continuation loses at most `nats` of log-probability.
+
+    The drop is measured from the clean run.
 
     Args:
-        nats: for the whole continuation, or, with `each_token`, for each of its tokens.
+        nats: for the whole continuation; with `each_token`, for each of its tokens.
 
     Raises:
         ValueError: a drop below 0, or not finite.
     """
     if not is_number(nats, 0):
         raise ValueError(
-            f"A drop of {nats!r:.40} nats cannot be allowed: `drop_at_most` takes a number, 0 or more."
+            f"A drop of {nats!r:.40} nats cannot be allowed: "
+            "`drop_at_most` takes a number, 0 or more."
         )
 
-    def margin(measured: Measurement) -> Float[Tensor, " edit"]:
+    def margin(measurement: Measurement) -> Float[Tensor, " edit"]:
         if each_token:
-            return (measured.log_probs - measured.clean_run.log_probs).amin(dim=-1) + nats
-        return measured.log_prob - measured.clean_run.log_prob + nats
+            return (measurement.log_probs - measurement.clean_run.log_probs).amin(dim=-1) + nats
+        return measurement.log_prob - measurement.clean_run.log_prob + nats
 
     return Criterion(
         f"a drop of at most {nats:g} nats" + (" at each token" if each_token else ""), NATS, margin
     )
 
 
-def _greedy_margin(measured: Measurement) -> Float[Tensor, " edit"]:
-    return -(~measured.is_greedy).sum(dim=-1).to(measured.log_probs)
+def _greedy_margin(measurement: Measurement) -> Float[Tensor, " edit"]:
+    return -(~measurement.is_greedy).sum(dim=-1).to(measurement.log_probs)
 
 
-# The model would say the continuation greedily; the margin is minus the number of tokens that it would not.
+# The margin is minus the number of continuation tokens that the model would not write greedily.
 same_greedy_text = Criterion("same_greedy_text", "tokens", _greedy_margin)
 
 
@@ -196,47 +207,45 @@ def critical_rank(
     exhaustive: bool = False,
     **options: Unpack[RunOptions],
 ) -> CriticalRank:
-    """Find the smallest number of directions from which the clipped model still gives the continuation.
+    """Find the fewest directions from which the clipped model still gives the continuation.
 
-    The curve need not be monotone. The search tries a grid, closes in on the first crossing with several ranks in each forward
-    pass, then looks at its neighbours and where else below it the curve comes near the threshold, and begins again where
-    one of them is smaller. It costs at most a tenth of a full sweep, or 48 evaluations where that is more. What it finds is a crossing, and the
-    smallest one that it saw.
+    The curve need not be monotone. The search tries a grid, then closes in on the first crossing,
+    with several ranks per forward pass. It then tries the neighbours of the crossing, and the
+    smaller ranks where the curve comes near the threshold; if one of them reaches it, the search
+    repeats from there. It costs at most a tenth of a full sweep, or 48 evaluations if that is
+    more. The result is a crossing, and the smallest one seen.
 
     Args:
         tolerance: how much log-probability the whole continuation may lose, in nats.
-        criterion: another threshold, in place of `tolerance`: `drop_at_most`, `same_greedy_text`, or any function of a measurement.
+        criterion: another threshold, in place of `tolerance`: `drop_at_most`, `same_greedy_text`,
+            or any function of a measurement.
         order: in which the directions are kept; see `sweep_rank`.
-        exhaustive: try every rank, for the certain answer.
+        exhaustive: try every rank, for a certain answer.
         options: see `RunOptions` (layers, components, positions, batch_size, progress, …).
 
     Raises:
-        TypeError, ValueError: as `sweep_rank`; two thresholds; a threshold that the clean model does not reach.
+        TypeError, ValueError: as `sweep_rank`; two thresholds; a threshold that the clean model
+            does not reach.
     """
     require_model(model)
     require_decomposition(svd)
-    threshold, found = _threshold(tolerance, criterion), None
+    threshold, search = _threshold(tolerance, criterion), None
     order, where = once(order), where_of(options)
-    options["layers"], options["positions"] = (
-        where.layers,
-        where.positions,
-    )  # each round needs them, were they generators
+    # each round needs them again, so a generator is read here
+    options["layers"], options["positions"] = where.layers, where.positions
     ranks = [*range(svd.rank + 1)] if exhaustive else _evenly(0, svd.rank, PROBES + 1)
     with open_session(model, **options):
         while ranks:
-            sweep = sweep_rank(model, task, svd, ranks, order, noise_floor=found is None, **options)
-            spent = (
-                len(ranks) + 1 + (NOISE_ROWS if found is None else found.evaluations)
-            )  # each round runs the clean model too
-            found = replace(
-                critical_rank_of(
-                    _together(found.sweep, sweep) if found else sweep, criterion=threshold
-                ),
-                evaluations=spent,
-            )
-            ranks = _next_ranks(found)
-    assert found is not None  # the first round is never empty
-    return found
+            is_first = search is None
+            sweep = sweep_rank(model, task, svd, ranks, order, noise_floor=is_first, **options)
+            # each round runs the clean model too
+            evaluations = len(ranks) + 1 + (search.evaluations if search else NOISE_ROWS)
+            sweep = _join(search.sweep, sweep) if search else sweep
+            critical = critical_rank_of(sweep, criterion=threshold)
+            search = replace(critical, evaluations=evaluations)
+            ranks = _next_ranks(search)
+    assert search is not None  # the first round is never empty
+    return search
 
 
 def critical_rank_of(
@@ -246,11 +255,12 @@ def critical_rank_of(
     criterion: Callable[[Measurement], Float[Tensor, " edit"]] | None = None,
     noise_floor: float | None = None,
 ) -> CriticalRank:
-    """Read the critical rank off a sweep that is there already, among the ranks that it has.
+    """Read the critical rank off a finished sweep, among the ranks that it has.
 
     Args:
         tolerance, criterion: as in `critical_rank`.
-        noise_floor: how far below a threshold of nats still counts as reaching it; what the sweep measured by default, or 0.
+        noise_floor: how far below a threshold in nats still counts as reaching it; by default
+            what the sweep measured, or 0.
 
     Raises:
         ValueError: two thresholds; a threshold that the clean model itself does not reach.
@@ -258,21 +268,21 @@ def critical_rank_of(
     require_kind(sweep, RankSweep)
     threshold = _threshold(tolerance, criterion)
     rising = sweep.ranks.argsort(stable=True)
-    measured = sweep.measurement[rising]
-    clean, floor = (
-        measured.clean_run,
-        measured.noise_floor if noise_floor is None else float(noise_floor),
-    )
+    measurement = sweep.measurement[rising]
+    clean = measurement.clean_run
+    floor = measurement.noise_floor if noise_floor is None else float(noise_floor)
     floor = floor or 0.0 if threshold.unit == NATS else 0.0
-    if not (best := float(_margins(threshold, replace(clean, clean=clean))[0])) >= -floor:
+    clean_margin = float(_margins(threshold, replace(clean, clean=clean))[0])
+    if not clean_margin >= -floor:  # NaN fails too
         raise ValueError(
-            f"The clean model itself misses the threshold, {threshold.name}, by {-best:.4g}, so no rank "
-            "can be compared with it; for the same greedy text, make the task without a continuation."
+            f"The clean model itself misses the threshold, {threshold.name}, by "
+            f"{-clean_margin:.4g}, so no rank can be compared with it; for the same greedy text, "
+            "make the task without a continuation."
         )
-    rising_sweep = replace(sweep, ranks=sweep.ranks[rising], measurement=measured)
+    rising_sweep = replace(sweep, ranks=sweep.ranks[rising], measurement=measurement)
     return CriticalRank(
         rising_sweep,
-        _margins(threshold, measured),
+        _margins(threshold, measurement),
         floor,
         len(rising) + 1,
         threshold.name,
@@ -287,18 +297,19 @@ def _threshold(tolerance: float, criterion: Callable[[Measurement], Tensor] | No
         raise ValueError("`tolerance` and `criterion` are two thresholds; give one of them.")
     if not callable(criterion):
         raise TypeError(
-            f"`criterion` must be a function of a measurement, but is {criterion!r:.60}; see `mechsvd.drop_at_most`."
+            f"`criterion` must be a function of a measurement, but is {criterion!r:.60}; "
+            "see `mechsvd.drop_at_most`."
         )
     if isinstance(criterion, Criterion):
         return criterion
     return Criterion(getattr(criterion, "__name__", "a threshold of your own"), "", criterion)
 
 
-def _margins(threshold: Criterion, measured: Measurement) -> Float[Tensor, " edit"]:
-    margins = threshold(measured)
+def _margins(threshold: Criterion, measurement: Measurement) -> Float[Tensor, " edit"]:
+    margins = threshold(measurement)
     if (
         not isinstance(margins, Tensor)
-        or margins.shape != (len(measured),)
+        or margins.shape != (len(measurement),)
         or not margins.is_floating_point()
     ):
         returned = (
@@ -307,32 +318,33 @@ def _margins(threshold: Criterion, measured: Measurement) -> Float[Tensor, " edi
             else type(margins).__name__
         )
         raise ValueError(
-            f"`criterion` must return a float for each edit, 0 or more where it is met, but gave {returned} for {len(measured)}."
+            "`criterion` must return a float for each edit, 0 or more where it is met, "
+            f"but gave {returned} for {len(measurement)}."
         )
     return margins
 
 
-def _next_ranks(found: CriticalRank) -> list[int]:
-    """The ranks to try next: around the first that reaches the threshold, then elsewhere below it."""
-    ranks, full, wanted = found.sweep.ranks.tolist(), len(found.sweep.order), list[int]()
-    first = full if found.rank is None else found.rank
+def _next_ranks(search: CriticalRank) -> list[int]:
+    """The ranks to try next: near the first that reaches the threshold, then elsewhere below."""
+    ranks, full, candidates = search.sweep.ranks.tolist(), len(search.sweep.order), list[int]()
+    first = full if search.rank is None else search.rank
     below = max((rank for rank in ranks if rank < first), default=first)
-    if found.rank is not None and first - below > 1:
-        wanted = _evenly(below, first, PROBES + 2)
-    elif found.rank is not None:
+    if search.rank is not None and first - below > 1:
+        candidates = _evenly(below, first, PROBES + 2)
+    elif search.rank is not None:
         near = max(PROBES, full // 48)
-        wanted = [*range(max(0, first - near), min(full, first + near // 2) + 1)]
+        candidates = [*range(max(0, first - near), min(full, first + near // 2) + 1)]
     untried = (
-        sorted({*wanted} - {*ranks}, key=lambda rank: abs(rank - first))
-        or _nearly(found, first)[:PROBES]
+        sorted({*candidates} - {*ranks}, key=lambda rank: abs(rank - first))
+        or _middles(search, first)[:PROBES]
     )
-    affordable = max(LEAST, (full + 1) // SHARE) - found.evaluations - 1
+    affordable = max(LEAST, (full + 1) // SHARE) - search.evaluations - 1
     return sorted(untried[: max(0, affordable)])
 
 
-def _nearly(found: CriticalRank, first: int) -> list[int]:
-    """The middles of the gaps below the first that reaches the threshold, those first where the curve comes nearest to it."""
-    tried = list(zip(found.sweep.ranks.tolist(), found.margins.tolist(), strict=True))
+def _middles(search: CriticalRank, first: int) -> list[int]:
+    """The middles of the gaps below `first`, those nearest to the threshold first."""
+    tried = list(zip(search.sweep.ranks.tolist(), search.margins.tolist(), strict=True))
     gaps = [
         (max(m, n), (a + b) // 2) for (a, m), (b, n) in pairwise(tried) if b - a > 1 and b <= first
     ]
@@ -343,11 +355,14 @@ def _evenly(low: int, high: int, count: int) -> list[int]:
     return sorted({round(low + (high - low) * i / max(1, count - 1)) for i in range(count)})
 
 
-def _together(first: RankSweep, second: RankSweep) -> RankSweep:
-    """Both rounds; the noise floor is at least how far the clean log-probability moved between them, in other batch sizes."""
-    measured = concatenate([first.measurement, second.measurement])
-    moved = float(
-        (first.measurement.clean_run.log_prob - second.measurement.clean_run.log_prob).abs()
-    )
-    measured = replace(measured, noise_floor=max(moved, measured.noise_floor or 0.0))
-    return replace(first, ranks=torch.cat([first.ranks, second.ranks]), measurement=measured)
+def _join(first: RankSweep, second: RankSweep) -> RankSweep:
+    """Join two rounds of a search.
+
+    The clean log-probability may differ between them, by other batch sizes; the noise floor is at
+    least this difference.
+    """
+    joint = concatenate([first.measurement, second.measurement])
+    clean, other = first.measurement.clean_run.log_prob, second.measurement.clean_run.log_prob
+    floor = max(float((clean - other).abs()), joint.noise_floor or 0.0)
+    joint = replace(joint, noise_floor=floor)
+    return replace(first, ranks=torch.cat([first.ranks, second.ranks]), measurement=joint)

@@ -1,4 +1,4 @@
-"""Rank sweeps: keep the first k directions of every write, for every k, in any order of the directions."""
+"""Rank sweeps: keep the first k directions of every write, for every k, in any order."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,8 +25,8 @@ class RankSweep(Result):
 
     Attributes:
         ranks: the numbers of directions kept.
-        order: the directions in the order in which they are added; the first k of it are kept.
-        measurement: one row a rank, and the clean run.
+        order: the order in which directions are added; the first k of it are kept.
+        measurement: one row per rank, and the clean run.
         basis_source: the writes that the directions come from.
     """
 
@@ -47,13 +47,13 @@ class RankSweep(Result):
             )
 
     def to_pandas(self) -> Any:
-        """One row a rank: rank, log_prob, probability, surprise, orig_delta, kept_delta."""
+        """One row per rank: rank, log_prob, probability, surprise, orig_delta, kept_delta."""
         table = self.measurement.to_pandas()
         table.insert(0, "rank", self.ranks.numpy())
         return table
 
     def sites_to_pandas(self) -> Any:
-        """One row a rank and site: rank, layer, component, orig_delta, kept_delta."""
+        """One row per rank and site: rank, layer, component, orig_delta, kept_delta."""
         table = self.measurement.sites_to_pandas()
         table.insert(0, "rank", self.ranks.numpy()[table.pop("edit")])
         return table
@@ -84,23 +84,26 @@ def sweep_rank(
 
     Args:
         ranks: numbers of directions to keep; 0 to all of them by default.
-        order: a permutation of the directions, the first to be kept first; by falling singular value by default.
+        order: a permutation of the directions; the first ones are kept first. By default, by
+            falling singular value.
         options: see `MeasureOptions` (layers, components, positions, batch_size, progress, …).
 
     Returns:
-        One row a rank, in the order of `ranks`. At full rank what the decomposition did not see is still clipped.
+        One row per rank, in the order of `ranks`. At full rank, what the decomposition did not
+        see is still clipped.
 
     Raises:
-        ValueError: a rank below 0 or above what exists, an order that is no permutation.
+        ValueError: a rank below 0 or above the number of directions, or an order that is not a
+            permutation.
     """
     require_decomposition(svd)
     chosen = _valid_ranks(svd, ranks)
     permutation = _valid_order(svd, order)
     place = permutation.argsort()  # of each direction in the order
     gains = (place[None, :] < chosen[:, None]).to(svd.directions)
-    measured = measure(model, task, cheapest_gate(svd, gains), **options)
-    warn_other_sites(svd, measured.sites)
-    return RankSweep(chosen, permutation, measured, svd.source)
+    measurement = measure(model, task, cheapest_gate(svd, gains), **options)
+    warn_other_sites(svd, measurement.sites)
+    return RankSweep(chosen, permutation, measurement, svd.source)
 
 
 def _valid_ranks(svd: Decomposition, ranks: Any) -> Int[Tensor, " edit"]:
@@ -108,7 +111,8 @@ def _valid_ranks(svd: Decomposition, ranks: Any) -> Int[Tensor, " edit"]:
     if chosen.min() < 0 or chosen.max() > svd.rank:
         wrong = chosen[(chosen < 0) | (chosen > svd.rank)].tolist()
         raise ValueError(
-            f"`ranks` holds {wrong[:5]}, but the decomposition has {svd.rank} directions; choose 0 to {svd.rank}."
+            f"`ranks` holds {wrong[:5]}, but the decomposition has {svd.rank} directions; "
+            f"choose 0 to {svd.rank}."
         )
     return chosen
 
@@ -119,6 +123,7 @@ def _valid_order(svd: Decomposition, order: Any) -> Int[Tensor, " rank"]:
     permutation = whole_numbers("order", order)
     if not torch.equal(permutation.sort().values, torch.arange(svd.rank)):
         raise ValueError(
-            f"`order` must name each of the {svd.rank} directions once, 0 to {svd.rank - 1}, but it does not."
+            f"`order` must name each of the {svd.rank} directions once, 0 to {svd.rank - 1}, "
+            "but does not."
         )
     return permutation
