@@ -51,10 +51,12 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if is_dataclass(value) and not isinstance(value, type):
-        stated = [f for f in fields(value) if not _is_default(getattr(value, f.name), f.default)]
+        stored_fields = [
+            f for f in fields(value) if not _is_default(getattr(value, f.name), f.default)
+        ]
         packed = {
             f.name: _pack(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors)
-            for f in stated
+            for f in stored_fields
         }
         return {"class": type(value).__name__, "fields": packed}
     if isinstance(value, (list, tuple)):

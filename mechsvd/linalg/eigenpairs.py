@@ -177,5 +177,7 @@ def _by_size(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
 
 def _largest(values: Tensor, vectors: Tensor, pairs: int, products: int) -> Eigenpairs:
     order = _by_size(values)[:pairs]
-    kept = vectors[:, order.to(vectors.device)]
-    return Eigenpairs(values[order], (kept * signs(kept)).to(at_least_single(kept.dtype)), products)
+    columns = vectors[:, order.to(vectors.device)]
+    return Eigenpairs(
+        values[order], (columns * signs(columns)).to(at_least_single(columns.dtype)), products
+    )

@@ -55,16 +55,16 @@ def safe_weights(name: str, revision: str | None = None) -> list[str]:
             "merge it into its base model, or pass `allow_pickle=True` if you trust both."
         )
     config = read("config.json") if "config.json" in files else {}
-    chosen = config.get("transformers_weights")
-    chosen = chosen or next((file for file in SAFETENSORS if file in files), None)
-    if chosen is None:
+    weights_file = config.get("transformers_weights")
+    weights_file = weights_file or next((file for file in SAFETENSORS if file in files), None)
+    if weights_file is None:
         if pickles := sorted(file for file in files if file.endswith((".bin", ".bin.index.json"))):
             raise ValueError(_pickles(name, pickles[0]))
         return []
-    if not str(chosen).endswith(SAFETENSORS[1].removeprefix("model")):
-        return [_own_safetensors(name, chosen)]
-    _require_own(name, chosen)
-    return [_own_safetensors(name, shard) for shard in _shards(read(chosen))]
+    if not str(weights_file).endswith(SAFETENSORS[1].removeprefix("model")):
+        return [_own_safetensors(name, weights_file)]
+    _require_own(name, weights_file)
+    return [_own_safetensors(name, shard) for shard in _shards(read(weights_file))]
 
 
 def require_all_weights(directory: Path, shards: list[str]) -> None:

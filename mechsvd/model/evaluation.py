@@ -141,13 +141,13 @@ def other_hooks(model: Model) -> list[str]:
 def without_hook_points(model: Model) -> Iterator[None]:
     """Take the user's hooks off the hook points, then restore them in their order."""
     points = [point for point in _points(model) if any(map(_is_foreign, _functions(point)))]
-    saved = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
+    saved_hooks = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
     try:
         for point in points:
             point.fwd_hooks, point._forward_hooks = [], OrderedDict()
         yield
     finally:
-        for point, handles, functions in saved:
+        for point, handles, functions in saved_hooks:
             point.fwd_hooks, point._forward_hooks = handles, functions
 
 

@@ -146,20 +146,20 @@ def require_sound(
     Raises:
         ValueError: with the block and the measured error.
     """
-    measured = self_check(model)
-    if measured.failure and check:
+    outcome = self_check(model)
+    if outcome.failure and check:
         hooks = _torch_hooks(model)
         cause = f", perhaps because of what is on it at {', '.join(hooks)}" if hooks else ""
         raise ValueError(
-            f"mechsvd cannot use this model: {measured.failure}{cause}. Results would be wrong "
+            f"mechsvd cannot use this model: {outcome.failure}{cause}. Results would be wrong "
             "without any sign; `check=False` goes on all the same, and every result records it."
         )
     skipped = (
-        [f"layers without all hooks: {list(measured.unchecked)}"]
-        if missing == "skip" and measured.unchecked
+        [f"layers without all hooks: {list(outcome.unchecked)}"]
+        if missing == "skip" and outcome.unchecked
         else []
     )
-    return measured, (*([] if check else ["self-check skipped"]), *skipped)
+    return outcome, (*([] if check else ["self-check skipped"]), *skipped)
 
 
 def _torch_hooks(model: Model) -> list[str]:

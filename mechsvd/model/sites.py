@@ -189,20 +189,20 @@ def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[
     n_layers = model.cfg.n_layers
     if layers is None:
         return range(n_layers)
-    chosen = sorted({layers} if isinstance(layers, int) else set(layers))
-    if wrong := [layer for layer in chosen if not is_whole(layer, 0, n_layers - 1)]:
+    numbers = sorted({layers} if isinstance(layers, int) else set(layers))
+    if wrong := [layer for layer in numbers if not is_whole(layer, 0, n_layers - 1)]:
         raise KeyError(f"No layers {wrong}: the model has layers 0–{n_layers - 1}.")
-    return [int(layer) for layer in chosen]
+    return [int(layer) for layer in numbers]
 
 
 def _valid_components(components: Sequence[str]) -> list[str]:
-    chosen = [components] if isinstance(components, str) else list(components)
-    for component in chosen:
+    names = [components] if isinstance(components, str) else list(components)
+    for component in names:
         if component not in COMPONENTS:
             close = difflib.get_close_matches(component, COMPONENTS, n=1, cutoff=0.3)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise KeyError(f"No component {component!r}: choose from {list(COMPONENTS)}.{hint}")
-    return [component for component in COMPONENTS if component in chosen]
+    return [component for component in COMPONENTS if component in names]
 
 
 class SiteOptions(TypedDict, total=False):
@@ -249,18 +249,18 @@ def valid_positions(positions: Positions, length: int | None = None) -> tuple[in
         raise TypeError(
             f"`positions` must be a list or range of whole numbers, but is {positions!r}."
         )
-    chosen = list(positions)
-    if wrong := [p for p in chosen if not is_whole(p)]:
+    numbers = list(positions)
+    if wrong := [p for p in numbers if not is_whole(p)]:
         raise TypeError(
             f"`positions` must be whole numbers, but holds {wrong[0]!r}; "
             "of a mask, take `mask.nonzero().flatten()`."
         )
-    if not chosen:
+    if not numbers:
         raise ValueError("`positions` is empty, so nothing is left; give at least one.")
-    if wrong := [p for p in chosen if p < 0 or (length is not None and p >= length)]:
+    if wrong := [p for p in numbers if p < 0 or (length is not None and p >= length)]:
         valid = "0 and more" if length is None else f"0 to {length - 1}"
         raise ValueError(f"No positions {wrong[:5]}: they are absolute, {valid}.")
-    return tuple(sorted({int(p) for p in chosen}))
+    return tuple(sorted({int(p) for p in numbers}))
 
 
 def where_of(options: SiteOptions) -> Where:

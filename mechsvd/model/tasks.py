@@ -191,16 +191,16 @@ def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
             f"A task is needed, but this is {type(tasks).__name__} {tasks!r:.40}; "
             "make one by `Task.from_text(model, …)`."
         )
-    listed = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
-    if not listed:
+    task_list = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    if not task_list:
         raise ValueError("No tasks: the list is empty; give at least one.")
-    for index, task in enumerate(listed):
+    for index, task in enumerate(task_list):
         if not isinstance(task, Task):
             raise TypeError(
                 f"Task {index} is {type(task).__name__} {str(task)[:40]!r}; "
                 "make one by `Task.from_text(model, …)`."
             )
-    return listed
+    return task_list
 
 
 def require_fitting(model: Model, task: Task) -> None:
