@@ -1,4 +1,4 @@
-"""Checks and warnings at every door."""
+"""Checks of what the user passes, and warnings at the user's line."""
 
 import difflib
 import functools
@@ -16,30 +16,31 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-_SUBJECT = ContextVar("subject", default="")  # what the warnings of the moment are about
+_SUBJECT = ContextVar("subject", default="")  # what the current warnings are about
 Call = TypeVar("Call", bound=Callable[..., Any])
 Number = int | float
-_WRAPPERS = (
-    "jaxtyping",
-    "beartype",
-)  # shape checks that may stand between the package and its user
+# shape checks whose frames may come between the package and its user
+_WRAPPERS = ("jaxtyping", "beartype")
 
 
 def warn(message: str) -> None:
-    """Warn at the user's line: the one that called into the package, however deep this is."""
+    """Warn at the line where the user called into the package, at any depth."""
     frame: FrameType | None = sys._getframe()
-    level = users = 1
+    level = user_level = 1
     while frame:
         library = frame.f_globals.get("__name__", "").split(".")[0]
-        if library == "mechsvd" or (library in _WRAPPERS and users == level):
-            users = level + 1
+        if library == "mechsvd" or (library in _WRAPPERS and user_level == level):
+            user_level = level + 1
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"{_SUBJECT.get()}{message}", stacklevel=users)
+    warnings.warn(f"{_SUBJECT.get()}{message}", stacklevel=user_level)
 
 
 @contextmanager
 def about(subject: str) -> Iterator[None]:
-    """Begin the warnings of a block with their subject, such as one of several prompts, so that each has its own."""
+    """Begin the warnings of a block with a subject, such as the prompt.
+
+    With several prompts, each then gets its own warning.
+    """
     token = _SUBJECT.set(f"{subject}: ")
     try:
         yield
@@ -48,7 +49,7 @@ def about(subject: str) -> Iterator[None]:
 
 
 def is_whole(value: Any, least: Number = -math.inf, most: Number = math.inf) -> bool:
-    """Whether a value is a whole number in a range; numpy's count, and bools do not."""
+    """Whether a value is a whole number in a range; numpy's integers count, bools do not."""
     return (
         not isinstance(value, bool) and isinstance(value, Integral) and least <= int(value) <= most
     )
@@ -58,7 +59,7 @@ def require_whole(name: str, value: Any, least: int = 0, most: Number = math.inf
     """Take an option as a whole number in a range.
 
     Raises:
-        ValueError: something else.
+        ValueError: anything else.
     """
     if not is_whole(value, least, most):
         numbers = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
@@ -70,7 +71,7 @@ def whole_numbers(name: str, numbers: Any) -> Tensor:
     """Take an option as a list of whole numbers, in a tensor on the CPU.
 
     Raises:
-        TypeError, ValueError: something else.
+        TypeError, ValueError: anything else.
     """
     if not isinstance(numbers, Iterable):
         raise TypeError(
@@ -95,14 +96,14 @@ def whole_numbers(name: str, numbers: Any) -> Tensor:
 
 
 def is_number(value: Any, least: Number = -math.inf) -> bool:
-    """Whether a value is a finite number of at least `least`; numpy's count, and bools do not."""
+    """Whether a value is finite and at least `least`; numpy's numbers count, bools do not."""
     return (
         not isinstance(value, bool) and isinstance(value, Real) and least <= float(value) < math.inf
     )
 
 
 def with_options(kind: type) -> Callable[[Call], Call]:
-    """Refuse options that a call does not take, in the name of the call, with the closest that it takes.
+    """Refuse options that a call does not take, and name the closest that it takes.
 
     Args:
         kind: the TypedDict of the call's `**options`.
@@ -110,8 +111,8 @@ def with_options(kind: type) -> Callable[[Call], Call]:
 
     def decorate(call: Call) -> Call:
         parameters = inspect.signature(call).parameters.values()
-        own = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        known = [*own, *sorted(kind.__optional_keys__)]  # type: ignore[attr-defined]
+        own_names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        known = [*own_names, *sorted(kind.__optional_keys__)]  # type: ignore[attr-defined]
 
         @functools.wraps(call)
         def checked(*args: Any, **options: Any) -> Any:
@@ -122,9 +123,10 @@ def with_options(kind: type) -> Callable[[Call], Call]:
                         f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(known)}."
                     )
                     raise TypeError(f"`{call.__name__}` has no option `{name}`: {hint}")
-                if name in own[: len(args)]:
+                if name in own_names[: len(args)]:
                     raise TypeError(
-                        f"`{name}` is given to `{call.__name__}` twice: by its place and by its name; give it once."
+                        f"`{name}` is given to `{call.__name__}` twice: by its place and by its "
+                        "name; give it once."
                     )
             return call(*args, **options)
 
@@ -134,5 +136,5 @@ def with_options(kind: type) -> Callable[[Call], Call]:
 
 
 def once(values: Any) -> Any:
-    """Keep the values of a generator or another one-shot iterable, so that a second pass finds them too."""
+    """Keep the values of a one-shot iterable, such as a generator, for a second pass."""
     return tuple(values) if isinstance(values, Iterator) else values

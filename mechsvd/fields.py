@@ -1,4 +1,4 @@
-"""Whether the fields of a result are what their annotations declare, and its values possible.
+"""Check that a result's fields are as declared and its values possible.
 
 Types, dtypes and shapes are cheap to read, so every constructor checks them.
 What a tensor holds is checked on loading.
@@ -24,14 +24,14 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", type(None): "No
 
 
 def require_declared(result: Any) -> None:
-    """Refuse a result whose fields are not of the types and shapes that their annotations declare.
+    """Refuse fields whose types or shapes differ from their annotations.
 
     Axes of one name must have one size in all tensors of the result.
     Only types, dtypes and shapes are read.
 
     Raises:
-        TypeError: a field of another type or dtype.
-        ValueError: a tensor with another number of axes, or of another size than the others.
+        TypeError: a field has another type or dtype.
+        ValueError: a tensor has another number of axes, or an axis of another size than elsewhere.
     """
     cls: Any = type(result)
     sizes: dict[str, tuple[int, str]] = {}
@@ -39,21 +39,22 @@ def require_declared(result: Any) -> None:
         value = getattr(result, name)
         if not _fits(value, hint):
             raise TypeError(
-                f"{_field(result, name)} is {_described(value)}, but must be {_wanted(hint)}."
+                f"{_field(result, name)} is {_described(value)}, but must be {_expected(hint)}."
             )
         if isinstance(value, Tensor):
             axes = next(
-                one.dim_str.split() for one in (hint, *get_args(hint)) if hasattr(one, "dim_str")
+                part.dim_str.split() for part in (hint, *get_args(hint)) if hasattr(part, "dim_str")
             )
             _require_axes(result, name, axes, sizes)
 
 
 def require_length(result: Any, name: str, length: int, counted: str) -> None:
-    """Refuse a field without exactly one entry for each of what the result counts elsewhere."""
+    """Refuse a field that does not have one entry for each thing `counted` names."""
     if len(getattr(result, name)) != length:
-        found = len(getattr(result, name))
+        actual = len(getattr(result, name))
         raise ValueError(
-            f"{_field(result, name)} has length {found}, but must have {length}: one for each {counted}."
+            f"{_field(result, name)} has length {actual}, but must have {length}: "
+            f"one for each {counted}."
         )
 
 
@@ -70,15 +71,15 @@ def require_finite(result: Any, *names: str) -> None:
 def require_between(
     result: Any, names: Sequence[str], low: float | int, high: float | int = float("inf")
 ) -> None:
-    """Refuse tensors and numbers outside a range; NaN and None pass: some results may hold them."""
+    """Refuse values outside a range; NaN and None pass, since some results may hold them."""
     for name in names:
         value = getattr(result, name)
         entries = _numbers([] if value is None else value).flatten()
-        wrong = entries[(entries < low) | (entries > high)]
-        if len(wrong):
+        outside = entries[(entries < low) | (entries > high)]
+        if len(outside):
             allowed = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
             raise ValueError(
-                f"{_field(result, name)} holds {wrong[0].item():g}, but must be {allowed}."
+                f"{_field(result, name)} holds {outside[0].item():g}, but must be {allowed}."
             )
 
 
@@ -89,7 +90,8 @@ def require_falling(result: Any, name: str) -> None:
     if rises:
         before, after = values[rises[0] : rises[0] + 2].tolist()
         raise ValueError(
-            f"{_field(result, name)} rises from {before:g} to {after:g} at place {rises[0] + 1}, but must fall."
+            f"{_field(result, name)} rises from {before:g} to {after:g} at place {rises[0] + 1}, "
+            "but must fall."
         )
 
 
@@ -104,7 +106,7 @@ def _field(result: Any, name: str) -> str:
 
 @cache
 def _declared(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)  # "Measurement | None" is text until the class is there
+    return get_type_hints(cls)  # "Measurement | None" is text until the class exists
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -113,7 +115,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hasattr(hint, "dim_str"):
         return isinstance(value, Tensor) and value.dtype in _tensors(hint)[1]
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, option) for option in inner)
     if get_origin(hint) is not tuple:
         return _is_a(type(value), hint)
     if not isinstance(value, tuple):
@@ -122,7 +124,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return len(value) == len(inner) and all(map(_fits, value, inner))
     if get_args(inner[0]):
         return all(_fits(item, inner[0]) for item in value)
-    kinds = {*map(type, value)}  # by type, for a text has many tokens
+    kinds = {*map(type, value)}  # checked by type: a text has many tokens
     return all(_is_a(kind, inner[0]) for kind in kinds)
 
 
@@ -142,7 +144,8 @@ def _require_axes(
         expected, other = sizes.setdefault(axis, (size, name))
         if size != expected:
             raise ValueError(
-                f"{_field(result, name)} has shape {shape}, but its axis `{axis}` must have size {expected}, as in `{other}`."
+                f"{_field(result, name)} has shape {shape}, but its axis `{axis}` must have size "
+                f"{expected}, as in `{other}`."
             )
 
 
@@ -160,13 +163,13 @@ def _described(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {value!r:.40}"
 
 
-def _wanted(hint: Any) -> str:
+def _expected(hint: Any) -> str:
     """What an annotation declares, in words."""
     if hasattr(hint, "dim_str"):
         return f"{_tensors(hint)[0]} [{', '.join(hint.dim_str.split())}]"
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_wanted, get_args(hint)))
+        return " or ".join(map(_expected, get_args(hint)))
     if get_origin(hint) is tuple:
-        inner = [_wanted(one) for one in get_args(hint) if one is not Ellipsis]
+        inner = [_expected(part) for part in get_args(hint) if part is not Ellipsis]
         return f"a tuple ({', '.join(inner)}{', …' if Ellipsis in get_args(hint) else ''})"
     return _WORDS.get(hint) or named(hint.__name__)

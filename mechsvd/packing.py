@@ -1,4 +1,4 @@
-"""Results as a JSON document and named tensors, and back, trusting nothing that a file says."""
+"""Results to a JSON document with named tensors, and back; no file is trusted."""
 
 import json
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from mechsvd.fields import named
 
 
 def pack(result: Any) -> tuple[str, dict[str, Tensor]]:
-    """A result as JSON and the tensors that the JSON refers to by name."""
+    """Turn a result into JSON, and the tensors that it refers to by name."""
     tensors: dict[str, Tensor] = {}
     document = {"class": type(result).__name__, "value": _pack(result, "", tensors)}
     return json.dumps(document, ensure_ascii=False, sort_keys=True), tensors
 
 
 def unpack(body: str, tensors: Mapping[str, Tensor], classes: Mapping[str, type]) -> Any:
-    """The result that `pack` was given; fields and values are checked.
+    """Restore the result that `pack` was given, and check its fields and values.
 
     Raises:
         TypeError, ValueError: anything that `pack` would not have written, naming the field.
-        RecursionError: a document that is nested too deeply.
+        RecursionError: the document is nested too deeply.
     """
     try:
         document = json.loads(body)
@@ -33,12 +33,13 @@ def unpack(body: str, tensors: Mapping[str, Tensor], classes: Mapping[str, type]
         or document.keys() != {"class", "value"}
         or not isinstance(document["value"], dict)
     ):
-        raise ValueError("its header must have a `class` and a `value`, but has not")
+        raise ValueError("its header must have a `class` and a `value`, but does not")
     reader = _Reader(dict(tensors), classes)
     value = reader.read(document["value"], "")
     if type(value).__name__ != document["class"]:
         raise ValueError(
-            f"its header names the class {document['class']!r:.40}, but holds {named(type(value).__name__)}"
+            f"its header names the class {document['class']!r:.40}, "
+            f"but holds {named(type(value).__name__)}"
         )
     if reader.left:
         raise ValueError(f"it has tensors that belong to no field: {sorted(reader.left)[:5]}")
@@ -50,10 +51,12 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if is_dataclass(value) and not isinstance(value, type):
-        said = [f for f in fields(value) if not _is_default(getattr(value, f.name), f.default)]
+        stored_fields = [
+            f for f in fields(value) if not _is_default(getattr(value, f.name), f.default)
+        ]
         packed = {
             f.name: _pack(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors)
-            for f in said
+            for f in stored_fields
         }
         return {"class": type(value).__name__, "fields": packed}
     if isinstance(value, (list, tuple)):
@@ -62,7 +65,10 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    """Whether a field says nothing new; left out, it can be read by versions that do not know it."""
+    """Whether a text is the default of its field.
+
+    Such a field is left out, so that versions without it can read the file.
+    """
     return type(value) is type(default) and isinstance(value, str) and value == default
 
 
@@ -80,7 +86,8 @@ class _Reader:
         if value.keys() == {"tensor"}:
             if value["tensor"] != name or name not in self.left:
                 raise ValueError(
-                    f"`{name}` must be the tensor of that name, but is {value['tensor']!r:.40}, or there is none"
+                    f"`{name}` must be the tensor of that name, but is {value['tensor']!r:.40}, "
+                    "or there is none"
                 )
             return self.left.pop(name)
         cls = self._class_of(value, name)
@@ -95,11 +102,12 @@ class _Reader:
         return result
 
     def _class_of(self, value: dict[str, Any], name: str) -> type:
-        """The class that a packed result names, if its fields are those of the class."""
+        """The class that a packed result names, once its fields fit the class."""
         where = f"`{name}`" if name else "it"
         if value.keys() != {"class", "fields"} or not isinstance(value["fields"], dict):
             raise ValueError(
-                f"{where} must be a tensor, or a result with a `class` and `fields`, but has {sorted(value)[:5]}"
+                f"{where} must be a tensor, or a result with a `class` and `fields`, "
+                f"but has {sorted(value)[:5]}"
             )
         cls = self.classes.get(value["class"]) if isinstance(value["class"], str) else None
         if cls is None:
@@ -118,6 +126,7 @@ class _Reader:
             )
         if unknown := sorted(value["fields"].keys() - known.keys()):
             raise ValueError(
-                f"{where} has the fields {unknown[:5]}, which {named(cls.__name__)} of this version does not"
+                f"{where} has the fields {unknown[:5]}, "
+                f"which {named(cls.__name__)} of this version does not have"
             )
         return cls

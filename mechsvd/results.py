@@ -1,6 +1,7 @@
-"""Results that say where they came from: provenance, and saving as one safetensors file with a JSON header.
+"""Results that know their origin, and save as one safetensors file with a JSON header.
 
-A result is a frozen dataclass of tensors, numbers, text and other results. `Result` gives it `.save` and `.load`.
+A result is a frozen dataclass of tensors, numbers, text and other results.
+`Result` gives it `.save` and `.load`.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from mechsvd.packing import pack, unpack
 from mechsvd.version import __version__
 
 FORMAT = 1
-UNFINISHED = ".mechsvd"  # ends the hidden names of what is not yet whole
+UNFINISHED = ".mechsvd"  # suffix of the hidden names of unfinished files
 T = TypeVar("T")
 _CLASSES: dict[str, type] = {}
 
@@ -29,20 +30,20 @@ _CLASSES: dict[str, type] = {}
 def result(cls: type[T]) -> type[T]:
     """Make a frozen dataclass that `save_result` and `load_result` know by its name.
 
-    Its constructor refuses what the annotations do not declare: a `__post_init__` of its own must
-    call `require_declared` too. Checks that read whole tensors belong in `_require_values`, which
-    `load_result` calls.
+    Its constructor refuses values that the annotations do not declare. A class with its own
+    `__post_init__` must call `require_declared` there. Checks that read whole tensors belong in
+    `_require_values`, which `load_result` calls.
     """
     if not hasattr(cls, "__post_init__"):
         cls.__post_init__ = require_declared  # type: ignore[attr-defined]
     cls = dataclass(frozen=True, eq=False, repr=cls.__repr__ is object.__repr__)(cls)
-    no_type_check(cls.__init__)  # the tests' shape checking would come first, in other words
+    no_type_check(cls.__init__)  # else the tests' shape checks raise first, with other messages
     _CLASSES[cls.__name__] = cls
     return cls
 
 
 class Result:
-    """What every result can do: save itself, be loaded, and say where it comes from."""
+    """Save, load and name the model: what every result can do."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save as one safetensors file; see `save_result`."""
@@ -72,14 +73,15 @@ class Provenance:
     tokens: tuple[tuple[int, ...], ...] = ()
     hooks: tuple[str, ...] = ()
     seed: int | None = None
-    notes: tuple[str, ...] = ()  # what was skipped on request, and whose hooks were there too
+    notes: tuple[str, ...] = ()  # what was skipped on request, and other hooks on the model
 
     def differences(self, other: "Provenance") -> list[str]:
-        """Say in what the two models differ; an empty list means that results of both can be combined."""
+        """List how two models differ; if the list is empty, their results can be combined."""
         names = ("weights", "processing", "dtype")
-        mine, theirs = (f"{p.model}" for p in (self, other))
+        own_model, other_model = (f"{p.model}" for p in (self, other))
         return [
-            f"{name}: {getattr(self, name)} ({mine}) and {getattr(other, name)} ({theirs})"
+            f"{name}: {getattr(self, name)} ({own_model}) "
+            f"and {getattr(other, name)} ({other_model})"
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]
@@ -89,7 +91,7 @@ def require_same_model(first: Provenance | None, second: Provenance | None, what
     """Refuse to combine results of different models, weights or processing states.
 
     Args:
-        first, second: either may be None (made from bare tensors), which cannot be checked and passes.
+        first, second: None, for results made from bare tensors, cannot be checked and passes.
         what: the sentence's subject, such as "the basis and the model".
 
     Raises:
@@ -100,29 +102,32 @@ def require_same_model(first: Provenance | None, second: Provenance | None, what
     if different := first.differences(second):
         raise ValueError(
             f"{what} come from different models or processing states: {'; '.join(different)}. "
-            "Directions of one need not mean anything in the other: collect the writes again with this model, or, if you know that "
-            "the two share them, as a model and its fine-tune may, pass them without their model: "
-            "`dataclasses.replace(basis, source=None)`."
+            "Directions of one need not mean anything in the other: collect the writes again with "
+            "this model. If the two share their directions, as a model and its fine-tune may, pass "
+            "the basis without its model: `dataclasses.replace(basis, source=None)`."
         )
 
 
 def require_kind(value: Any, kind: type) -> None:
-    """Refuse a result of another kind than the one that is needed.
+    """Refuse a result of the wrong kind.
 
     Raises:
-        TypeError: saying which is needed.
+        TypeError: naming the kind that is needed.
     """
     if not isinstance(value, kind):
         needed, shown = named(kind.__name__), " ".join(repr(value).split())
         raise TypeError(
-            f"{needed[0].upper()}{needed[1:]} is needed here, but this is {type(value).__name__} {shown!r:.50}."
+            f"{needed[0].upper()}{needed[1:]} is needed here, "
+            f"but this is {type(value).__name__} {shown!r:.50}."
         )
 
 
 def save_result(self: Any, path: str | os.PathLike[str]) -> None:
-    """Save as one safetensors file: tensors, and everything else as JSON in its header, with a SHA-256 over both.
+    """Save a result as one safetensors file.
 
-    The file is written under a temporary name and moved into place, so that an existing file stays whole if this fails.
+    Everything that is not a tensor goes into the header as JSON, with a SHA-256 over both.
+    The file is written under a temporary name and then moved: if this fails, an existing file
+    stays whole.
 
     Raises:
         FileNotFoundError, OSError: the folder is missing, read-only or full.
@@ -143,33 +148,35 @@ def load_result(cls: type[T], path: str | os.PathLike[str]) -> T:
     """Load what `.save` wrote, and check its types, shapes and values.
 
     Raises:
-        ValueError: the file is not such a file, is truncated or damaged, holds another class or
-            values that are impossible, or is of a newer format.
+        ValueError: the file is of another kind, truncated or damaged, holds another class or
+            impossible values, or has a newer format.
         FileNotFoundError: there is no such file.
     """
     metadata, tensors = _read(Path(path))
     _require_format(path, metadata)
     if _digest(metadata["mechsvd"], tensors) != metadata["sha256"]:
         raise ValueError(
-            f"{path} is damaged: its contents do not match the SHA-256 in its header. Nothing was loaded."
+            f"{path} is damaged: its contents do not match the SHA-256 in its header. "
+            "Nothing was loaded."
         )
     try:
         value = unpack(metadata["mechsvd"], tensors, _CLASSES)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        wrong = _in_words(error).rstrip(".")
+        reason = _in_words(error).rstrip(".")
         raise ValueError(
-            f"{path}, of mechsvd {metadata['version']}, cannot be used: {wrong}. Nothing was loaded."
+            f"{path}, of mechsvd {metadata['version']}, cannot be used: {reason}. "
+            "Nothing was loaded."
         ) from error
     if not isinstance(value, cls):
-        held = type(value).__name__
+        class_name = type(value).__name__
         raise ValueError(
-            f"{path} holds {named(held)}, not {named(cls.__name__)}; call {held}.load."
+            f"{path} holds {named(class_name)}, not {named(cls.__name__)}; call {class_name}.load."
         )
     return value
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a whole file or nothing: a temporary name, fsync, replace."""
+    """Write the whole file or nothing: temporary name, fsync, replace."""
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(
@@ -190,7 +197,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def with_notes(provenance: Provenance, *notes: str) -> Provenance:
-    """Return a copy that says more about how the result was made."""
+    """Return a copy with more notes on how the result was made."""
     return replace(provenance, notes=(*provenance.notes, *notes))
 
 
@@ -210,33 +217,39 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     is_foreign = head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"\x93N")
     if is_foreign and head[8:] != b"{":  # a safetensors header of 640 bytes begins like a pickle
         raise ValueError(
-            f"{path} looks like a pickle, .pt or .npy file, which mechsvd never opens; results are safetensors only."
+            f"{path} looks like a pickle, .pt or .npy file, which mechsvd never opens; "
+            "results are safetensors only."
         )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {
+                name: file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118 (not a dict)
+            }
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is truncated or not a safetensors file: {error}. Nothing was loaded."
         ) from error
     if missing := {"mechsvd", "version", "format", "sha256"} - metadata.keys():
         raise ValueError(
-            f"{path} is a safetensors file, but not a result of mechsvd: its header lacks {sorted(missing)}."
+            f"{path} is a safetensors file, but not a result of mechsvd: "
+            f"its header lacks {sorted(missing)}."
         )
     return metadata, tensors
 
 
 def _require_format(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
-    written, version = metadata["format"], metadata["version"]
-    if not re.fullmatch("[1-9][0-9]*", written):
+    file_format, version = metadata["format"], metadata["version"]
+    if not re.fullmatch("[1-9][0-9]*", file_format):
         raise ValueError(
-            f"{path} is damaged: its format is {written!r:.20}, but must be a whole number. Nothing was loaded."
+            f"{path} is damaged: its format is {file_format!r:.20}, but must be a whole number. "
+            "Nothing was loaded."
         )
-    if written not in map(str, range(1, FORMAT + 1)):
+    if file_format not in map(str, range(1, FORMAT + 1)):
         raise ValueError(
-            f"{path} was written by mechsvd {version} in format {written:.20}, but this version reads up to format {FORMAT}; "
-            "update mechsvd."
+            f"{path} was written by mechsvd {version} in format {file_format:.20}, "
+            f"but this version reads up to format {FORMAT}; update mechsvd."
         )
 
 

@@ -1,1 +1,1 @@
-"""Linear algebra of tensors: subspaces, decompositions, comparisons, eigenpairs; no model, no site."""
+"""Linear algebra of tensors only: subspaces, decompositions, comparisons, eigenpairs."""

@@ -1,4 +1,4 @@
-"""How subspaces lie to each other, beside what chance gives: overlap, principal angles, and the spectrum of all together."""
+"""Subspaces compared with each other and with chance: overlap, angles, pooled spectrum."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -16,16 +16,18 @@ from mechsvd.results import Provenance, Result, require_same_model, result
 
 @result
 class Overlap(Result):
-    """Pairwise overlaps ‖AᵀB‖² of subspaces, and what uniformly random ones of the same ranks have.
+    """Pairwise overlaps ‖AᵀB‖² of subspaces, and those of random subspaces.
 
-    The overlap is the sum of the squared cosines of the principal angles: the number of dimensions shared, 0 to the smaller
-    rank. For random subspaces of ranks p and q in d dimensions its mean is pq/d and its variance is
-    2pq(d − p)(d − q) / (d²(d − 1)(d + 2)). A large z-score is no sign of shared content: writes of random tokens, and of an
+    The overlap is the sum of the squared cosines of the principal angles. It counts the shared
+    dimensions, from 0 to the smaller rank. For uniformly random subspaces of ranks p and q in d
+    dimensions its mean is pq/d and its variance is 2pq(d − p)(d − q) / (d²(d − 1)(d + 2)).
+
+    A large z-score is no sign of shared content: the writes of random tokens, and those of an
     untrained model, overlap more than random subspaces do.
 
     Attributes:
         values: the overlaps; on the diagonal, the ranks.
-        expected, deviation: mean and standard deviation for random subspaces.
+        expected, deviation: mean and standard deviation for random subspaces of the same ranks.
     """
 
     values: Float[Tensor, "n n"]
@@ -38,23 +40,29 @@ class Overlap(Result):
         require_between(self, ["values", "expected", "deviation"], 0)
         if not torch.allclose(self.values, self.values.T):
             raise ValueError(
-                "`values` must be symmetric, for an overlap is that of a pair, but are not."
+                "`values` must be symmetric, but are not: an overlap belongs to a pair."
             )
 
     @property
     def ratio(self) -> Float[Tensor, "n n"]:
-        """Overlap relative to that of random subspaces; NaN where one has no directions."""
+        """Overlap divided by that of random subspaces; NaN where one has no directions."""
         return self.values / self.expected
 
     @property
     def z_score(self) -> Float[Tensor, "n n"]:
-        """Standard deviations above that of random subspaces; NaN where chance leaves no choice (a rank of 0 or d)."""
+        """Standard deviations above the overlap of random subspaces.
+
+        NaN at a rank of 0 or d, where every subspace has the same overlap.
+        """
         return torch.where(
             self.deviation > 0, (self.values - self.expected) / self.deviation, torch.nan
         )
 
     def to_pandas(self) -> Any:
-        """One row a pair: first, second, overlap, expected, deviation, ratio, z_score (null where undefined)."""
+        """One row per pair; null where undefined.
+
+        Columns: first, second, overlap, expected, deviation, ratio, z_score.
+        """
         import pandas as pd
 
         pairs = list(combinations(range(len(self.values)), 2))
@@ -75,7 +83,8 @@ class Overlap(Result):
         )
         return (
             f"Overlap of {len(self.values)} subspaces of ranks {ranks}\n"
-            f"  {table['overlap'].min():.2f} to {table['overlap'].max():.2f} dimensions shared by two of them\n"
+            f"  {table['overlap'].min():.2f} to {table['overlap'].max():.2f} dimensions "
+            "shared by two of them\n"
             f"  {spread} that of random subspaces"
         )
 
@@ -84,7 +93,7 @@ def overlap(subspaces: Sequence[Subspace]) -> Overlap:
     """Compare subspaces pair by pair with each other and with chance.
 
     Raises:
-        ValueError: fewer than two, of different `d_model`, or of different models.
+        ValueError: fewer than two subspaces, or different `d_model` or models.
 
     Example:
         >>> e = torch.eye(4)
@@ -108,11 +117,12 @@ def overlap(subspaces: Sequence[Subspace]) -> Overlap:
 
 
 def principal_angles(first: Subspace, second: Subspace) -> Float[Tensor, " smaller_rank"]:
-    """Angles between two subspaces in radians, rising, from 0 (a shared direction) to π/2.
+    """Angles between two subspaces, in radians, rising from 0 (shared direction) to π/2.
 
-    Small angles come from sines and large ones from cosines, so that both ends are exact.
+    Small angles come from sines and large ones from cosines, so both ends are exact.
 
-    Reference: Björck and Golub, Numerical methods for computing angles between linear subspaces, Math. Comp. 27 (1973).
+    Reference: Björck and Golub, Numerical methods for computing angles between linear subspaces,
+    Math. Comp. 27 (1973).
     """
     _common_dimension([first, second])
     a, b = sorted(
@@ -127,7 +137,7 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
     """A uniformly random subspace, in double precision.
 
     Raises:
-        ValueError: a rank below 0 or above `d_model`.
+        ValueError: the rank is below 0 or above `d_model`.
     """
     if not is_whole(rank, 0, d_model):
         raise ValueError(f"`rank` is {rank}, but must be from 0 to `d_model` = {d_model}.")
@@ -139,13 +149,15 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
 
 @result
 class Pool(Result):
-    """The spectrum of several bases side by side, and the band that random subspaces of the same ranks give.
+    """The spectrum of several bases side by side, and the band of random subspaces.
 
-    A singular value of √n is a direction that all n subspaces share; 1, one that a single subspace has.
+    A singular value of √n belongs to a direction that all n subspaces share. A value of 1 belongs
+    to a direction of one subspace only.
 
     Attributes:
         singular_values: of the concatenated bases.
-        random_low, random_mean, random_high: smallest, mean and largest over the seeded random draws, place by place.
+        random_low, random_mean, random_high: smallest, mean and largest value per place over the
+            seeded draws of random subspaces of the same ranks.
     """
 
     singular_values: Float[Tensor, " rank"]
@@ -170,7 +182,7 @@ class Pool(Result):
             )
 
     def to_pandas(self) -> Any:
-        """One row a singular value, beside the random band."""
+        """One row per singular value, with the random band."""
         import pandas as pd
 
         names = ("singular_values", "random_low", "random_mean", "random_high")
@@ -185,9 +197,10 @@ class Pool(Result):
             self.singular_values > self.random_high
         )
         if len(self.singular_values) == 0:
-            return "Pool of bases: no singular values, for no subspace has a direction"
+            return "Pool of bases: no singular values, because no subspace has a direction"
         return (
-            f"Pool of bases: {len(self.singular_values)} singular values, {float(self.singular_values[0]):.4f} the largest\n"
+            f"Pool of bases: {len(self.singular_values)} singular values, "
+            f"{float(self.singular_values[0]):.4f} the largest\n"
             f"  random subspaces of the same ranks: {float(self.random_mean[0]):.4f} the largest\n"
             f"  {int(outside.sum())} outside the random band (seed {self.seed})"
         )
@@ -197,11 +210,11 @@ def pool(subspaces: Sequence[Subspace], *, draws: int = 8, seed: int = 0) -> Poo
     """Take the SVD of several bases side by side, and of random bases of the same ranks.
 
     Args:
-        draws: how many times random subspaces are drawn for the band.
+        draws: number of random draws for the band.
         seed: of the first draw.
 
     Raises:
-        ValueError: fewer than two subspaces, of different `d_model`, or of different models; no draws.
+        ValueError: fewer than two subspaces, different `d_model` or models, or no draws.
     """
     draws, seed = require_whole("draws", draws, 1), require_whole("seed", seed)
     d_model = _common_dimension(subspaces)
@@ -235,11 +248,13 @@ def _common_dimension(subspaces: Sequence[Subspace]) -> int:
     for number, subspace in enumerate(subspaces):
         if not isinstance(subspace, Subspace):
             raise TypeError(
-                f"Subspace {number} is {type(subspace).__name__}; see `svd.subspace` and `mechsvd.span`."
+                f"Subspace {number} is {type(subspace).__name__}; "
+                "see `svd.subspace` and `mechsvd.span`."
             )
         if subspace.d_model != subspaces[0].d_model:
             raise ValueError(
-                f"Subspace {number} lies in {subspace.d_model} dimensions, but the first in {subspaces[0].d_model}."
+                f"Subspace {number} lies in {subspace.d_model} dimensions, "
+                f"but the first in {subspaces[0].d_model}."
             )
         require_same_model(subspaces[0].source, subspace.source, f"Subspaces 0 and {number}")
     return subspaces[0].d_model

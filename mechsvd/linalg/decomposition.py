@@ -1,4 +1,7 @@
-"""The SVD of a sample of vectors: singular values, directions, and which vectors write each direction. Tensors only."""
+"""The SVD of a sample of vectors: singular values, directions, and their writers.
+
+Tensors only.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,13 +20,14 @@ from mechsvd.results import Provenance, Result, result, with_notes
 
 @result
 class Decomposition(Result):
-    """The singular value decomposition of a sample of writes, by falling singular value.
+    """The singular value decomposition of a sample of writes, largest value first.
 
     Attributes:
         singular_values: in the units of the residual stream.
-        directions: right singular vectors as columns, orthonormal; the entry largest in size is positive in each.
-        left: left singular vectors, how much of each direction each write of the sample holds, with sign.
-        layer: the layer it was taken over, or None when pooled over all.
+        directions: right singular vectors as orthonormal columns; in each, the entry largest in
+            size is positive.
+        left: left singular vectors: how much of each direction each write holds, with sign.
+        layer: the layer of the writes, or None when pooled over all layers.
         source: the model and tokens that the writes came from.
     """
 
@@ -44,9 +48,8 @@ class Decomposition(Result):
         if self.rank:
             require_orthonormal(self.directions, rounding(self.directions.dtype), "`directions`")
         lengths = self.left.double().square().sum(dim=(0, 1)).sqrt()
-        wrong = ((lengths - 1).abs() > 0.1) & (
-            lengths > 0
-        )  # at a singular value of zero there is no left vector
+        # at a singular value of zero there is no left vector
+        wrong = ((lengths - 1).abs() > 0.1) & (lengths > 0)
         if wrong.any():
             raise ValueError(
                 f"`left` must have columns of length 1, but has one of {lengths[wrong][0]:g}."
@@ -70,20 +73,28 @@ class Decomposition(Result):
         """
         if not is_whole(rank, 0, self.rank):
             raise ValueError(
-                f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; choose 0 to {self.rank}."
+                f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; "
+                f"choose 0 to {self.rank}."
             )
         return Subspace(self.directions[:, : int(rank)], self.source)
 
     def writer_map(self, direction: int) -> Float[Tensor, "site pos"]:
-        """Which site wrote a direction at which position: squared left singular vector, a share that sums to 1."""
+        """The share of each site and position in writing a direction.
+
+        The shares are the squared left singular vector, and sum to 1.
+        """
         if not 0 <= direction < self.rank:
             raise ValueError(
-                f"`direction` is {direction}, but the decomposition has directions 0 to {self.rank - 1}."
+                f"`direction` is {direction}, but the decomposition has directions "
+                f"0 to {self.rank - 1}."
             )
         return self.left[:, :, direction].square()
 
     def to_pandas(self) -> Any:
-        """One row a direction: its singular value, and the share of the summed squares up to and including it."""
+        """One row per direction: its singular value and the cumulative share.
+
+        The share is that of the summed squares, up to and including the direction.
+        """
         import pandas as pd
 
         squares = self.singular_values.cpu().double().square()
@@ -99,14 +110,16 @@ class Decomposition(Result):
         where = "pooled over layers" if self.layer is None else f"layer {self.layer}"
         top = ", ".join(f"{s:.3g}" for s in self.singular_values[:4].tolist())
         return (
-            f"Decomposition of {self.left.shape[0]} sites × {self.left.shape[1]} positions, {where}\n"
-            f"  rank {self.rank} of {self.d_model} dimensions, singular values {top}, …\n  from {self._origin('bare tensors')}"
+            f"Decomposition of {self.left.shape[0]} sites × {self.left.shape[1]} positions, "
+            f"{where}\n"
+            f"  rank {self.rank} of {self.d_model} dimensions, singular values {top}, …\n"
+            f"  from {self._origin('bare tensors')}"
         )
 
 
 @runtime_checkable
 class Sample(Protocol):
-    """Vectors by site and position, and where they come from: what `collect_writes` gives."""
+    """Vectors by site and position with their source, as `collect_writes` gives."""
 
     @property
     def values(self) -> Tensor:
@@ -128,19 +141,20 @@ def decompose(
 def decompose(
     writes: Sample | Tensor, *, per_layer: bool = False, center: bool = False
 ) -> Decomposition | tuple[Decomposition, ...]:
-    """Take the SVD of all writes, pooled over layers or one a layer.
+    """Take the SVD of all writes, pooled over layers or one per layer.
 
-    Pooled and per layer are the same batched function; nothing is centred unless asked, as in the shortform. Directions
-    below the numerical rank are left out: with fewer writes than dimensions there are at most as many as writes.
+    Pooled and per layer are the same batched function. As in the shortform, nothing is centred by
+    default. Directions below the numerical rank are left out, so there are never more directions
+    than writes.
 
     Args:
         writes: what `collect_writes` gives, or a bare tensor "site pos d_model".
-        per_layer: one decomposition a layer, each over the sites of that layer.
-        center: subtract the mean write of each sample first. Only the directions change: an edit still acts on whole writes,
-            so clipping to centred directions clips the mean too.
+        per_layer: one decomposition per layer, each over the sites of that layer.
+        center: subtract the mean write of each sample first. Only the directions change: an edit
+            still acts on whole writes, so clipping to centred directions clips the mean too.
 
     Returns:
-        A `Decomposition`; a tuple of them, by layer, with `per_layer`.
+        A `Decomposition`; with `per_layer`, a tuple of them in the order of the layers.
 
     Raises:
         ValueError: no writes, NaN or inf among them, or `per_layer` for a bare tensor.
@@ -159,14 +173,14 @@ def decompose(
     at, layers = _site_layers(writes), _site_layers(writes).unique().tolist()
     groups = [values[at == layer] for layer in layers]
     if len({len(group) for group in groups}) > 1:  # a hybrid model: some layers have fewer sites
-        found = tuple(
+        svds = tuple(
             decompose_groups(g[None], (n,), center, source)[0]
             for g, n in zip(groups, layers, strict=True)
         )
     else:
-        found = decompose_groups(torch.stack(groups), tuple(layers), center, source)
-    _warn_unseen(groups, found)
-    return found
+        svds = decompose_groups(torch.stack(groups), tuple(layers), center, source)
+    _warn_unseen(groups, svds)
+    return svds
 
 
 def require_decomposition(svd: Any) -> None:
@@ -177,11 +191,13 @@ def require_decomposition(svd: Any) -> None:
     """
     if not isinstance(svd, Decomposition):
         raise TypeError(
-            f"`svd` must be a Decomposition, but is {type(svd).__name__}; of a `per_layer` tuple, take one and its layer."
+            f"`svd` must be a Decomposition, but is {type(svd).__name__}; "
+            "of a `per_layer` tuple, take one and its layer."
         )
     if svd.rank == 0:
         raise ValueError(
-            "This decomposition has no directions (its writes were all zero), so there is nothing to measure."
+            "This decomposition has no directions (its writes were all zero), "
+            "so there is nothing to measure."
         )
 
 
@@ -190,10 +206,11 @@ def thin_svd(
 ) -> tuple[
     Float[Tensor, "batch sample r"], Float[Tensor, "batch r"], Float[Tensor, "batch d_model r"]
 ]:
-    """The thin SVD in float64: by the Gram matrix and `eigh` when there are more vectors than dimensions.
+    """The thin SVD in float64; of a tall matrix, by `eigh` of its Gram matrix.
 
-    The Gram matrix costs a tenth of the SVD of a tall matrix, and in float64 it is more accurate than an SVD in float32;
-    it loses singular values below about 1e-8 σ₁, which `_numerical_rank` leaves out.
+    The Gram matrix costs a tenth of the SVD of a tall matrix. In float64 it is more accurate than
+    an SVD in float32. It loses singular values below about 1e-8 σ₁, and `_numerical_rank` leaves
+    those out.
 
     Returns:
         Left singular vectors, singular values (falling), directions as columns.
@@ -215,14 +232,14 @@ def decompose_groups(
     center: bool = False,
     source: Provenance | None = None,
 ) -> tuple[Decomposition, ...]:
-    """The SVD of several samples of the same size at once, in float64; see `decompose`."""
+    """The SVD of several samples of equal size at once, in float64; see `decompose`."""
     shape, device, dtype = values.shape, values.device, at_least_single(values.dtype)
     exact = values.to("cpu" if device.type == "mps" else device).double()  # MPS has no float64
     vectors = rearrange(exact, "group site pos d_model -> group (site pos) d_model")
     if center:
         vectors = vectors - vectors.mean(dim=1, keepdim=True)
         source = source and with_notes(source, "centred")
-    found = []
+    svds = []
     for left, sizes, directions, layer in zip(*thin_svd(vectors), layers, strict=True):
         rank = _numerical_rank(sizes, vectors.shape[1:])
         sign = signs(directions[:, :rank])
@@ -231,8 +248,8 @@ def decompose_groups(
             t.to(device=device, dtype=dtype)
             for t in (sizes[:rank], directions[:, :rank] * sign, left)
         )
-        found.append(Decomposition(sizes, directions, left, layer, _of_layer(source, layer)))
-    return tuple(found)
+        svds.append(Decomposition(sizes, directions, left, layer, _of_layer(source, layer)))
+    return tuple(svds)
 
 
 def _of_layer(source: Provenance | None, layer: int | None) -> Provenance | None:
@@ -244,15 +261,16 @@ def _of_layer(source: Provenance | None, layer: int | None) -> Provenance | None
 
 
 def _numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:
-    # what a float64 Gram matrix can tell from zero; the thin SVD could tell more, but one sample should have one rank
+    # what a float64 Gram matrix can tell from zero; the thin SVD could tell more, but the rank of
+    # a sample must not depend on the method
     cutoff = sizes[0] * (max(shape) * torch.finfo(torch.float64).eps) ** 0.5
     return int((sizes > cutoff).sum())
 
 
-def _warn_unseen(groups: Sequence[Tensor], found: Sequence[Decomposition]) -> None:
+def _warn_unseen(groups: Sequence[Tensor], svds: Sequence[Decomposition]) -> None:
     sizes = [group.shape[0] * group.shape[1] for group in groups]
     few = [
-        svd for svd, size in zip(found, sizes, strict=True) if svd.rank == 0 or size < svd.d_model
+        svd for svd, size in zip(svds, sizes, strict=True) if svd.rank == 0 or size < svd.d_model
     ]
     if not few:
         return
@@ -261,8 +279,9 @@ def _warn_unseen(groups: Sequence[Tensor], found: Sequence[Decomposition]) -> No
     whose = "the decomposition" if few[0].layer is None else "each layer's decomposition"
     directions = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     warn(
-        f"{min(sizes)} writes{where} for {d_model} dimensions: {whose} has {directions} directions, and the rest of the "
-        f"residual stream is unseen{' (all writes are zero)' if ranks[0] == 0 else ''}.",
+        f"{min(sizes)} writes{where} for {d_model} dimensions: {whose} has {directions} "
+        "directions, and the rest of the residual stream is unseen"
+        f"{' (all writes are zero)' if ranks[0] == 0 else ''}.",
     )
 
 
@@ -281,7 +300,10 @@ def _svd(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def eigh_or_again(
     gram: Float[Tensor, "batch n n"],
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
-    """Eigenvalues, rising, and eigenvectors of symmetric matrices; by a second driver where the first does not converge."""
+    """Rising eigenvalues, and eigenvectors, of symmetric matrices.
+
+    A second driver takes over where the first does not converge.
+    """
     try:
         values, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:
@@ -292,15 +314,15 @@ def eigh_or_again(
 
 
 def _once_more(solve: Callable[[Any], tuple[Any, ...]], matrices: Tensor) -> list[Tensor]:
-    """Solve each matrix on the CPU with scipy's slower and surer driver."""
+    """Solve each matrix on the CPU with scipy's slower, more robust driver."""
     from scipy.linalg import LinAlgError
 
     try:
         solved = [solve(matrix.cpu().numpy()) for matrix in matrices]
     except LinAlgError as error:
         raise RuntimeError(
-            f"The SVD of a matrix of shape {list(matrices.shape[1:])} did not converge, nor with a second driver ({error}); are "
-            "the writes of a sensible size?"
+            f"The SVD of a matrix of shape {list(matrices.shape[1:])} did not converge, "
+            f"nor with a second driver ({error}); are the writes of a sensible size?"
         ) from error
     return [
         torch.stack([torch.from_numpy(part.copy()) for part in parts]).to(matrices.device)
@@ -311,11 +333,13 @@ def _once_more(solve: Callable[[Any], tuple[Any, ...]], matrices: Tensor) -> lis
 def _require_sample(values: Any) -> None:
     if not isinstance(values, Tensor):
         raise TypeError(
-            "`writes` must be what `collect_writes` gives (of several tasks, too), or a tensor [site, pos, d_model]."
+            "`writes` must be what `collect_writes` gives (of several tasks, too), "
+            "or a tensor [site, pos, d_model]."
         )
     if values.ndim != 3 or values.numel() == 0 or not values.is_floating_point():
         raise ValueError(
-            f"`writes` must be a non-empty float tensor [site, pos, d_model], but is {values.dtype} of shape {list(values.shape)}."
+            "`writes` must be a non-empty float tensor [site, pos, d_model], "
+            f"but is {values.dtype} of shape {list(values.shape)}."
         )
     if not values.isfinite().all():
         site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
@@ -327,6 +351,7 @@ def _require_sample(values: Any) -> None:
 def _site_layers(writes: Any) -> Int[Tensor, " site"]:
     if not hasattr(writes, "sites"):
         raise ValueError(
-            "`per_layer` needs to know the layers: pass what `collect_writes` gives, not a bare tensor."
+            "`per_layer` needs to know the layers: "
+            "pass what `collect_writes` gives, not a bare tensor."
         )
     return torch.tensor([site.layer for site in writes.sites])

@@ -1,4 +1,7 @@
-"""Eigenpairs of a symmetric matrix that is known whole, or only by its products with vectors. Tensors only."""
+"""Eigenpairs of a symmetric matrix, given whole or by its products with vectors.
+
+Tensors only.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +14,18 @@ from mechsvd.linalg.decomposition import eigh_or_again
 from mechsvd.linalg.subspace import at_least_single, signs
 
 Products = Callable[[Float[Tensor, "entry n"]], Float[Tensor, "entry n"]]
-PROBE = 4  # blocks that look for copies of what was found
-BLOCK = 4  # vectors a step: their products share a pass, and few enough that the subspace grows where it should
+PROBE = 4  # random blocks that look for further copies of the eigenvalues
+BLOCK = 4  # vectors per step: they share a pass, and are few enough for the subspace to grow well
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Some eigenvectors as columns, by falling size of the eigenvalue; the entry largest in size is positive in each.
+    """Some eigenvectors as columns, largest eigenvalue in size first.
+
+    In each, the entry largest in size is positive.
 
     Attributes:
-        products: how many products with a vector it took.
+        products: number of products with a vector that it took.
     """
 
     values: Float[Tensor, " pair"]
@@ -29,7 +34,7 @@ class Eigenpairs:
 
 
 def dense_eigenpairs(matrix: Float[Tensor, "entry entry"], pairs: int) -> Eigenpairs:
-    """The eigenpairs largest in size of a matrix, which is made symmetric first; solved in float64."""
+    """The eigenpairs largest in size of a matrix, made symmetric first, in float64."""
     exact = matrix.cpu().double()
     values, vectors = eigh_or_again(((exact + exact.T) / 2)[None])
     return _largest(values[0], vectors[0].to(matrix), pairs, len(matrix))
@@ -43,19 +48,23 @@ def lanczos(
     tolerance: float,
     max_products: int,
 ) -> Eigenpairs:
-    """The eigenpairs largest in size, from both ends of the spectrum: block Lanczos, fully reorthogonalised, with thick restart.
+    """The eigenpairs largest in size, positive or negative, by block Lanczos.
 
-    Every new block is made orthogonal to all before it, so no eigenvalue comes back as a ghost; when the subspace is full, it
-    restarts from the best Ritz vectors. It is done when each residual ‖Hu − λu‖ is at most `tolerance`·|λ|, or what rounding
-    allows. Of an eigenvalue that many directions share, a block sees one direction for each of its vectors: so random blocks are
-    added, until one brings no new eigenvalue among the largest; or the products are spent.
+    It is fully reorthogonalised, with thick restart. Every new block is made orthogonal to all
+    earlier ones, so no eigenvalue returns as a ghost. When the subspace is full, it restarts from
+    the best Ritz vectors. It stops when each residual ‖Hu − λu‖ is at most
+    `tolerance`·|λ|, or as small as rounding allows.
+
+    If many directions share an eigenvalue, a block sees only one of them per vector. So random
+    blocks are added until they bring no new eigenvalue among the largest, or until the products
+    are spent.
 
     Args:
-        start: random vectors; their number is the size of a block.
-        max_products: at least one for each pair is used.
+        start: random vectors; their number is the block size.
+        max_products: at least one per pair is used.
 
-    Reference: Wu, Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, 2000,
-    doi:10.1137/S0895479898334605.
+    Reference: Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems,
+    2000, doi:10.1137/S0895479898334605.
     """
     entries, block = start.shape
     space = _Krylov(start.new_empty(capacity(pairs, block), entries), block)
@@ -78,29 +87,29 @@ def lanczos(
 
 
 def capacity(pairs: int, block: int = BLOCK) -> int:
-    """Vectors that Lanczos holds at most; with fewer entries than that the matrix itself is smaller."""
+    """The most vectors that Lanczos holds; a matrix with fewer rows is smaller itself."""
     return 4 * (pairs + block)
 
 
 class _Krylov:
-    """An orthonormal basis as rows, and the matrix in it."""
+    """An orthonormal basis as rows, and the matrix in that basis."""
 
     def __init__(self, rows: Float[Tensor, "capacity entry"], block: int):
         self.rows, self.block, self.size = rows, block, 0
         self.matrix = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-        self.coupled = 0  # the product of the next block has parts along the rows from here on, and elsewhere only rounding
-        self.generator = torch.Generator().manual_seed(
-            0x5EED
-        )  # not the seed that the start may have come from
+        # from this row on, the next block's product has parts along the rows; before, only rounding
+        self.coupled = 0
+        # not a seed that the start is likely to come from
+        self.generator = torch.Generator().manual_seed(0x5EED)
 
     def extend(self, following: Tensor, products: Products) -> tuple[Tensor, Tensor]:
-        """Add a block; give the next one, and the triangle by which the product of this one reaches into it."""
+        """Add a block; return the next one, and the triangle that couples the two."""
         first, self.size = self.size, self.size + self.block
         self.rows[first : self.size] = following
         basis = self.rows[: self.size]
         rest = products(following.mT).mT
         inside = torch.zeros(self.block, self.size, dtype=rest.dtype, device=rest.device)
-        for start in (self.coupled, 0):  # along its neighbours, then once more along everything
+        for start in (self.coupled, 0):  # along its neighbours, then again along everything
             part = rest @ basis[start:].mT
             rest = torch.addmm(rest, part, basis[start:], alpha=-1)
             inside[:, start:] += part
@@ -118,14 +127,11 @@ class _Krylov:
             torch.finfo(rest.dtype).eps,
         )
         spent = sizes <= 100 * eps * scale
-        if (
-            spent.any()
-        ):  # some products stay inside, up to rounding: go on from random vectors in their place
+        if spent.any():  # products inside the space, up to rounding: random vectors replace them
             following[:, spent.to(following.device)] = self.random(int(spent.sum())).to(following)
             coupling[spent] = 0
-        if (
-            sizes <= eps**0.5 * scale
-        ).any():  # what is left is small beside its rounding, which points anywhere
+        # a remainder this small may be mostly rounding noise, which points anywhere
+        if (sizes <= eps**0.5 * scale).any():
             following = self.outside(following)
         return following.mT, coupling
 
@@ -134,11 +140,11 @@ class _Krylov:
         return self.outside(self.random(self.block).to(self.rows)).mT
 
     def random(self, count: int) -> Float[Tensor, "entry count"]:
-        """Random vectors, the same ones in the same run."""
+        """Random vectors, the same in every run."""
         return torch.randn(self.rows.shape[1], count, generator=self.generator, dtype=torch.float64)
 
     def outside(self, vectors: Float[Tensor, "entry n"]) -> Float[Tensor, "entry n"]:
-        """Orthonormal vectors that span what of these lies outside the space."""
+        """Orthonormal vectors that span the part of `vectors` outside the space."""
         basis = self.rows[: self.size]
         for _ in range(2):
             vectors = torch.linalg.qr(vectors - basis.mT @ (basis @ vectors)).Q
@@ -164,14 +170,14 @@ class _Krylov:
 
 
 def _by_size(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """By falling size; of two alike the positive one first."""
+    """By falling size; of two of equal size, the positive one first."""
     falling = values.argsort(descending=True)
     return falling[values[falling].abs().argsort(descending=True, stable=True)]
 
 
 def _largest(values: Tensor, vectors: Tensor, pairs: int, products: int) -> Eigenpairs:
     order = _by_size(values)[:pairs]
-    chosen = vectors[:, order.to(vectors.device)]
+    columns = vectors[:, order.to(vectors.device)]
     return Eigenpairs(
-        values[order], (chosen * signs(chosen)).to(at_least_single(chosen.dtype)), products
+        values[order], (columns * signs(columns)).to(at_least_single(columns.dtype)), products
     )

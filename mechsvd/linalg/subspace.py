@@ -12,14 +12,15 @@ from mechsvd.results import Provenance, Result, result
 
 @result
 class Subspace(Result):
-    """A subspace of the residual stream, held as an orthonormal basis whose columns are the directions.
+    """A subspace of the residual stream, with an orthonormal basis as columns.
 
     Example:
         >>> Subspace(torch.eye(3)[:, :2]).rank
         2
 
     Raises:
-        ValueError: the columns are not orthonormal, not finite, or more than `d_model`; `span` builds a good basis.
+        ValueError: the columns are not orthonormal, not finite, or more than `d_model`. `span`
+            builds a good basis.
     """
 
     basis: Float[Tensor, "d_model rank"]
@@ -40,7 +41,7 @@ class Subspace(Result):
         return self.basis.shape[1]
 
     def to_pandas(self) -> Any:
-        """One row a dimension of the residual stream, one column a direction."""
+        """One row per dimension of the residual stream, one column per direction."""
         import pandas as pd
 
         return (
@@ -51,19 +52,23 @@ class Subspace(Result):
 
     def __repr__(self) -> str:
         origin = self._origin("bare tensors")
-        return f"Subspace of rank {self.rank} in {self.d_model} dimensions\n  from {origin}\n  dtype {self.basis.dtype}"
+        return (
+            f"Subspace of rank {self.rank} in {self.d_model} dimensions\n"
+            f"  from {origin}\n"
+            f"  dtype {self.basis.dtype}"
+        )
 
 
 def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) -> Subspace:
-    """Build the subspace that some vectors span, with an orthonormal basis of its numerical rank.
+    """Build the subspace that some vectors span, with an orthonormal basis.
 
     Args:
         vectors: columns of any length, dependent or not.
         source: the model they come from, if any.
 
     Returns:
-        A subspace whose `.rank` is the numerical rank of the vectors: left singular vectors above
-        `max(d_model, n) · eps · σ₁`, in the dtype of the vectors (at least float32).
+        A subspace in the dtype of the vectors (at least float32). Its `.rank` is their numerical
+        rank: left singular vectors above `max(d_model, n) · eps · σ₁`.
 
     Raises:
         ValueError: the vectors are not a finite matrix, or are all zero.
@@ -80,14 +85,20 @@ def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) 
 
 
 def complete(basis: Float[Tensor, "d_model rank"]) -> Float[Tensor, "d_model d_model"]:
-    """Add directions to an orthonormal basis until it spans the whole residual stream; the given ones stay first."""
+    """Extend an orthonormal basis to the whole residual stream.
+
+    The given directions stay first.
+    """
     rank = basis.shape[1]
     full, _ = torch.linalg.qr(basis, mode="complete")
     return torch.cat([basis, full[:, rank:]], dim=1)
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """The dtype projections are computed in: float32, or wider where the data is (bfloat16 leaves 0.15–5 % in place)."""
+    """The dtype for projections: float32, or that of the data if wider.
+
+    A projection in bfloat16 would leave 0.15–5 % in place.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -97,16 +108,17 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def signs(directions: Float[Tensor, "d_model rank"]) -> Float[Tensor, " rank"]:
-    """The sign of each column's entry largest in size; multiplied by it, that entry is positive."""
+    """The sign of each column's entry largest in size: times it, that entry is positive."""
     largest = directions.abs().argmax(dim=0, keepdim=True)
     return directions.gather(0, largest).sign().flatten()
 
 
 def require_matrix(vectors: Tensor) -> None:
-    """Refuse anything but a finite float matrix with directions as columns, which may be none."""
+    """Refuse anything but a finite float matrix; it may have no columns."""
     if vectors.ndim != 2 or not vectors.is_floating_point() or vectors.shape[0] == 0:
         raise ValueError(
-            f"A basis must be a float matrix of shape [d_model, rank], but it is {vectors.dtype} of shape {list(vectors.shape)}."
+            "A basis must be a float matrix of shape [d_model, rank], "
+            f"but it is {vectors.dtype} of shape {list(vectors.shape)}."
         )
     if not vectors.isfinite().all():
         columns = (~vectors.isfinite()).any(dim=0).nonzero().flatten().tolist()
@@ -114,7 +126,7 @@ def require_matrix(vectors: Tensor) -> None:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """By how much BᵀB may differ from the identity in a basis that was rounded to a dtype."""
+    """How far BᵀB may be from the identity in a basis rounded to a dtype."""
     return max(1e-3, 2 * torch.finfo(dtype).eps)
 
 
@@ -124,8 +136,9 @@ def require_orthonormal(basis: Tensor, tolerance: float = 1e-3, name: str = "A b
     d_model, rank = basis.shape
     if rank > d_model:
         raise ValueError(
-            f"A basis holds directions as columns, [d_model, rank], but its shape is {[d_model, rank]}: more directions than "
-            "dimensions. Is it transposed?"
+            "A basis holds directions as columns, [d_model, rank], "
+            f"but its shape is {[d_model, rank]}: more directions than dimensions. "
+            "Is it transposed?"
         )
     gram = (
         (basis.T.to(at_least_single(basis.dtype)) @ basis.to(at_least_single(basis.dtype)))
@@ -136,6 +149,7 @@ def require_orthonormal(basis: Tensor, tolerance: float = 1e-3, name: str = "A b
     if rank and error.max() > tolerance:
         i, j = divmod(int(error.argmax()), rank)
         raise ValueError(
-            f"{name} must have orthonormal columns, but BᵀB differs from the identity by {error.max():.2g} at columns "
-            f"({i}, {j}) (duplicate, zero or unnormalised vectors?); `mechsvd.span(vectors)` builds a good basis."
+            f"{name} must have orthonormal columns, but BᵀB differs from the identity by "
+            f"{error.max():.2g} at columns ({i}, {j}) (duplicate, zero or unnormalised vectors?); "
+            "`mechsvd.span(vectors)` builds a good basis."
         )

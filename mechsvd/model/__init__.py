@@ -1,1 +1,1 @@
-"""The model: the only room that knows TransformerLens."""
+"""The model: the only package that knows TransformerLens."""

@@ -1,4 +1,7 @@
-"""What a checkpoint may open: safetensors of its own. Pickles and code need the user's word."""
+"""Checkpoints load from safetensors of their own only.
+
+Pickles and code need the user's consent.
+"""
 
 import json
 import math
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 
-# transformers takes the first of them that is there
+# transformers takes the first of these files that exists
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
@@ -19,7 +22,7 @@ Door = Callable[..., Any]
 
 
 def require_checkpoint(directory: Path, allow_pickle: bool) -> None:
-    """Refuse a directory without a configuration or without weights that may be opened.
+    """Refuse a directory without a configuration or trusted weights.
 
     Raises:
         ValueError: naming the file that is missing, or the pickle.
@@ -36,14 +39,14 @@ def require_checkpoint(directory: Path, allow_pickle: bool) -> None:
 
 
 def safe_weights(name: str, revision: str | None = None) -> list[str]:
-    """The files that a checkpoint's weights are in, as its configuration and index name them.
+    """List the weight files that a checkpoint's configuration and index name.
 
     Args:
-        name: a directory or a hub name. Of a hub model only small files are fetched; one that
-            cannot be reached has no files, and loading says why.
+        name: a directory or a hub name. Of a hub model only small files are fetched. If it cannot
+            be reached, the list is empty, and loading says why.
 
     Raises:
-        ValueError: a pickle, a file elsewhere, or an adapter, whose base model would be opened too.
+        ValueError: a pickle, a file elsewhere, or an adapter (its base model would be opened too).
     """
     files, read = _in_directory(Path(name)) if Path(name).is_dir() else _on_hub(name, revision)
     if ADAPTER in files:
@@ -52,16 +55,16 @@ def safe_weights(name: str, revision: str | None = None) -> list[str]:
             "merge it into its base model, or pass `allow_pickle=True` if you trust both."
         )
     config = read("config.json") if "config.json" in files else {}
-    chosen = config.get("transformers_weights")
-    chosen = chosen or next((file for file in SAFETENSORS if file in files), None)
-    if chosen is None:
-        if found := sorted(file for file in files if file.endswith((".bin", ".bin.index.json"))):
-            raise ValueError(_pickles(name, found[0]))
+    weights_file = config.get("transformers_weights")
+    weights_file = weights_file or next((file for file in SAFETENSORS if file in files), None)
+    if weights_file is None:
+        if pickles := sorted(file for file in files if file.endswith((".bin", ".bin.index.json"))):
+            raise ValueError(_pickles(name, pickles[0]))
         return []
-    if not str(chosen).endswith(SAFETENSORS[1].removeprefix("model")):
-        return [_own_safetensors(name, chosen)]
-    _require_own(name, chosen)
-    return [_own_safetensors(name, shard) for shard in _shards(read(chosen))]
+    if not str(weights_file).endswith(SAFETENSORS[1].removeprefix("model")):
+        return [_own_safetensors(name, weights_file)]
+    _require_own(name, weights_file)
+    return [_own_safetensors(name, shard) for shard in _shards(read(weights_file))]
 
 
 def require_all_weights(directory: Path, shards: list[str]) -> None:
@@ -70,7 +73,7 @@ def require_all_weights(directory: Path, shards: list[str]) -> None:
     transformers would fill the rest with random numbers.
 
     Raises:
-        ValueError: with both numbers and some names of what is missing.
+        ValueError: with both numbers, and the names of some missing weights.
     """
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,29 +83,30 @@ def require_all_weights(directory: Path, shards: list[str]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     needed = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    held: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for shard in shards:
         with safe_open(directory / shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                held[name] = math.prod(file.get_slice(name).get_shape())
-    there, wanted = sum(held.values()), sum(needed.values())
-    if there < wanted:
-        missing = sorted(needed.keys() - held.keys())[:3] or "some"
+                sizes[name] = math.prod(file.get_slice(name).get_shape())
+    stored, expected = sum(sizes.values()), sum(needed.values())
+    if stored < expected:
+        missing = sorted(needed.keys() - sizes.keys())[:3] or "some"
         raise ValueError(
-            f"{directory} holds {there:,} weights, but its model has {wanted:,}; missing: {missing}."
+            f"{directory} holds {stored:,} weights, but its model has {expected:,}; "
+            f"missing: {missing}."
         )
 
 
 @contextmanager
 def only_trusted(name: str, *, pickles: bool, code: bool) -> Iterator[None]:
-    """While a checkpoint is loaded, open no pickle and run no code of its own, whoever asks.
+    """Block untrusted pickles and code while a checkpoint is loaded.
 
-    `safe_weights` says in advance what transformers will open. This holds for the rest:
+    `safe_weights` says in advance what transformers will open. This guards the rest:
     TransformerLens opens pickles for some architectures, and imports `modeling_*.py` for others,
     without asking.
 
     Raises:
-        ValueError: on leaving, if any was asked for, even where the refusal was caught on the way.
+        ValueError: on leaving, if anything was refused, even if a caller caught the refusal.
     """
     from transformers import dynamic_module_utils
 
@@ -111,11 +115,11 @@ def only_trusted(name: str, *, pickles: bool, code: bool) -> Iterator[None]:
     doors = [] if pickles else [(torch, "load", _pickles(name, "torch.load"))]
     doors += [] if code else [(dynamic_module_utils, "get_class_in_module", trust)]
     with _LOADING:
-        kept = [getattr(module, door) for module, door, _ in doors]
-        patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+        originals = [getattr(module, door) for module, door, _ in doors]
+        timeout = dynamic_module_utils.TIME_OUT_REMOTE_CODE
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never ask on the terminal
         try:
-            for original, (module, door, sentence) in zip(kept, doors, strict=True):
+            for original, (module, door, sentence) in zip(originals, doors, strict=True):
                 setattr(module, door, _refusing(original, sentence, refused))
             yield
         except Exception as error:
@@ -124,15 +128,15 @@ def only_trusted(name: str, *, pickles: bool, code: bool) -> Iterator[None]:
             if not refused:
                 raise
         finally:
-            dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
-            for original, (module, door, _) in zip(kept, doors, strict=True):
+            dynamic_module_utils.TIME_OUT_REMOTE_CODE = timeout
+            for original, (module, door, _) in zip(originals, doors, strict=True):
                 setattr(module, door, original)
     if refused:
         raise ValueError(refused[0])
 
 
 def _refusing(original: Door, sentence: str, refused: list[str]) -> Door:
-    """The function for all other threads, a refusal for this one."""
+    """A refusal for this thread, and the original function for all others."""
     owner = threading.get_ident()
 
     def door(*arguments: Any, **options: Any) -> Any:
@@ -153,7 +157,7 @@ def _on_hub(name: str, revision: str | None) -> tuple[set[str], Callable[[str], 
 
     try:
         files = set(list_repo_files(name, revision=revision))
-    except Exception:  # offline, gated, unknown: loading says which; the cache still loads
+    except Exception:  # offline, gated or unknown: loading says which, and the cache still works
         known = ("config.json", ADAPTER, *SAFETENSORS, *PICKLES)
         paths = {file: try_to_load_from_cache(name, file, revision=revision) for file in known}
         files = {file for file, path in paths.items() if isinstance(path, str)}

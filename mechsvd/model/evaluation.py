@@ -1,4 +1,4 @@
-"""Evaluating a model: without dropout, with everybody's hooks, and leaving it as it was found."""
+"""Evaluate a model without dropout, with all its hooks, and restore its state."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from mechsvd.checks import warn
 from mechsvd.model.sites import Model
 
-# whose hooks are part of the model: how it is built, split over devices, or parametrised
+# their hooks belong to the model: they build it, split it over devices, or parametrise it
 _LIBRARIES = (
     "transformer_lens.model_bridge.",
     "transformer_lens.hook_points",
@@ -24,9 +24,8 @@ _LIBRARIES = (
     "accelerate.",
     "torch.",
 )
-_OPEN: "WeakKeyDictionary[Any, tuple[str, ...]]" = (
-    WeakKeyDictionary()
-)  # models in evaluation, and whose hooks were named
+# models in evaluation, and the places of the other hooks on them
+_OPEN: "WeakKeyDictionary[Any, tuple[str, ...]]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class OtherHooks:
     """The forward hooks and patched forwards on a model that are not mechsvd's.
 
     Attributes:
-        places: where they are, by the names that users know.
-        batched: the user says that they act on every row of a batch.
+        places: their places, by the names that users know.
+        batched: whether they act on every row of a batch, as the user says.
     """
 
     places: tuple[str, ...]
@@ -43,12 +42,12 @@ class OtherHooks:
 
     @property
     def one_row(self) -> bool:
-        """Whether each edit must run as a batch of one row, since a hook may act on a single row only."""
+        """Whether each edit must run as a batch of one row, since a hook may act on one only."""
         return bool(self.places) and not self.batched
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What belongs in the provenance."""
+        """The notes for the provenance."""
         rows = "one row per pass" if self.one_row else "many rows per pass"
         return (f"hooks of the user at {', '.join(self.places)}, {rows}",) if self.places else ()
 
@@ -57,38 +56,37 @@ class OtherHooks:
 def evaluation(
     model: Model, *, gradients: bool = False, batched_hooks: bool = False, quiet: bool = False
 ) -> Iterator[OtherHooks]:
-    """Evaluate without dropout, and leave the model as it was, also after an exception.
+    """Evaluate without dropout, and restore the model, also after an exception.
 
     An evaluation inside another one of the same model does not repeat its warnings.
 
     Args:
-        gradients: allow them, to the second order: the parameters themselves are frozen meanwhile, and attention runs on
-            torch's plain kernels, for the fused ones have no second derivative. By default there are none.
-        batched_hooks: the user's hooks act on every row of a batch.
+        gradients: allow first and second derivatives; off by default. Meanwhile the parameters are
+            frozen, and attention runs on torch's plain kernels, since the fused ones have no second
+            derivative.
+        batched_hooks: whether the user's hooks act on every row of a batch.
         quiet: do not warn.
 
     Yields:
-        The hooks that are not mechsvd's, which take part.
+        The hooks on the model that are not mechsvd's; they stay active.
     """
     others = OtherHooks(tuple(other_hooks(model)), batched_hooks)
     enclosing = _OPEN.get(model)
     if others.places and others.places != enclosing and not quiet:
         _warn_hooks(others)
     training = [module for module in _modules(model) if module.training]
-    wanting = (
+    trainable = (
         [parameter for parameter in model.parameters() if parameter.requires_grad]
         if gradients
         else []
     )
     if any(_is_random(module) for module in training) and not quiet:
-        warn(
-            "The model is in train mode: it is evaluated in eval mode here and put back afterwards."
-        )
+        warn("The model is in train mode: it is evaluated in eval mode and then put back.")
     try:
         _OPEN[model] = others.places
         for module in training:
             module.training = False
-        for parameter in wanting:
+        for parameter in trainable:
             parameter.requires_grad = False
         with _differentiable() if gradients else torch.no_grad():
             yield others
@@ -96,67 +94,72 @@ def evaluation(
         _OPEN.pop(model)
         if enclosing is not None:
             _OPEN[model] = enclosing
-        for parameter in wanting:
+        for parameter in trainable:
             parameter.requires_grad = True
         for module in training:
             module.training = True
 
 
 def has_other_hooks(model: Model) -> bool:
-    """Whether anybody else's hooks are on a model; within an evaluation, what was found at its beginning."""
+    """Whether a model carries hooks that are not mechsvd's.
+
+    Within an evaluation, the answer is that of its beginning.
+    """
     return bool(_OPEN[model] if model in _OPEN else other_hooks(model))
 
 
 def other_hooks(model: Model) -> list[str]:
-    """Where forward hooks or patched forwards are that neither mechsvd nor the model's own libraries put there.
+    """List the places of forward hooks and patched forwards that are the user's.
+
+    Those of mechsvd and of the model's own libraries do not count.
 
     Returns:
-        Names of TransformerLens's hook points, and paths of the modules that carry torch's own hooks.
+        Names of TransformerLens's hook points, and paths of modules with torch hooks or patches.
     """
-    names = {
-        id(point): name for name, point in model.hook_dict.items()
-    }  # the last name is the one that users know
-    found = [
+    # of several names for a point, the last one is the one that users know
+    names = {id(point): name for name, point in model.hook_dict.items()}
+    places = [
         names[id(point)] for point in _points(model) if any(map(_is_foreign, _functions(point)))
     ]
     for path, module in _named_modules(model):
-        plain = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(_is_foreign(function) for function in plain):
-            found.append(f"{path} (a torch hook)")
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(_is_foreign(function) for function in functions):
+            places.append(f"{path} (a torch hook)")
         if _is_foreign(vars(module).get("forward")):
-            found.append(f"{path} (a patched forward)")
-    everywhere = [
+            places.append(f"{path} (a patched forward)")
+    global_hooks = [
         *torch_module._global_forward_hooks.values(),
         *torch_module._global_forward_pre_hooks.values(),
     ]
     return [
-        *found,
-        *(["every module (a global torch hook)"] if any(map(_is_foreign, everywhere)) else []),
+        *places,
+        *(["every module (a global torch hook)"] if any(map(_is_foreign, global_hooks)) else []),
     ]
 
 
 @contextmanager
 def without_hook_points(model: Model) -> Iterator[None]:
-    """Set the user's hooks at hook points aside for a while; they come back as they were, in their order."""
+    """Take the user's hooks off the hook points, then restore them in their order."""
     points = [point for point in _points(model) if any(map(_is_foreign, _functions(point)))]
-    theirs = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
+    saved_hooks = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
     try:
         for point in points:
             point.fwd_hooks, point._forward_hooks = [], OrderedDict()
         yield
     finally:
-        for point, handles, functions in theirs:
+        for point, handles, functions in saved_hooks:
             point.fwd_hooks, point._forward_hooks = handles, functions
 
 
 def _warn_hooks(others: OtherHooks) -> None:
-    way = (
-        " Each edit runs alone, in a forward pass of its own, since such a hook may act on one row only; `batched_hooks=True` says "
-        "that yours act on every row."
+    advice = (
+        " Each edit runs alone, in a forward pass of its own, since such a hook may act on one row "
+        "only; `batched_hooks=True` says that yours act on every row."
     )
     warn(
-        f"The model already has hooks at {', '.join(others.places)}; they are kept, and results include them."
-        f"{way if others.one_row else ''}"
+        f"The model already has hooks at {', '.join(others.places)}; they are kept, "
+        "and results include them."
+        f"{advice if others.one_row else ''}"
     )
 
 
@@ -173,16 +176,16 @@ def _points(model: Model) -> list[Any]:
 
 
 def _functions(point: Any) -> list[Any]:
-    """The functions that TransformerLens calls at a hook point; before 4.3 it keeps its handles only."""
+    """The functions at a hook point; before version 4.3 TransformerLens keeps handles only."""
     return [getattr(handle, "user_hook", None) or _unknown for handle in point.fwd_hooks]
 
 
 def _unknown() -> None:
-    """Stands for a hook function that TransformerLens does not tell."""
+    """Stands for a hook function that TransformerLens does not expose."""
 
 
 def _is_random(module: nn.Module) -> bool:
-    """Whether a module drops or jitters anything in train mode."""
+    """Whether a module drops or jitters values in train mode."""
     rates = [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
     rates += [
         value for name, value in vars(module).items() if ("dropout" in name or "jitter" in name)
@@ -197,16 +200,16 @@ def _differentiable() -> Iterator[None]:
 
 
 def _named_modules(model: Any) -> list[tuple[str, nn.Module]]:
-    """All modules by their path, those of the wrapped Hugging Face model too, each once."""
-    found: dict[int, tuple[str, nn.Module]] = {}
+    """All modules with their path, once each, also those of the wrapped Hugging Face model."""
+    modules: dict[int, tuple[str, nn.Module]] = {}
     for root in (model, getattr(model, "original_model", None)):
         for path, module in nn.Module.named_modules(root) if root is not None else ():
-            found.setdefault(
+            modules.setdefault(
                 id(module), (path.replace("._original_component", "") or "the model", module)
             )
-    return list(found.values())
+    return list(modules.values())
 
 
 def _modules(model: Any) -> list[Any]:
-    """All modules: the mode of the wrapped Hugging Face model can be set apart from the bridge's."""
+    """All modules: the bridge and its wrapped Hugging Face model may be in different modes."""
     return [module for _, module in _named_modules(model)]

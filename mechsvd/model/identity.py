@@ -1,4 +1,4 @@
-"""Which model this is, in which state: its name, its weights, what was done to them."""
+"""The identity of a model: its name, its weights, and what was done to them."""
 
 import hashlib
 import os
@@ -18,9 +18,8 @@ from mechsvd.model.sites import Model, Site
 from mechsvd.results import Provenance
 from mechsvd.version import __version__
 
-_FINGERPRINTS: "WeakKeyDictionary[Any, str | None]" = (
-    WeakKeyDictionary()
-)  # of the models that are in a session
+# of the models that are in a session
+_FINGERPRINTS: "WeakKeyDictionary[Any, str | None]" = WeakKeyDictionary()
 
 
 def provenance_of(
@@ -29,7 +28,7 @@ def provenance_of(
     sites: tuple[Site, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Provenance:
-    """Say which model this is, in which state, for the results it gives."""
+    """Describe the model and its state, for the results that it gives."""
     return Provenance(
         model=model_name(model),
         weights=fingerprint(model),
@@ -44,7 +43,10 @@ def provenance_of(
 
 
 def model_name(model: Model) -> str:
-    """The model's name; of a local directory its last part only, for results travel and paths of a machine should not."""
+    """The model's name; for a local directory, the last part of its path only.
+
+    Results are shared, and should not show the paths of a machine.
+    """
     name = str(getattr(model.cfg, "model_name", None) or type(model).__name__)
     if name == os.path.abspath(WEIGHTS):
         return "mechsvd embedded"
@@ -53,7 +55,7 @@ def model_name(model: Model) -> str:
 
 @contextmanager
 def weights_read_once(model: Model) -> Iterator[None]:
-    """Read a model's weights at most once until the end, within which they must stay as they are."""
+    """Read a model's weights at most once in this block; they must not change in it."""
     is_outermost = model not in _FINGERPRINTS
     if is_outermost:
         _FINGERPRINTS[model] = None
@@ -65,16 +67,17 @@ def weights_read_once(model: Model) -> Iterator[None]:
 
 
 def fingerprint(model: Model) -> str:
-    """Identify weights by the shape, an exact sum over all bits, and a sample of each parameter.
+    """Identify weights by shape, exact sum of bits and a sample of each parameter.
 
-    It reads every weight, again in each session, so that a model trained further between two calls is another model.
+    Every weight is read, again in each session. So a model that was trained further between two
+    calls counts as another model.
     """
-    known = _FINGERPRINTS.get(model)
-    if known is None:
-        known = _read(model)
+    digest = _FINGERPRINTS.get(model)
+    if digest is None:
+        digest = _read(model)
         if model in _FINGERPRINTS:
-            _FINGERPRINTS[model] = known
-    return known
+            _FINGERPRINTS[model] = digest
+    return digest
 
 
 @torch.no_grad()
@@ -87,18 +90,20 @@ def _read(model: Model) -> str:
         )
         total = int(bits.sum(dtype=torch.int64))
         if total == 0 and not bits.any():
-            continue  # a bias that is not there: some versions of TransformerLens add one to the unembedding
+            continue  # some versions of TransformerLens add a bias of zeros to the unembedding
         sample = bits[:: max(1, len(bits) // 512)].cpu().numpy().tobytes()
         digests.append(
             hashlib.sha256(f"{tuple(parameter.shape)} {total}".encode() + sample).digest()
         )
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[
-        :16
-    ]  # sorted: names and order differ between versions
+    # sorted, since names and order differ between versions
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
 
 def processing_state(model: Model) -> str:
-    """What was done to the weights after training, which changes the SVD though not the log-probabilities."""
+    """What was done to the weights after training.
+
+    It changes the SVD, but not the log-probabilities.
+    """
     state = []
     if str(getattr(model.cfg, "normalization_type", "")).endswith("Pre"):
         state.append("normalization folded")

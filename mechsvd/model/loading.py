@@ -1,4 +1,4 @@
-"""Getting a model. TransformerLens is imported here, when a model is loaded: it takes seconds."""
+"""Load a model. TransformerLens is imported only then, since it takes seconds."""
 
 import os
 from pathlib import Path
@@ -28,28 +28,31 @@ def load_model(
     allow_pickle: bool = False,
     **options: Any,
 ) -> Any:
-    """Load the embedded model, a local Hugging Face directory, or a model from the hub, as a raw `TransformerBridge`.
+    """Load a model as a raw `TransformerBridge`: embedded, from a directory, or from the hub.
 
-    A TransformerLens model that you already have is returned as it is: every call that takes a model takes it too.
+    A TransformerLens model that you already have is returned unchanged; every call that takes a
+    model takes it too.
 
     Args:
-        model: "embedded", a directory, a hub name such as "gpt2", or a model.
-        device: TransformerLens's choice by default, which is CUDA where there is one.
-        dtype: of the weights, float32 by default; projections are computed in float32 or wider whatever it is.
+        model: "embedded", a Hugging Face directory, a hub name such as "gpt2", or a model.
+        device: by default TransformerLens's choice, which is CUDA if available.
+        dtype: of the weights, float32 by default. Projections are always computed in float32 or
+            wider.
         allow_pickle: accept weights that are not safetensors.
-        options: passed on to `TransformerBridge.boot_transformers` (revision, n_ctx, …). Code of the
-            checkpoint runs only with `trust_remote_code=True`, whatever its configuration says.
+        options: passed on to `TransformerBridge.boot_transformers` (revision, n_ctx, …). Code of
+            the checkpoint runs only with `trust_remote_code=True`, whatever its configuration says.
 
     Raises:
-        ValueError: a directory that is no model, weights that are not safetensors or do not fit, or
-            code that is not trusted.
-        OSError: a hub model that is unknown, gated, or out of reach.
-        ImportError: TransformerLens is missing or of a version that is not supported.
+        ValueError: the directory is no model, the weights are not safetensors or do not fit, or
+            the code is not trusted.
+        OSError: the hub model is unknown, gated or out of reach.
+        ImportError: TransformerLens is missing, or its version is not supported.
     """
     if hasattr(model, "run_with_hooks"):
         if options or device is not None or dtype is not None:
             raise ValueError(
-                "This model is loaded already and is used as it is; options are for models that are loaded by name."
+                "This model is loaded already and is used as it is; "
+                "options are for models that are loaded by name."
             )
         return model
     if not isinstance(model, (str, Path)) or not str(model):
@@ -78,13 +81,13 @@ def load_model(
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         if not is_local and not isinstance(error, OSError):
             raise
-        if str(error).startswith(name):  # our own sentence already
+        if str(error).startswith(name):  # already our own message
             raise
         raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
 
 
 def _load(name: str, options: dict[str, Any], allow_pickle: bool) -> Any:
-    """Load a directory or a hub model: the one gate for both, whatever the options."""
+    """Load a directory or a hub model; all checks of trust are made here."""
     from transformer_lens.model_bridge import TransformerBridge
 
     is_local, trusted = Path(name).is_dir(), bool(options.get("trust_remote_code"))
@@ -100,13 +103,14 @@ def _load(name: str, options: dict[str, Any], allow_pickle: bool) -> Any:
 
 
 def _require_transformer_lens() -> None:
-    found = installed_version()
-    if found == "not installed":
+    installed = installed_version()
+    if installed == "not installed":
         raise ImportError(f"TransformerLens is not installed; run: {INSTALL}")
-    numbers = tuple(int(part) for part in found.split(".")[:2])
+    numbers = tuple(int(part) for part in installed.split(".")[:2])
     if not OLDEST <= numbers < NEWEST:
         raise ImportError(
-            f"TransformerLens {found} is installed, but mechsvd supports 3.9 to below 5; run: {INSTALL}"
+            f"TransformerLens {installed} is installed, but mechsvd supports 3.9 to below 5; "
+            f"run: {INSTALL}"
         )
 
 
@@ -127,13 +131,14 @@ def _require_placement(device: str | torch.device | None, dtype: torch.dtype) ->
 def _damaged(name: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:300]
     return ValueError(
-        f"The checkpoint in {name} cannot be loaded; is its model.safetensors or config.json damaged? {reason}"
+        f"The checkpoint in {name} cannot be loaded; "
+        f"is its model.safetensors or config.json damaged? {reason}"
     )
 
 
 def _unreachable(name: str, error: Exception) -> OSError:
     reason = str(error).strip().splitlines()[0][:200]
     return OSError(
-        f"Cannot load {name!r} from the hub: {reason} Set HF_TOKEN for a gated model, pass a local directory, or use the "
-        "embedded model (`mechsvd.load_model()`)."
+        f"Cannot load {name!r} from the hub: {reason} Set HF_TOKEN for a gated model, pass a local "
+        "directory, or use the embedded model (`mechsvd.load_model()`)."
     )

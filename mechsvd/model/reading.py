@@ -1,4 +1,4 @@
-"""Where in a text a run begins: with a KV cache, the model reads it in chunks."""
+"""The position in a text where a run begins: a KV cache lets a model read in chunks."""
 
 from typing import Any
 
@@ -9,15 +9,17 @@ from mechsvd.model.sites import Hook, Model, Site, stream_names
 
 
 class Reading:
-    """How much of the text a model has read before a run: seen in each run anew, from the cache that its attention is given.
+    """How much of the text a model has read before a run.
+
+    It is seen anew in each run, in the cache that the attention receives.
 
     Attributes:
-        rows, length: of the run that is under way.
-        hook: the hook that begins to watch, at the first block that is edited.
+        rows, length: of the current run.
+        hook: starts to watch, at the first edited block.
     """
 
     def __init__(self, model: Model, layer: int):
-        """Watch the attention of a layer.
+        """Watch the attention of one layer.
 
         Raises:
             ValueError: the layer has none.
@@ -25,8 +27,9 @@ class Reading:
         attention = getattr(model.blocks[layer], "attn", None)  # type: ignore[attr-defined]
         if not isinstance(attention, nn.Module):
             raise ValueError(
-                f"`positions` need attention, whose cache tells where a text goes on, but layer {layer} has none; begin with a "
-                "layer that has it, edit all positions, or edit whole texts by `measure(positions=…)`."
+                "`positions` need attention, whose cache tells where a text goes on, "
+                f"but layer {layer} has none; begin with a layer that has it, edit all positions, "
+                "or edit whole texts by `measure(positions=…)`."
             )
         self.rows = self.length = 0
         self.hook: Hook = (stream_names(model)[layer][0], self._begin)
@@ -36,15 +39,16 @@ class Reading:
         self._served: set[Site] = set()  # sites that have asked in this run
 
     def start(self, site: Site) -> int:
-        """The absolute position at which the run under way begins.
+        """The absolute position at which the current run begins.
 
         Raises:
-            RuntimeError: it was not seen in this run.
+            RuntimeError: the position was not seen in this run.
         """
         if self._start is None or site in self._served:
             raise RuntimeError(
-                f"The `positions` of layer {site.layer} {site.component} cannot be told: the hook at `{self.hook[0]}` or the "
-                "attention after it did not come first; pass all hooks that `fwd_hooks` gives."
+                f"The `positions` of layer {site.layer} {site.component} cannot be told: "
+                f"the hook at `{self.hook[0]}` or the attention after it did not come first; "
+                "pass all hooks that `fwd_hooks` gives."
             )
         self._served.add(site)
         return self._start
@@ -57,7 +61,7 @@ class Reading:
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         self._forget()
-        lengths = [_cached(given, self._layer) for given in (*args, *options.values())]
+        lengths = [_cached(value, self._layer) for value in (*args, *options.values())]
         self._start = max(length for length in (0, *lengths) if length is not None)
 
     def _forget(self) -> None:
@@ -66,9 +70,12 @@ class Reading:
             self._handle = None
 
 
-def _cached(given: Any, layer: int) -> int | None:
-    """How many positions are in a cache of keys and values: transformers' or HookedTransformer's; None for anything else."""
-    if hasattr(given, "get_seq_length"):
-        return int(given.get_seq_length(layer))
-    keys = getattr(given, "past_keys", None)
+def _cached(value: Any, layer: int) -> int | None:
+    """How many positions a cache of keys and values holds; None for anything else.
+
+    The cache is that of transformers or of HookedTransformer.
+    """
+    if hasattr(value, "get_seq_length"):
+        return int(value.get_seq_length(layer))
+    keys = getattr(value, "past_keys", None)
     return keys.shape[1] if isinstance(keys, Tensor) else None

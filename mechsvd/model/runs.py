@@ -1,4 +1,4 @@
-"""Running a model: once, or on and on, with hooks of which each must fire."""
+"""Run a model once, or let it generate, with hooks that must all fire."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,31 +20,34 @@ def run_model(
     scored: slice | None = None,
     cut_early: bool = True,
 ) -> Float[Tensor, "edit scored d_vocab"]:
-    """Run the model once with hooks, each of which must fire exactly once.
+    """Run the model once with hooks; each hook must fire exactly once.
 
-    A hook may return more rows than it got ("1 pos d_model" to "edit pos d_model"): what comes before it is then computed once.
+    A hook may return more rows than it receives ("1 pos d_model" to "edit pos d_model"). What comes
+    before it is then computed once.
 
     Args:
-        scored: positions whose logits are wanted.
-        cut_early: drop the other positions before the unembedding, where most of the memory is, unless a user's hook may see it.
+        scored: positions whose logits are returned.
+        cut_early: drop the other positions before the unembedding, which takes most of the memory,
+            unless a user's hook may see it.
 
     Returns:
         Logits at the scored positions (all by default).
 
     Raises:
-        KeyError: a hook name that the model does not have.
-        RuntimeError: a hook fired another number of times than once.
+        KeyError: the model has no hook point of a given name.
+        RuntimeError: a hook did not fire exactly once.
     """
     _require_points(model, hooks)
-    ours, fired = _counted(hooks, (-1, tokens.shape[1]))
+    counted_hooks, fired = _counted(hooks, (-1, tokens.shape[1]))
     cut_early = cut_early and scored is not None and not has_other_hooks(model)
     if cut_early:
-        ours.append((before_unembedding(model), lambda x, hook=None: x[:, scored]))
-    logits = model.run_with_hooks(tokens, fwd_hooks=ours, return_type="logits")
+        counted_hooks.append((before_unembedding(model), lambda x, hook=None: x[:, scored]))
+    logits = model.run_with_hooks(tokens, fwd_hooks=counted_hooks, return_type="logits")
     for (name, _), times in zip(hooks, fired, strict=True):
         if times != 1:
             raise RuntimeError(
-                f"The hook at `{name}` fired {times} of 1 times: this model does not pass there once a run."
+                f"The hook at `{name}` fired {times} of 1 times: "
+                "this model does not pass there once per run."
             )
     return logits if cut_early or scored is None else logits[:, scored]
 
@@ -59,21 +62,21 @@ def continue_tokens(
     seed: int = 0,
     use_kv_cache: bool = True,
 ) -> list[Int[Tensor, " longer"]]:
-    """Let the model go on from tokens by its own `generate`, with hooks that act at every step.
+    """Continue tokens by the model's own `generate`, with hooks at every step.
 
     Args:
-        temperature: 0 takes the most probable token; above, tokens are drawn with `seed`, and the global generators stay as
-            they were.
+        temperature: 0 takes the most probable token. Above 0, tokens are drawn with `seed`; the
+            global generators do not change.
 
     Returns:
-        Each row's tokens, the given ones too, up to and with its first end-of-text token.
+        The tokens of each row, the given ones included, up to and with its first end-of-text token.
 
     Raises:
-        KeyError: a hook name that the model does not have.
+        KeyError: the model has no hook point of a given name.
         RuntimeError: a hook never fired.
     """
     _require_points(model, hooks)
-    ours, fired = _counted(hooks, (len(tokens), -1))
+    counted_hooks, fired = _counted(hooks, (len(tokens), -1))
     device = next(model.parameters()).device
     options = {
         "do_sample": temperature > 0,
@@ -81,7 +84,10 @@ def continue_tokens(
         "use_past_kv_cache": use_kv_cache,
         "stop_at_eos": bool(end_tokens(model)),
     }
-    with _seeded(seed, device) if temperature > 0 else nullcontext(), model.hooks(fwd_hooks=ours):
+    with (
+        _seeded(seed, device) if temperature > 0 else nullcontext(),
+        model.hooks(fwd_hooks=counted_hooks),
+    ):
         longer = model.generate(
             tokens.to(device),
             max_new_tokens=max_new_tokens,
@@ -91,14 +97,15 @@ def continue_tokens(
         ).cpu()
     if silent := [name for (name, _), times in zip(hooks, fired, strict=True) if times == 0]:
         raise RuntimeError(
-            f"The hook at `{silent[0]}` never fired: this model does not pass there when it generates."
+            f"The hook at `{silent[0]}` never fired: "
+            "this model does not pass there when it generates."
         )
     return [_until_its_end(model, row, tokens.shape[1]) for row in longer]
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed every generator that `torch.manual_seed` reaches, and put them back afterwards."""
+    """Seed every generator that `torch.manual_seed` reaches, and restore them at the end."""
     other = {"device_type": device.type} if device.type not in ("cpu", "cuda") else {}
     devices = [device] if other else [*range(torch.cuda.device_count())]
     with torch.random.fork_rng(devices, **other):
@@ -107,7 +114,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def end_tokens(model: Model) -> list[int]:
-    """The tokens that end a text; none where the tokenizer names none."""
+    """The tokens that end a text; none if the tokenizer names none."""
     end = getattr(model.tokenizer, "eos_token_id", None)
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
@@ -118,12 +125,16 @@ def _require_points(model: Model, hooks: Sequence[Hook]) -> None:
         if name not in points:
             close = difflib.get_close_matches(name, points, n=3)
             raise KeyError(
-                f"No hook point `{name}`: the model has layers 0–{model.cfg.n_layers - 1}; close matches: {close}."
+                f"No hook point `{name}`: the model has layers 0–{model.cfg.n_layers - 1}; "
+                f"close matches: {close}."
             )
 
 
 def _counted(hooks: Sequence[Hook], shape: tuple[int, int]) -> tuple[list[Hook], list[int]]:
-    """The hooks, each told how often it fired, and given both axes of `shape` where the model has made one of them."""
+    """The hooks with counters, and the list of how often each fired.
+
+    A hook gets both axes of `shape`, even if the model has merged them into one.
+    """
     fired = [0] * len(hooks)
 
     def counted(
@@ -133,9 +144,8 @@ def _counted(hooks: Sequence[Hook], shape: tuple[int, int]) -> tuple[list[Hook],
             fired[index] += 1
             if x.ndim != 2:
                 return hook_function(x, hook=hook)
-            rows = hook_function(
-                x.reshape(*shape, x.shape[-1]), hook=hook
-            )  # OPT's MLP sees [batch·pos, d_model]
+            # OPT's MLP sees [batch·pos, d_model]
+            rows = hook_function(x.reshape(*shape, x.shape[-1]), hook=hook)
             return None if rows is None else rows.flatten(0, 1)
 
         return run

@@ -1,4 +1,7 @@
-"""Is it true of this model? That its writes make up the residual stream, measured on a few tokens, once a model."""
+"""Measure, once per model, whether the hooks' values make up the residual stream.
+
+A few tokens are enough.
+"""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,18 +21,24 @@ _CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
 
 @result
 class SelfCheck(Result):
-    """What was measured.
+    """The errors that the self-check of a model measured.
 
     Attributes:
-        block_error: of resid_pre + writes = resid_post in each block: the largest over entries of |difference| ÷ sum of the
-            sizes of all terms of that entry, which rounding keeps near the precision of the dtype, beside huge entries too.
-        stream_error: the same for resid_pre of the first block = resid_post of the last one when all writes are zeroed.
-        unchecked: layers without all their hooks (`missing="skip"`), where the identity cannot be asked for.
-        output_change: largest change of a logit when all writes are zeroed, relative to the largest logit.
-        scored_error: of the logits when only some positions are unembedded, relative to the largest one.
-        sharing_error: of the logits when the rows of a batch share everything before the first write; infinite where the
-            model's own code does not allow it, and then they do not share.
-        tolerance: what the errors may be in the model's dtype; ten times that for logits, which are a whole model deep.
+        block_error: of resid_pre + writes = resid_post in each block, the largest over entries of
+            |difference| ÷ sum of the sizes of the entry's terms. Rounding alone keeps it near the
+            precision of the dtype, even with huge entries nearby.
+        stream_error: the same for resid_pre of the first block = resid_post of the last one, with
+            all writes zeroed.
+        unchecked: layers that lack a hook (`missing="skip"`), where the identity need not hold.
+        output_change: largest change of a logit with all writes zeroed, relative to the largest
+            logit.
+        scored_error: error of the logits when only some positions are unembedded, relative to the
+            largest logit.
+        sharing_error: error of the logits when the rows of a batch share everything before the
+            first write. It is infinite if the model's own code does not allow that; rows are then
+            not shared.
+        tolerance: allowed error in the model's dtype; ten times that for logits, which are a whole
+            model deep.
     """
 
     block_error: Float[Tensor, " layer"]
@@ -49,36 +58,40 @@ class SelfCheck(Result):
             "sharing_error",
             "tolerance",
         )
-        require_between(self, errors, 0)  # a model that fails may have NaN or inf among them
+        require_between(self, errors, 0)  # they may hold NaN or inf if the model fails
         require_between(self, ["unchecked"], 0, len(self.block_error) - 1)
 
     @property
     def failure(self) -> str | None:
-        """What is wrong, in a sentence; None when the model passes."""
+        """The reason why the model fails, or None if it passes."""
         for layer, error in enumerate(self.block_error.tolist()):
             if layer not in self.unchecked and not error <= self.tolerance:
                 return (
-                    f"in block {layer}, resid_pre + attn_out + mlp_out differs from resid_post by {error:.2g} of the size of its "
-                    f"terms (allowed: {self.tolerance:.0e}), so the hooks are not the whole write"
+                    f"in block {layer}, resid_pre + attn_out + mlp_out differs from resid_post by "
+                    f"{error:.2g} of the size of its terms (allowed: {self.tolerance:.0e}), "
+                    "so the hooks are not the whole write"
                 )
         if not self.unchecked and not self.stream_error <= self.tolerance:
-            return f"with all writes zeroed the residual stream still changes by {self.stream_error:.2g} of its size"
+            return (
+                "with all writes zeroed the residual stream still changes by "
+                f"{self.stream_error:.2g} of its size"
+            )
         if not self.output_change > 0:
             return "zeroing all writes leaves the output as it is, so the hooks do not act"
         return None
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether rows of a batch may share what comes before the first edit."""
+        """Whether the rows of a batch may share what comes before the first edit."""
         return self.sharing_error <= 10 * self.tolerance
 
     @property
     def scores_alone(self) -> bool:
-        """Whether the scored positions may be unembedded alone."""
+        """Whether the scored positions can be unembedded alone."""
         return self.scored_error <= 10 * self.tolerance
 
     def to_pandas(self) -> Any:
-        """One row a block, with its error."""
+        """One row per block, with its error."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -88,23 +101,27 @@ class SelfCheck(Result):
     def __repr__(self) -> str:
         return (
             f"SelfCheck: {'passed' if self.failure is None else self.failure}\n"
-            f"  writes + stream: {self.block_error.max():.1e} in the worst block; zeroed writes: {self.stream_error:.1e}\n"
+            f"  writes + stream: {self.block_error.max():.1e} in the worst block; "
+            f"zeroed writes: {self.stream_error:.1e}\n"
             f"  output changes by {self.output_change:.2g}; shared prefix: {self.sharing_error:.1e}"
         )
 
 
 def self_check(model: Model) -> SelfCheck:
-    """Measure on six tokens whether the model's hooks are its writes; remembered for each model, dtype and
-    processing mode.
+    """Measure on six tokens whether the model's hooks are its writes.
 
-    A clean run (`resid_pre + writes == resid_post` in every block, every hook fires once), one with all writes zeroed (the
-    stream stays constant and the output changes), and short ones for what the engine would like to do: unembed some positions
-    only, and let the rows of a batch part at the first write. The user's hooks at hook points are set aside meanwhile; torch's
-    own hooks and patched forwards are part of the model that is measured.
+    The answer is kept per model, dtype, processing mode and torch hooks. In a clean run,
+    `resid_pre + writes == resid_post` must hold in every block, and every hook must fire once. In a
+    run with all writes zeroed, the stream must stay constant and the output must change. Short runs
+    test what the engine does for speed: it unembeds only some positions, and splits the rows of a
+    batch at the first write.
+
+    The user's hooks at hook points are off meanwhile. Torch hooks and patched forwards stay: they
+    are part of the model that is measured.
 
     Raises:
-        KeyError: a model without the hooks of the residual stream.
-        RuntimeError: a hook that does not fire exactly once.
+        KeyError: the model lacks the hooks of the residual stream.
+        RuntimeError: a hook does not fire exactly once.
     """
     require_model(model)
     state = (
@@ -112,38 +129,41 @@ def self_check(model: Model) -> SelfCheck:
         getattr(model, "compatibility_mode", False),
         *_torch_hooks(model),
     )
-    known = _CHECKED.setdefault(model, {})
-    if state not in known:
-        known[state] = _measure(model)
-    return known[state]
+    checks = _CHECKED.setdefault(model, {})
+    if state not in checks:
+        checks[state] = _measure(model)
+    return checks[state]
 
 
 def require_sound(
     model: Model, check: bool = True, missing: str = "error"
 ) -> tuple[SelfCheck, tuple[str, ...]]:
-    """Run the self-check, refuse a model that fails it unless told not to, and say what belongs into the provenance.
+    """Run the self-check, and refuse a model that fails it if `check` is set.
+
+    Returns:
+        The self-check, and notes for the provenance.
 
     Raises:
         ValueError: with the block and the measured error.
     """
-    found = self_check(model)
-    if found.failure and check:
+    outcome = self_check(model)
+    if outcome.failure and check:
         hooks = _torch_hooks(model)
         cause = f", perhaps because of what is on it at {', '.join(hooks)}" if hooks else ""
         raise ValueError(
-            f"mechsvd cannot use this model: {found.failure}{cause}. Results would be wrong without a sign of it; `check=False` "
-            "goes on all the same, and every result records it."
+            f"mechsvd cannot use this model: {outcome.failure}{cause}. Results would be wrong "
+            "without any sign; `check=False` goes on all the same, and every result records it."
         )
     skipped = (
-        [f"layers without all hooks: {list(found.unchecked)}"]
-        if missing == "skip" and found.unchecked
+        [f"layers without all hooks: {list(outcome.unchecked)}"]
+        if missing == "skip" and outcome.unchecked
         else []
     )
-    return found, (*([] if check else ["self-check skipped"]), *skipped)
+    return outcome, (*([] if check else ["self-check skipped"]), *skipped)
 
 
 def _torch_hooks(model: Model) -> list[str]:
-    """Where hooks and patches are that cannot be set aside."""
+    """List the places of torch hooks and patched forwards, which stay on."""
     with without_hook_points(model):
         return other_hooks(model)
 
@@ -192,11 +212,8 @@ def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> 
         shared = run_model(
             model, tokens, [(first, lambda x, hook=None: x.expand(2, -1, -1).contiguous())]
         )
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-    ):  # the model's own code reshapes with the batch size it started with
+    # the model's own code may reshape with the batch size that it started with
+    except (RuntimeError, ValueError, IndexError):
         return float("inf")
     return _difference(shared, logits.expand(2, -1, -1)) if shared.shape[0] == 2 else float("inf")
 

@@ -1,4 +1,4 @@
-"""Where a model writes: its sites. The only file that knows TransformerLens's names."""
+"""The sites where a model writes; the only file that knows TransformerLens's names."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,14 +16,16 @@ from mechsvd.results import result
 
 COMPONENTS = ("attn", "mlp")
 Hook = tuple[str, Callable[..., Tensor | None]]
-Positions = (
-    Iterable[int] | Int[Tensor, " position"] | None
-)  # absolute, in the whole text; None for all
+# absolute, in the whole text; None for all
+Positions = Iterable[int] | Int[Tensor, " position"] | None
 
 
 @runtime_checkable
 class Model(Protocol):
-    """What mechsvd needs of a TransformerLens model: a `TransformerBridge` or a `HookedTransformer`."""
+    """A TransformerLens model: a `TransformerBridge` or a `HookedTransformer`.
+
+    These are the parts that mechsvd needs.
+    """
 
     cfg: Any
     tokenizer: Any
@@ -42,7 +44,7 @@ class Model(Protocol):
 
 @result
 class Site:
-    """One hook point whose value is added to the residual stream."""
+    """A hook point whose value is added to the residual stream."""
 
     layer: int
     component: str
@@ -66,14 +68,15 @@ class Site:
 
 
 def require_model(model: Any) -> None:
-    """Refuse what is no TransformerLens model, such as the name of one.
+    """Refuse anything but a TransformerLens model, such as a model's name.
 
     Raises:
         TypeError: saying how to get a model.
     """
     if not hasattr(model, "run_with_hooks") or not hasattr(model, "hook_dict"):
         raise TypeError(
-            f"`model` must be a TransformerLens model, but is {model!r:.60}; get one by `mechsvd.load_model(…)`."
+            f"`model` must be a TransformerLens model, but is {model!r:.60}; "
+            "get one by `mechsvd.load_model(…)`."
         )
 
 
@@ -83,86 +86,90 @@ def find_sites(
     components: Sequence[str] = COMPONENTS,
     missing: Literal["error", "skip"] = "error",
 ) -> tuple[Site, ...]:
-    """List the sites of a model in the order of writing: attention 0, MLP 0, attention 1, …
+    """List the sites of a model in writing order: attention 0, MLP 0, attention 1, …
 
     Args:
-        layers: some layers only; all by default.
+        layers: one layer or several; all by default.
         components: "attn", "mlp" or both.
-        missing: what to do with a layer that lacks a hook (hybrid and attention-only models): refuse, or leave it out.
+        missing: what to do if a layer lacks a hook (hybrid and attention-only models): raise an
+            error, or skip the site.
 
     Raises:
-        KeyError: an unknown layer or component, or a hook that a layer lacks.
-        ValueError: nothing left.
+        KeyError: a layer or component is unknown, or a layer lacks a hook.
+        ValueError: no sites are left.
     """
     require_model(model)
     if missing not in ("error", "skip"):
         raise ValueError(f"`missing` is {missing!r}, but must be 'error' or 'skip'.")
-    wanted_layers, wanted = _valid_layers(model, layers), _valid_components(components)
-    hook_names, found = model.hook_dict, []
-    attention_only = getattr(
-        model.cfg, "attn_only", False
-    )  # its blocks still have an MLP hook, which never fires
-    for layer in wanted_layers:
-        for component in wanted:
+    chosen_layers, chosen_components = _valid_layers(model, layers), _valid_components(components)
+    hook_names, sites = model.hook_dict, []
+    # the blocks of an attention-only model still have an MLP hook, which never fires
+    attention_only = getattr(model.cfg, "attn_only", False)
+    for layer in chosen_layers:
+        for component in chosen_components:
             name = f"blocks.{layer}.hook_{component}_out"
             if name in hook_names and not (attention_only and component == "mlp"):
-                found.append(Site(layer, component, name))
+                sites.append(Site(layer, component, name))
             elif missing == "error":
                 raise KeyError(
-                    f"No hook point `{name}`: layer {layer} of this model has no {component} write that TransformerLens names. "
-                    "Choose other layers or components, or pass `missing='skip'`."
+                    f"No hook point `{name}`: layer {layer} of this model has no {component} write "
+                    "that TransformerLens names. Choose other layers or components, "
+                    "or pass `missing='skip'`."
                 )
-    if not found:
+    if not sites:
         raise ValueError(
-            f"No sites are left for layers {list(wanted_layers)} and components {list(wanted)}."
+            f"No sites are left for layers {list(chosen_layers)} "
+            f"and components {chosen_components}."
         )
-    return tuple(found)
+    return tuple(sites)
 
 
 def find_weights(model: Any, patterns: str | Sequence[str]) -> dict[str, tuple[list[str], Tensor]]:
-    """Find weights by shell-like patterns of TransformerLens's names, such as "blocks.2.mlp.*", or "*" for all.
+    """Find weights by shell-like patterns of TransformerLens's names.
 
-    A bridge reaches one weight by several names (`blocks.2.mlp.in.weight`, `blocks.2.mlp.up_proj.weight`); any of them will do,
-    and each weight comes once.
+    A pattern is "blocks.2.mlp.*", say, or "*" for all. In a bridge a weight has several names
+    (`blocks.2.mlp.in.weight`, `blocks.2.mlp.up_proj.weight`). Any of them matches, and each weight
+    is listed once.
 
     Returns:
-        By the shortest name: where the weight is to be replaced by `torch.func.functional_call`, one name for each module that
-        holds it (tied weights have two), and the weight.
+        By the shortest name: the names under which `torch.func.functional_call` replaces the
+        weight, one per module that holds it (tied weights have two), and the weight.
 
     Raises:
-        KeyError: a pattern that matches nothing, with the closest names.
+        KeyError: a pattern matches nothing; the closest names are given.
     """
     require_model(model)
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    pattern_list = [patterns] if isinstance(patterns, str) else list(patterns)
     aliases: dict[int, list[str]] = {}
-    for name, weight in nn.Module.named_parameters(
-        model, remove_duplicate=False
-    ):  # a bridge's own method gives other names
-        alias = (
-            name.replace("._original_component", "").replace("._W_", ".W_").replace("._b_", ".b_")
-        )  # grouped keys and values
+    # a bridge's own `named_parameters` gives other names
+    for name, weight in nn.Module.named_parameters(model, remove_duplicate=False):
+        alias = name.replace("._original_component", "")
+        alias = alias.replace("._W_", ".W_").replace("._b_", ".b_")  # grouped keys and values
         aliases.setdefault(id(weight), []).append(alias)
-    found: dict[int, tuple[list[str], Tensor]] = {}
+    matches: dict[int, tuple[list[str], Tensor]] = {}
     for path, module in nn.Module.named_modules(model):
         for name, weight in module.named_parameters(path, recurse=False):
             if any(
-                fnmatchcase(alias, pattern) for alias in aliases[id(weight)] for pattern in wanted
+                fnmatchcase(alias, pattern)
+                for alias in aliases[id(weight)]
+                for pattern in pattern_list
             ):
-                found.setdefault(id(weight), ([], weight))[0].append(name)
-    for pattern in wanted:
+                matches.setdefault(id(weight), ([], weight))[0].append(name)
+    for pattern in pattern_list:
         known = [alias for names in aliases.values() for alias in names]
         if not any(fnmatchcase(alias, pattern) for alias in known):
             close = (
                 difflib.get_close_matches(pattern, sorted(set(known)), n=3, cutoff=0.3) or known[:3]
             )
             raise KeyError(
-                f"No weight matches {pattern!r}: patterns are shell-like, such as 'blocks.2.mlp.*'; close matches: {close}."
+                f"No weight matches {pattern!r}: patterns are shell-like, such as "
+                f"'blocks.2.mlp.*'; close matches: {close}."
             )
-    return {min(aliases[i], key=len): each for i, each in found.items()}
+    return {min(aliases[i], key=len): match for i, match in matches.items()}
 
 
 def stream_names(model: Model) -> list[tuple[str, str]]:
-    """Names of the residual stream before and after each block."""
+    """The hook names of the residual stream before and after each block."""
     return [
         (f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_resid_post")
         for i in range(model.cfg.n_layers)
@@ -170,8 +177,11 @@ def stream_names(model: Model) -> list[tuple[str, str]]:
 
 
 def before_unembedding(model: Model) -> str:
-    """Name of the last place before the unembedding: a bridge hooks it there, a HookedTransformer behind its last block."""
-    # not before the last norm: GPT-2 reshapes to the input's shape behind it
+    """The last hook point before the unembedding.
+
+    A bridge has one at the unembedding, a HookedTransformer only after its last block.
+    """
+    # not before the last norm: GPT-2 reshapes to the input's shape after it
     return "unembed.hook_in" if "unembed.hook_in" in model.hook_dict else stream_names(model)[-1][1]
 
 
@@ -179,29 +189,29 @@ def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[
     n_layers = model.cfg.n_layers
     if layers is None:
         return range(n_layers)
-    chosen = sorted({layers} if isinstance(layers, int) else set(layers))
-    if wrong := [layer for layer in chosen if not is_whole(layer, 0, n_layers - 1)]:
+    numbers = sorted({layers} if isinstance(layers, int) else set(layers))
+    if wrong := [layer for layer in numbers if not is_whole(layer, 0, n_layers - 1)]:
         raise KeyError(f"No layers {wrong}: the model has layers 0–{n_layers - 1}.")
-    return [int(layer) for layer in chosen]
+    return [int(layer) for layer in numbers]
 
 
 def _valid_components(components: Sequence[str]) -> list[str]:
-    chosen = [components] if isinstance(components, str) else list(components)
-    for component in chosen:
+    names = [components] if isinstance(components, str) else list(components)
+    for component in names:
         if component not in COMPONENTS:
             close = difflib.get_close_matches(component, COMPONENTS, n=1, cutoff=0.3)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise KeyError(f"No component {component!r}: choose from {list(COMPONENTS)}.{hint}")
-    return [component for component in COMPONENTS if component in chosen]
+    return [component for component in COMPONENTS if component in names]
 
 
 class SiteOptions(TypedDict, total=False):
-    """Which writes are meant.
+    """The options that select writes.
 
     Attributes:
         layers, components: which sites; all by default.
         positions: absolute positions in the text; all by default.
-        missing: whether a layer without a hook is refused or left out.
+        missing: "error" or "skip", for a layer that lacks a hook.
     """
 
     layers: int | Iterable[int] | None
@@ -225,11 +235,11 @@ class Where:
 
 
 def valid_positions(positions: Positions, length: int | None = None) -> tuple[int, ...] | None:
-    """Positions as sorted whole numbers, from 0 to below `length` where that is known.
+    """Positions as sorted whole numbers from 0, below `length` if it is given.
 
     Raises:
-        TypeError: a mask, fractions, or anything else that is no whole number.
-        ValueError: positions that do not exist, or none at all.
+        TypeError: a mask, fractions, or anything else but whole numbers.
+        ValueError: positions do not exist, or none are given.
     """
     if positions is None:
         return None
@@ -239,21 +249,22 @@ def valid_positions(positions: Positions, length: int | None = None) -> tuple[in
         raise TypeError(
             f"`positions` must be a list or range of whole numbers, but is {positions!r}."
         )
-    chosen = list(positions)
-    if wrong := [p for p in chosen if not is_whole(p)]:
+    numbers = list(positions)
+    if wrong := [p for p in numbers if not is_whole(p)]:
         raise TypeError(
-            f"`positions` must be whole numbers, but holds {wrong[0]!r}; of a mask, take `mask.nonzero().flatten()`."
+            f"`positions` must be whole numbers, but holds {wrong[0]!r}; "
+            "of a mask, take `mask.nonzero().flatten()`."
         )
-    if not chosen:
+    if not numbers:
         raise ValueError("`positions` is empty, so nothing is left; give at least one.")
-    if wrong := [p for p in chosen if p < 0 or (length is not None and p >= length)]:
+    if wrong := [p for p in numbers if p < 0 or (length is not None and p >= length)]:
         valid = "0 and more" if length is None else f"0 to {length - 1}"
         raise ValueError(f"No positions {wrong[:5]}: they are absolute, {valid}.")
-    return tuple(sorted({int(p) for p in chosen}))
+    return tuple(sorted({int(p) for p in numbers}))
 
 
 def where_of(options: SiteOptions) -> Where:
-    """The writes that options mean, with the defaults for what they leave out."""
+    """The writes that options select, with defaults for those left out."""
     return Where(
         options.get("layers"),
         options.get("components", COMPONENTS),

@@ -1,4 +1,4 @@
-"""What is asked of a model: a prompt and its continuation, as tokens, and the positions that are scored."""
+"""Tasks: a prompt and its continuation as tokens, and the scored positions."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -27,24 +27,24 @@ SHORTFORM_PROMPTS: dict[str, str] = {
     "relativity": "Simply put, the theory of relativity states that",
     "launch": "A brief message congratulating the team on the launch:\n\nHi everyone,\n\nI just",
     "translation": (
-        "Translate English to French:\n\nsea otter => loutre de mer\npeppermint => menthe poivrée\n"
-        "plush giraffe => girafe peluche\ncheese =>"
+        "Translate English to French:\n\nsea otter => loutre de mer\n"
+        "peppermint => menthe poivrée\nplush giraffe => girafe peluche\ncheese =>"
     ),
 }
 
 
 @result
 class Task(Result):
-    """A prompt and its continuation as tokens; the continuation is what is scored.
+    """A prompt and its continuation as tokens; the continuation is scored.
 
     Attributes:
-        tokens: prompt and continuation, with BOS where the model has one.
+        tokens: prompt and continuation, with BOS if the model has one.
         prompt_length: number of tokens before the first scored one.
         pieces: the text of each token, for display; empty when made from bare tokens.
 
     Raises:
-        TypeError: tokens that are not whole numbers.
-        ValueError: wrong number of axes, no prompt, nothing to score.
+        TypeError: the tokens are not whole numbers.
+        ValueError: wrong number of axes, no prompt, or nothing to score.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -54,7 +54,8 @@ class Task(Result):
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, Tensor):
             raise TypeError(
-                f"`tokens` must be a tensor of token ids, but is {type(self.tokens).__name__}; wrap it in torch.tensor."
+                f"`tokens` must be a tensor of token ids, but is {type(self.tokens).__name__}; "
+                "wrap it in torch.tensor."
             )
         if (
             self.tokens.is_floating_point()
@@ -62,28 +63,31 @@ class Task(Result):
             or self.tokens.dtype == torch.bool
         ):
             raise TypeError(
-                f"`tokens` must be token ids (whole numbers), but their dtype is {self.tokens.dtype}."
+                "`tokens` must be token ids (whole numbers), "
+                f"but their dtype is {self.tokens.dtype}."
             )
         if self.tokens.ndim != 1:
             raise ValueError(
-                f"`tokens` must have one axis, [pos], but their shape is {list(self.tokens.shape)}; pass one row."
+                "`tokens` must have one axis, [pos], "
+                f"but their shape is {list(self.tokens.shape)}; pass one row."
             )
         if not is_whole(self.prompt_length, 1):
             raise ValueError(
-                f"`prompt_length` is {self.prompt_length!r}, but a prompt needs at least one token (BOS counts)."
+                f"`prompt_length` is {self.prompt_length!r}, "
+                "but a prompt needs at least one token (BOS counts)."
             )
-        object.__setattr__(
-            self, "prompt_length", int(self.prompt_length)
-        )  # numpy's become Python's
+        # a numpy integer becomes an int
+        object.__setattr__(self, "prompt_length", int(self.prompt_length))
         require_declared(self)
         if self.pieces and len(self.pieces) != len(self.tokens):
             raise ValueError(
-                f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; give one for each, or none."
+                f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; "
+                "give one for each, or none."
             )
         if self.prompt_length >= len(self.tokens):
             raise ValueError(
-                f"Nothing to score: `prompt_length` is {self.prompt_length} of {len(self.tokens)} tokens; the continuation needs "
-                "at least one."
+                f"Nothing to score: `prompt_length` is {self.prompt_length} of {len(self.tokens)} "
+                "tokens; the continuation needs at least one."
             )
 
     def _require_values(self) -> None:
@@ -100,19 +104,23 @@ class Task(Result):
         prepend_bos: bool | None = None,
         truncate: Literal["left"] | None = None,
     ) -> "Task":
-        """Make a task from text; without a continuation, from what the model says greedily.
+        """Make a task from text, with a given or a greedy continuation.
 
-        The prompt's own tokens stay as they are, and the continuation is tokenised to follow them.
+        The prompt keeps its own tokens, and the continuation is tokenised to follow them.
 
         Args:
-            continuation: the text to score, spaces included (" Paris", not "Paris").
-            max_new_tokens: length of the greedy continuation, which ends earlier at the end-of-text token.
-            prepend_bos: start with BOS; by default where TransformerLens would (`cfg.default_prepend_bos`).
-            truncate: "left" drops the oldest prompt tokens (after BOS) when all do not fit into the context.
+            continuation: the text to score, spaces included (" Paris", not "Paris"). By default,
+                what the model continues with greedily.
+            max_new_tokens: length of the greedy continuation, which ends earlier at the end-of-text
+                token.
+            prepend_bos: start with BOS; by default as TransformerLens does
+                (`cfg.default_prepend_bos`).
+            truncate: "left" drops the oldest prompt tokens (after BOS) if the task does not fit
+                into the context.
 
         Raises:
-            TypeError: text that is not a string.
-            ValueError: an empty prompt or continuation, or more tokens than the context holds.
+            TypeError: the text is not a string.
+            ValueError: the prompt or continuation is empty, or the context holds fewer tokens.
         """
         prompt_ids = prompt_tokens(model, prompt, prepend_bos)
         if continuation is None:
@@ -135,12 +143,12 @@ class Task(Result):
 
     @property
     def scored(self) -> slice:
-        """Positions whose logits predict the continuation: each is one before the token it predicts."""
+        """Positions whose logits predict the continuation, each one before its token."""
         return slice(self.prompt_length - 1, len(self.tokens) - 1)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The text of each token, or `[id]` where it is not known."""
+        """The text of each token, or `[id]` if it is not known."""
         return self.pieces or tuple(f"[{i}]" for i in self.tokens.tolist())
 
     def text(self) -> tuple[str, str]:
@@ -148,7 +156,7 @@ class Task(Result):
         return "".join(self.texts[: self.prompt_length]), "".join(self.texts[self.prompt_length :])
 
     def to_pandas(self) -> Any:
-        """One row a token."""
+        """One row per token."""
         import pandas as pd
 
         count = len(self.tokens)
@@ -165,45 +173,52 @@ class Task(Result):
 
     def __repr__(self) -> str:
         prompt, continuation = self.text()
-        return f"Task of {self.prompt_length} prompt and {len(self.continuation)} scored tokens\n  {prompt!r}\n  → {continuation!r}"
+        return (
+            f"Task of {self.prompt_length} prompt and {len(self.continuation)} scored tokens\n"
+            f"  {prompt!r}\n  → {continuation!r}"
+        )
 
 
 def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
     """One task or several, as a tuple.
 
     Raises:
-        ValueError: an empty list.
-        TypeError: something that is not a task.
+        ValueError: the list is empty.
+        TypeError: something is not a task.
     """
     if isinstance(tasks, str) or not isinstance(tasks, Iterable | Task):
         raise TypeError(
-            f"A task is needed, but this is {type(tasks).__name__} {tasks!r:.40}; make one by `Task.from_text(model, …)`."
+            f"A task is needed, but this is {type(tasks).__name__} {tasks!r:.40}; "
+            "make one by `Task.from_text(model, …)`."
         )
-    found = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
-    if not found:
+    task_list = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    if not task_list:
         raise ValueError("No tasks: the list is empty; give at least one.")
-    for index, task in enumerate(found):
+    for index, task in enumerate(task_list):
         if not isinstance(task, Task):
             raise TypeError(
-                f"Task {index} is {type(task).__name__} {str(task)[:40]!r}; make one by `Task.from_text(model, …)`."
+                f"Task {index} is {type(task).__name__} {str(task)[:40]!r}; "
+                "make one by `Task.from_text(model, …)`."
             )
-    return found
+    return task_list
 
 
 def require_fitting(model: Model, task: Task) -> None:
     """Refuse a task that the model cannot read.
 
     Raises:
-        ValueError: token ids that the model does not have, or more tokens than its context.
+        ValueError: the model does not have a token id, or its context holds fewer tokens.
     """
     require_model(model)
     if not isinstance(task, Task):
         raise TypeError(
-            f"One task is needed, but this is {type(task).__name__}; make one by `Task.from_text(model, …)`."
+            f"One task is needed, but this is {type(task).__name__}; "
+            "make one by `Task.from_text(model, …)`."
         )
     if len(task.tokens) > model.cfg.n_ctx:
         raise ValueError(
-            f"The task has {len(task.tokens)} tokens, but the model's context holds {model.cfg.n_ctx}; shorten it."
+            f"The task has {len(task.tokens)} tokens, "
+            f"but the model's context holds {model.cfg.n_ctx}; shorten it."
         )
     require_known(model, task.tokens)
     warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0])
@@ -213,7 +228,7 @@ def require_known(model: Model, tokens: Int[Tensor, " pos"]) -> None:
     """Refuse token ids that the model does not have.
 
     Raises:
-        ValueError: saying which it has.
+        ValueError: naming the range that it has.
     """
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
