@@ -32,6 +32,7 @@ from mechsvd.edits.hooks import fwd_hooks
 from mechsvd.edits.maps import chain, shift
 from mechsvd.engine.measurement import Measurement, estimate_seconds, measure
 from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.experiments.criteria import drop_at_most, same_greedy_text
 from mechsvd.experiments.generation import generate, generate_tasks
 from mechsvd.experiments.ranking import (
     Ranking,
@@ -42,13 +43,7 @@ from mechsvd.experiments.ranking import (
     rank_directions,
 )
 from mechsvd.experiments.ridge import RidgeSweep, sweep_ridge
-from mechsvd.experiments.search import (
-    CriticalRank,
-    critical_rank,
-    critical_rank_of,
-    drop_at_most,
-    same_greedy_text,
-)
+from mechsvd.experiments.search import CriticalRank, critical_rank, critical_rank_of
 from mechsvd.experiments.sweeps import RankSweep, sweep_rank
 from mechsvd.linalg.comparison import (
     Overlap,

@@ -4,7 +4,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from mechsvd.linalg.decomposition import Decomposition, decompose, thin_svd
+from mechsvd.linalg.decomposition import Decomposition, decompose
+from mechsvd.linalg.svd import thin_svd
 from tests.test_subspace import orthonormal
 
 

@@ -1,7 +1,7 @@
 """The critical rank: a search with few probes of a curve that need not be monotone."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_number, once, with_options
+from mechsvd.checks import once, with_options
 from mechsvd.engine.measurement import Measurement, concatenate
 from mechsvd.engine.noise import NOISE_ROWS
 from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.experiments.criteria import NATS, Criterion, drop_at_most
 from mechsvd.experiments.sweeps import RankSweep, sweep_rank
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
@@ -25,27 +26,6 @@ from mechsvd.results import Provenance, Result, require_kind, require_same_model
 PROBES = 8  # ranks per round
 SHARE = 10  # a search may cost a tenth of the evaluations of a full sweep,
 LEAST = 48  # or this many, if that is more
-NATS = "nats"  # the unit of the noise floor
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A threshold that an edit reaches or misses.
-
-    Attributes:
-        name: the threshold in words.
-        unit: of the margin.
-        margin: a function of a measurement that returns how far each edit is above (≥ 0) or below
-            the threshold.
-    """
-
-    name: str
-    unit: str
-    margin: Callable[[Measurement], Float[Tensor, " edit"]]
-
-    def __call__(self, measured: Measurement) -> Any:
-        """How far each edit is above (≥ 0) or below the threshold."""
-        return self.margin(measured)
 
 
 @result
@@ -158,41 +138,6 @@ class CriticalRank(Result):
             f"  {len(self.crossings)} crossing(s) at {self.evaluations} evaluations; {certain}\n"
             f"  on {self._origin()}"
         )
-
-
-def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
-    """The threshold that the continuation loses at most `nats` of log-probability.
-
-    The drop is measured from the clean run.
-
-    Args:
-        nats: for the whole continuation; with `each_token`, for each of its tokens.
-
-    Raises:
-        ValueError: a drop below 0, or not finite.
-    """
-    if not is_number(nats, 0):
-        raise ValueError(
-            f"A drop of {nats!r:.40} nats cannot be allowed: "
-            "`drop_at_most` takes a number, 0 or more."
-        )
-
-    def margin(measurement: Measurement) -> Float[Tensor, " edit"]:
-        if each_token:
-            return (measurement.log_probs - measurement.clean_run.log_probs).amin(dim=-1) + nats
-        return measurement.log_prob - measurement.clean_run.log_prob + nats
-
-    return Criterion(
-        f"a drop of at most {nats:g} nats" + (" at each token" if each_token else ""), NATS, margin
-    )
-
-
-def _greedy_margin(measurement: Measurement) -> Float[Tensor, " edit"]:
-    return -(~measurement.is_greedy).sum(dim=-1).to(measurement.log_probs)
-
-
-# The margin is minus the number of continuation tokens that the model would not write greedily.
-same_greedy_text = Criterion("same_greedy_text", "tokens", _greedy_margin)
 
 
 @with_options(RunOptions)

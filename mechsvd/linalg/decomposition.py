@@ -3,7 +3,7 @@
 Tensors only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from mechsvd.checks import is_whole, warn
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
+from mechsvd.linalg.svd import numerical_rank, thin_svd
 from mechsvd.results import Provenance, Result, result, with_notes
 
 
@@ -201,31 +202,6 @@ def require_decomposition(svd: Any) -> None:
         )
 
 
-def thin_svd(
-    vectors: Float[Tensor, "batch sample d_model"],
-) -> tuple[
-    Float[Tensor, "batch sample r"], Float[Tensor, "batch r"], Float[Tensor, "batch d_model r"]
-]:
-    """The thin SVD in float64; of a tall matrix, by `eigh` of its Gram matrix.
-
-    The Gram matrix costs a tenth of the SVD of a tall matrix. In float64 it is more accurate than
-    an SVD in float32. It loses singular values below about 1e-8 σ₁, and `_numerical_rank` leaves
-    those out.
-
-    Returns:
-        Left singular vectors, singular values (falling), directions as columns.
-    """
-    sample, d_model = vectors.shape[-2:]
-    if sample <= d_model:
-        left, sizes, right = _svd(vectors)
-        return left, sizes, right.mT
-    squares, directions = eigh_or_again(vectors.mT @ vectors)
-    sizes, directions = squares.flip(-1).clamp(min=0).sqrt(), directions.flip(-1)
-    # at a singular value of zero the left vector is undefined; dividing by 1 leaves it zero
-    left = vectors @ directions / torch.where(sizes > 0, sizes, 1.0)[..., None, :]
-    return left, sizes, directions
-
-
 def decompose_groups(
     values: Float[Tensor, "group site pos d_model"],
     layers: tuple[int | None, ...] = (None,),
@@ -241,7 +217,7 @@ def decompose_groups(
         source = source and with_notes(source, "centred")
     svds = []
     for left, sizes, directions, layer in zip(*thin_svd(vectors), layers, strict=True):
-        rank = _numerical_rank(sizes, vectors.shape[1:])
+        rank = numerical_rank(sizes, vectors.shape[1:])
         sign = signs(directions[:, :rank])
         left = rearrange(left[:, :rank] * sign, "(site pos) rank -> site pos rank", site=shape[1])
         sizes, directions, left = (
@@ -260,13 +236,6 @@ def _of_layer(source: Provenance | None, layer: int | None) -> Provenance | None
     )
 
 
-def _numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:
-    # what a float64 Gram matrix can tell from zero; the thin SVD could tell more, but the rank of
-    # a sample must not depend on the method
-    cutoff = sizes[0] * (max(shape) * torch.finfo(torch.float64).eps) ** 0.5
-    return int((sizes > cutoff).sum())
-
-
 def _warn_unseen(groups: Sequence[Tensor], svds: Sequence[Decomposition]) -> None:
     sizes = [group.shape[0] * group.shape[1] for group in groups]
     few = [
@@ -283,51 +252,6 @@ def _warn_unseen(groups: Sequence[Tensor], svds: Sequence[Decomposition]) -> Non
         "directions, and the rest of the residual stream is unseen"
         f"{' (all writes are zero)' if ranks[0] == 0 else ''}.",
     )
-
-
-def _svd(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        return torch.linalg.svd(vectors, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        from scipy.linalg import svd
-
-        left, sizes, right = _once_more(
-            lambda matrix: svd(matrix, full_matrices=False, lapack_driver="gesvd"), vectors
-        )
-        return left, sizes, right
-
-
-def eigh_or_again(
-    gram: Float[Tensor, "batch n n"],
-) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
-    """Rising eigenvalues, and eigenvectors, of symmetric matrices.
-
-    A second driver takes over where the first does not converge.
-    """
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
-        from scipy.linalg import eigh
-
-        values, vectors = _once_more(lambda matrix: eigh(matrix, driver="ev"), gram)
-    return values, vectors
-
-
-def _once_more(solve: Callable[[Any], tuple[Any, ...]], matrices: Tensor) -> list[Tensor]:
-    """Solve each matrix on the CPU with scipy's slower, more robust driver."""
-    from scipy.linalg import LinAlgError
-
-    try:
-        solved = [solve(matrix.cpu().numpy()) for matrix in matrices]
-    except LinAlgError as error:
-        raise RuntimeError(
-            f"The SVD of a matrix of shape {list(matrices.shape[1:])} did not converge, "
-            f"nor with a second driver ({error}); are the writes of a sensible size?"
-        ) from error
-    return [
-        torch.stack([torch.from_numpy(part.copy()) for part in parts]).to(matrices.device)
-        for parts in zip(*solved, strict=True)
-    ]
 
 
 def _require_sample(values: Any) -> None:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.linalg.decomposition import eigh_or_again
 from mechsvd.linalg.subspace import at_least_single, signs
+from mechsvd.linalg.svd import eigh_or_again
 
 Products = Callable[[Float[Tensor, "entry n"]], Float[Tensor, "entry n"]]
 PROBE = 4  # random blocks that look for further copies of the eigenvalues

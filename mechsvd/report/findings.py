@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mechsvd.attribution.scores import Attribution
+from mechsvd.experiments.criteria import same_greedy_text
 from mechsvd.experiments.ridge import RidgeSweep
-from mechsvd.experiments.search import critical_rank_of, same_greedy_text
+from mechsvd.experiments.search import critical_rank_of
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.model.sites import Site
 from mechsvd.report.study import Comparison, Study, Text
