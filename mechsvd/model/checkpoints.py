@@ -21,6 +21,10 @@ _LOADING = threading.RLock()
 Door = Callable[..., Any]
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that mechsvd does not open, with the reason and the way out."""
+
+
 def require_checkpoint(directory: Path, allow_pickle: bool) -> None:
     """Refuse a directory without a configuration or trusted weights.
 
@@ -28,14 +32,16 @@ def require_checkpoint(directory: Path, allow_pickle: bool) -> None:
         ValueError: naming the file that is missing, or the pickle.
     """
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is not a Hugging Face model: config.json is missing there.")
+        raise CheckpointError(
+            f"{directory} is not a Hugging Face model: config.json is missing there."
+        )
     if any((directory / name).is_file() for name in SAFETENSORS):
         return
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if not pickles:
-        raise ValueError(f"{directory} has no weights: model.safetensors is missing there.")
+        raise CheckpointError(f"{directory} has no weights: model.safetensors is missing there.")
     if not allow_pickle:
-        raise ValueError(_pickles(str(directory), pickles[0]))
+        raise CheckpointError(_pickles(str(directory), pickles[0]))
 
 
 def safe_weights(name: str, revision: str | None = None) -> list[str]:
@@ -50,7 +56,7 @@ def safe_weights(name: str, revision: str | None = None) -> list[str]:
     """
     files, read = _in_directory(Path(name)) if Path(name).is_dir() else _on_hub(name, revision)
     if ADAPTER in files:
-        raise ValueError(
+        raise CheckpointError(
             f"{name} holds an adapter ({ADAPTER}), whose weights and base model may be pickles; "
             "merge it into its base model, or pass `allow_pickle=True` if you trust both."
         )
@@ -59,7 +65,7 @@ def safe_weights(name: str, revision: str | None = None) -> list[str]:
     weights_file = weights_file or next((file for file in SAFETENSORS if file in files), None)
     if weights_file is None:
         if pickles := sorted(file for file in files if file.endswith((".bin", ".bin.index.json"))):
-            raise ValueError(_pickles(name, pickles[0]))
+            raise CheckpointError(_pickles(name, pickles[0]))
         return []
     if not str(weights_file).endswith(SAFETENSORS[1].removeprefix("model")):
         return [_own_safetensors(name, weights_file)]
@@ -91,7 +97,7 @@ def require_all_weights(directory: Path, shards: list[str]) -> None:
     stored, expected = sum(sizes.values()), sum(needed.values())
     if stored < expected:
         missing = sorted(needed.keys() - sizes.keys())[:3] or "some"
-        raise ValueError(
+        raise CheckpointError(
             f"{directory} holds {stored:,} weights, but its model has {expected:,}; "
             f"missing: {missing}."
         )
@@ -132,7 +138,7 @@ def only_trusted(name: str, *, pickles: bool, code: bool) -> Iterator[None]:
             for original, (module, door, _) in zip(originals, doors, strict=True):
                 setattr(module, door, original)
     if refused:
-        raise ValueError(refused[0])
+        raise CheckpointError(refused[0])
 
 
 def _refusing(original: Door, sentence: str, refused: list[str]) -> Door:
@@ -143,7 +149,7 @@ def _refusing(original: Door, sentence: str, refused: list[str]) -> Door:
         if threading.get_ident() != owner:
             return original(*arguments, **options)
         refused.append(sentence)
-        raise ValueError(sentence)
+        raise CheckpointError(sentence)
 
     return door
 
@@ -181,7 +187,7 @@ def _shards(index: dict[str, Any]) -> list[str]:
 
 def _own_safetensors(name: str, file: Any) -> str:
     if not isinstance(file, str) or not file.endswith(".safetensors"):
-        raise ValueError(_pickles(name, str(file)))
+        raise CheckpointError(_pickles(name, str(file)))
     _require_own(name, file)
     return file
 
@@ -189,7 +195,9 @@ def _own_safetensors(name: str, file: Any) -> str:
 def _require_own(name: str, file: str) -> None:
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or set(file) & set("\\:"):
-        raise ValueError(f"{name} names weights outside of its folder ({file}); put them into it.")
+        raise CheckpointError(
+            f"{name} names weights outside of its folder ({file}); put them into it."
+        )
 
 
 def _pickles(name: str, found: str) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from mechsvd.demo import WEIGHTS
 from mechsvd.model.checkpoints import (
+    CheckpointError,
     only_trusted,
     require_all_weights,
     require_checkpoint,
@@ -78,10 +79,10 @@ def load_model(
 
     try:
         return _load(name, {"device": device, "dtype": dtype, **options}, allow_pickle)
+    except CheckpointError:  # our own message
+        raise
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         if not is_local and not isinstance(error, OSError):
-            raise
-        if str(error).startswith(name):  # already our own message
             raise
         raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
 
