@@ -17,7 +17,8 @@ from mechsvd.results import Provenance, Result, result
 
 HESSIAN, RANDOM = "Hessian", "random"  # names of the bases that are always scored
 _IN_UNITS = (
-    "eigenvalues", "residuals", "slopes", "integrated", "measured", "value", "baseline", "path_error",
+    "eigenvalues", "residuals", "slopes", "integrated", "measured",
+    "value", "baseline", "path_error",
 )  # fmt: skip
 
 
@@ -165,9 +166,8 @@ class Attribution(Result):
         sizes = [torch.Size(shape).numel() for _, shape in self.parts]
         names = [name for name, _ in self.parts]
         if name not in names:
-            raise KeyError(
-                f"w has no part {name!r}: it has {names[:8]}{' and more' if len(names) > 8 else ''}."
-            )
+            more = " and more" if len(names) > 8 else ""
+            raise KeyError(f"w has no part {name!r}: it has {names[:8]}{more}.")
         place = names.index(name)
         return self.vectors.split(sizes)[place].T.reshape(len(self), *self.parts[place][1])
 
