@@ -28,7 +28,7 @@ VOCABULARY = 1024
 CONTEXT = 256
 STEPS, ROWS = 2500, 16  # 10 million tokens
 PEAK_RATE = 3e-3
-SHAPE_WEIGHTS = (2, 2, 2, 3)  # word lists are the hardest shape to learn
+SHAPE_WEIGHTS = (2, 2, 2, 3)  # word lists have the most to learn
 BOS, EOS = "<s>", "</s>"
 
 
@@ -182,9 +182,10 @@ def model_card(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, minu
     heads, groups = c.num_attention_heads, c.num_key_value_heads
     return f"""# The embedded model of mechsvd
 
-A language model of {model.num_parameters():,} parameters: Llama architecture, {c.num_hidden_layers} layers,
-d_model {c.hidden_size}, {heads} heads on {groups} key-value heads, context {CONTEXT}, tied embeddings, a vocabulary of
-{len(tokenizer)} (byte-level BPE), stored in half precision. MIT licence, like the project.
+A language model of {model.num_parameters():,} parameters: Llama architecture,
+{c.num_hidden_layers} layers, d_model {c.hidden_size}, {heads} heads on {groups} key-value heads,
+context {CONTEXT}, tied embeddings, a vocabulary of {len(tokenizer)} (byte-level BPE), stored in
+half precision. MIT licence, like the project.
 
 **Made by** `python -m mechsvd.demo.train`: seed {SEED}, {STEPS} steps of {ROWS} × {CONTEXT}
 tokens, {minutes:.0f} minutes on {torch.get_num_threads()} CPU threads. The text comes from
