@@ -108,7 +108,7 @@ class Attribution(Result):
         """The attribution to random directions.
 
         Raises:
-            KeyError: this attribution is in one of the other bases, and holds no control.
+            KeyError: this attribution is itself in one of the other bases.
         """
         return dict(self.beside)[RANDOM]
 

@@ -97,7 +97,8 @@ SECTIONS = (
         "ridge",
         "Ridge instead of clipping",
         "Instead of keeping or dropping a direction, this shrinks every write by s²/(s² + α) "
-        "along it, as in ridge regression. The axis is Σ s²/(s² + α), the effective number of directions.",
+        "along it, as in ridge regression. The axis is Σ s²/(s² + α), the effective number of "
+        "directions.",
         "The shortform wished for “something akin to L2 regularization when projecting away "
         "components”.",
         findings.ridge,
@@ -109,10 +110,10 @@ SECTIONS = (
         "Let <i>f</i> be the probability of the text, as a function of the gains <i>w</i> of all "
         "directions (1: the model as it is; 0: no writes). For each eigenvector <i>u</i> of the "
         "Hessian, the part of <i>w</i> along <i>u</i> is removed. The cost, f(w) − f(w − u uᵀw), "
-        "is compared with the linear estimate (u·w)(u·∇f) and the quadratic one, linear − ½λ(u·w)². "
-        "Three other bases are scored in the same way: the singular directions themselves, the "
-        "eigenvectors of the gradients’ second moment over all prompts and tokens, and random "
-        "directions.",
+        "is compared with the linear estimate (u·w)(u·∇f) and the quadratic one, linear − "
+        "½λ(u·w)². Three other bases are scored in the same way: the singular directions "
+        "themselves, the eigenvectors of the gradients’ second moment over all prompts and tokens, "
+        "and random directions.",
         "The shortform wished to explain an output in a basis whose parts are as independent as "
         "possible. It expected the linear estimate to fail for large steps and the measured one to "
         "be right.",
