@@ -1,18 +1,20 @@
-"""mechsvd: what a transformer writes to its residual stream, decomposed, clipped and measured.
+"""Decompose, clip and measure what a transformer writes to its residual stream.
 
 A worked example:
 
     import mechsvd as ms
 
-    model = ms.load_model()                       # the embedded model; or "gpt2", a directory, a TransformerLens model
-    task = ms.Task.from_text(model, "I believe the meaning of life is")     # the continuation: greedy, or given
-    writes = ms.collect_writes(model, task)       # what attention and MLPs add to the residual stream
-    svd = ms.decompose(writes)                    # singular values, directions, and who writes them
-    sweep = ms.sweep_rank(model, task, svd)       # clip every write to the first k directions, for every k
+    # the embedded model; or a name ("gpt2"), a directory, or a TransformerLens model
+    model = ms.load_model()
+    # the continuation is greedy text, unless you pass one
+    task = ms.Task.from_text(model, "I believe the meaning of life is")
+    writes = ms.collect_writes(model, task)  # what attention and MLPs add to the residual stream
+    svd = ms.decompose(writes)  # singular values, directions, and who writes them
+    sweep = ms.sweep_rank(model, task, svd)  # keep the first k directions of every write, per k
     ms.figures.surprise(sweep).show()
 
     first = svd.subspace(32)
-    hooks = ms.fwd_hooks(model, ms.keep(first))   # plain TransformerLens hooks, next to yours
+    hooks = ms.fwd_hooks(model, ms.keep(first))  # plain TransformerLens hooks, next to yours
     logits = model.run_with_hooks(task.tokens[None], fwd_hooks=hooks)
 """
 
@@ -65,24 +67,26 @@ from mechsvd.version import __version__ as __version__
 if TYPE_CHECKING:
     from mechsvd import figures
 
-__all__ = [  # noqa: RUF022 (grouped by what they are for)
-    # a model and what is asked of it
+__all__ = [  # noqa: RUF022 (grouped by purpose)
+    # models and tasks
     "load_model", "self_check", "SelfCheck", "find_sites", "Site", "Task", "SHORTFORM_PROMPTS",
     # writes and their directions
     "collect_writes", "Writes", "decompose", "Decomposition", "span", "Subspace",
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
     # measurements
-    "measure", "Measurement", "estimate_seconds", "sweep_rank", "RankSweep", "rank_directions", "Ranking",
-    "order_by_singular_value", "order_by_effect", "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
-    # the smallest rank, and text from inside a subspace
-    "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "same_greedy_text", "generate", "generate_tasks",
-    # attribution in a Hessian eigenbasis, and in others
-    "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients", "Gradients",
-    "gradient_basis", "GradientBasis",
-    # subspaces compared
+    "measure", "Measurement", "estimate_seconds", "sweep_rank", "RankSweep",
+    "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
+    "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
+    # the critical rank, and text from inside a subspace
+    "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "same_greedy_text",
+    "generate", "generate_tasks",
+    # attribution in a Hessian eigenbasis, and in other bases
+    "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients",
+    "Gradients", "gradient_basis", "GradientBasis",
+    # comparison of subspaces
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
-    # results and pictures
+    # provenance and figures
     "Provenance", "figures",
 ]  # fmt: skip
 
@@ -92,8 +96,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if (
-        name == "figures"
-    ):  # imported when first used: plotly takes longer to import than all the rest
+    if name == "figures":  # imported on first use, because plotly imports slowly
         return import_module("mechsvd.figures")
     raise AttributeError(f"module 'mechsvd' has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""The command line: `mechsvd reproduce` runs the shortform's experiment, `mechsvd doctor` says whether a model can be used."""
+"""The command line.
+
+`mechsvd reproduce` runs the shortform's experiment. `mechsvd doctor` checks a model.
+"""
 
 import argparse
 import json
@@ -29,9 +32,13 @@ DTYPES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, or 1 after an error, which is printed in a line."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, or 1 after an error, which is printed in one line.
+    """
     options = _parser().parse_args(arguments)
-    plain, warnings.formatwarning = (
+    formatwarning, warnings.formatwarning = (
         warnings.formatwarning,
         lambda message, *_, **__: f"mechsvd: note: {message}\n",
     )
@@ -50,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mechsvd: {message}", file=sys.stderr)
         return 1
     finally:
-        warnings.formatwarning = plain
+        warnings.formatwarning = formatwarning
     return 0
 
 
@@ -72,19 +79,19 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="instead of the shortform's four; may be repeated",
+        help="a prompt instead of the shortform's four; may be repeated",
     )
     run.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="prompts in a file: one a line, or JSON, see the README",
+        help="a file of prompts: one per line, or JSON (see the README)",
     )
     run.add_argument(
         "--continuation",
         action="append",
         metavar="TEXT",
-        help="one for each --prompt (default: the greedy one)",
+        help="one for each --prompt (default: greedy text)",
     )
     run.add_argument(
         "--max-new-tokens",
@@ -98,14 +105,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=COMPONENTS,
         default=list(COMPONENTS),
-        help="attn alone: the first diagrams",
+        help="`attn` alone gives the shortform's first diagrams",
     )
     run.add_argument(
         "--out",
         type=Path,
         default=Path("."),
         metavar="DIR",
-        help="where report.html goes (default: here)",
+        help="folder of report.html (default: the current one)",
     )
     run.add_argument(
         "--cdn", action="store_true", help="load plotly from the network; the page is 5 MB smaller"
@@ -127,9 +134,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best available)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
+        "--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: float32)"
     )
 
 
@@ -146,7 +153,7 @@ def _reproduce(options: argparse.Namespace) -> None:
     model = _load(options)
     make = partial(Task.from_text, model, max_new_tokens=options.max_new_tokens)
     tasks: dict[str, Callable[[], Task]] = {
-        name: partial(make, prompt, said) for name, (prompt, said) in texts.items()
+        name: partial(make, prompt, continuation) for name, (prompt, continuation) in texts.items()
     }
     reproduce(
         model,
@@ -162,7 +169,8 @@ def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
     if options.prompts:
         if options.prompt or options.continuation:
             raise ValueError(
-                "`--prompts` stands alone: put the prompts and continuations of --prompt into the file."
+                "`--prompts` stands alone: put the prompts and continuations of --prompt "
+                "into the file."
             )
         return _texts_in(options.prompts)
     if not options.prompt:
@@ -171,51 +179,59 @@ def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
         return {name: (prompt, None) for name, prompt in SHORTFORM_PROMPTS.items()}
     if not all([*options.prompt, *(options.continuation or [])]):
         raise ValueError("A --prompt or --continuation is empty; give some text.")
-    said = options.continuation or [None] * len(options.prompt)
-    if len(said) != len(options.prompt):
+    continuations = options.continuation or [None] * len(options.prompt)
+    if len(continuations) != len(options.prompt):
         raise ValueError(
-            f"{len(options.prompt)} --prompt but {len(said)} --continuation; give one for each, or none."
+            f"{len(options.prompt)} --prompt but {len(continuations)} --continuation; "
+            "give one for each, or none."
         )
     return {
         f"prompt-{i}": pair
-        for i, pair in enumerate(zip(options.prompt, said, strict=True), start=1)
+        for i, pair in enumerate(zip(options.prompt, continuations, strict=True), start=1)
     }
 
 
 def _texts_in(path: Path) -> dict[str, tuple[str, str | None]]:
-    """Prompts from a file: {"name": "prompt", …} or a list in JSON, where ["prompt", "continuation"] may stand, or one a line."""
+    """Read prompts from a file.
+
+    JSON is {"name": "prompt", …} or a list; ["prompt", "continuation"] may replace a prompt.
+    Any other file has one prompt per line.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of prompts {path}.")
     content = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".json":
-        found: Any = [line for line in content.splitlines() if line.strip()]
+        prompts: Any = [line for line in content.splitlines() if line.strip()]
     else:
         try:
-            found = json.loads(content, object_pairs_hook=_without_repetition)
+            prompts = json.loads(content, object_pairs_hook=_without_repetition)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}.") from error
-    if isinstance(found, list):
-        found = {f"prompt-{i}": entry for i, entry in enumerate(found, start=1)}
-    if not isinstance(found, dict) or not found:
+    if isinstance(prompts, list):
+        prompts = {f"prompt-{i}": entry for i, entry in enumerate(prompts, start=1)}
+    if not isinstance(prompts, dict) or not prompts:
         raise ValueError(
-            f'{path} must hold prompts: one a line, or in JSON {{"name": "prompt", …}}, but holds none.'
+            f'{path} must hold prompts: one per line, or in JSON {{"name": "prompt", …}}, '
+            "but holds none."
         )
-    return {name: _pair(path, name, entry) for name, entry in found.items()}
+    return {name: _pair(path, name, entry) for name, entry in prompts.items()}
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(
-            f"The file of prompts names {sorted(repeated)} more than once; each name makes a folder."
+            f"The file of prompts names {sorted(repeated)} more than once; "
+            "each name makes a folder."
         )
     return dict(pairs)
 
 
 def _pair(path: Path, name: str, entry: Any) -> tuple[str, str | None]:
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):  # it becomes the name of a folder
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):  # the name becomes a folder
         raise ValueError(
-            f"{path}: the name {name!r} must be letters, digits, - and _, beginning with a letter or digit."
+            f"{path}: the name {name!r} must be letters, digits, - and _, "
+            "beginning with a letter or digit."
         )
     texts = [entry] if isinstance(entry, str) else entry
     if (
@@ -224,7 +240,8 @@ def _pair(path: Path, name: str, entry: Any) -> tuple[str, str | None]:
         or not all(isinstance(t, str) and t for t in texts)
     ):
         raise ValueError(
-            f'{path}: {name!r} must be a prompt or ["prompt", "continuation"], neither empty, but is {entry!r:.60}.'
+            f'{path}: {name!r} must be a prompt or ["prompt", "continuation"], neither empty, '
+            f"but is {entry!r:.60}."
         )
     return texts[0], texts[1] if len(texts) == 2 else None
 
@@ -246,7 +263,8 @@ def _doctor(options: argparse.Namespace) -> None:
         f"device {next(model.parameters()).device} ({cuda}, {torch.get_num_threads()} CPU threads)"
     )
     print(
-        f"model {source.model}: {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, {source.dtype}, {source.processing}"
+        f"model {source.model}: {model.cfg.n_layers} layers, d_model {model.cfg.d_model}, "
+        f"{source.dtype}, {source.processing}"
     )
     print(f"weights {source.weights}")
     check = self_check(model)

@@ -80,7 +80,7 @@ def test_the_sentence_on_ridge_names_the_smallest_lasting_number(studies):
         expected = table.effective_directions[table.effective_directions > far.max()].min()
         assert findings.lasting_number(found.ridge, 1.0) == pytest.approx(expected)
         assert (
-            f"{expected:.0f} where clipping takes {findings.lasting_rank(found.sweep, 1.0)} ({found.name})"
+            f"{expected:.0f} where clipping needs {findings.lasting_rank(found.sweep, 1.0)} ({found.name})"
             in said
         )
     never = dataclasses.replace(
@@ -105,9 +105,9 @@ def test_the_sentence_on_attribution_counts_estimates_and_sums_scores(studies):
     assert f"for {shares[0]}" in said
     sums = sorted(float(s.attribution.bases["gradients"].share.sum()) for s in studies)
     assert f"{sums[-1]:.2g} (gradients)".replace("-", "−") in said
-    assert "of all components" in said
+    assert "of all directions" in said
     few = [dataclasses.replace(s, attribution=first_components(s.attribution)) for s in studies]
-    assert "of the largest components" in findings.attribution(few)
+    assert "of the largest directions" in findings.attribution(few)
 
 
 def first_components(found):
@@ -162,7 +162,7 @@ def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
     silent = sorted(int(t["is_noise"].sum()) for t in effects)
     said = findings.directions(studies)
     assert (
-        f"removing any one of {gains[0]} to {gains[1]} directions" in said
+        f"Removing any one of {gains[0]} to {gains[1]} directions" in said
         or f"any one of {gains[0]} directions" in said
     )
     assert (
@@ -196,6 +196,6 @@ def test_without_a_critical_rank_nothing_is_claimed(studies):
             ),
         ]
     )
-    assert "Here nothing can be said" in findings.several(whole)
+    assert "Here this test cannot tell" in findings.several(whole)
     mixed = compare([without, second, first])
     assert "in the 1 of 3 pairs where neither is all or nothing" in findings.several(mixed)

@@ -1,4 +1,4 @@
-"""The curvature of a function at a point: exact Hessian-vector products, the whole Hessian, and its eigenpairs."""
+"""Curvature of a function at a point: Hessian-vector products, the Hessian, eigenpairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +13,22 @@ from mechsvd.engine.memory import free_bytes
 from mechsvd.linalg.eigenpairs import BLOCK, Eigenpairs, capacity, dense_eigenpairs, lanczos
 from mechsvd.linalg.subspace import widest
 
-DENSE = 2048  # entries up to which the whole Hessian is made
-VECTOR_ENTRIES = 4_000_000  # of all vectors whose products share a pass: more leaves the cache and takes fresh pages
+DENSE = 2048  # entries up to which the whole Hessian is computed
+# Entries of all vectors in one pass; more leave the cache and need fresh memory pages.
+VECTOR_ENTRIES = 4_000_000
 
 
 @dataclass(frozen=True)
 class Function:
-    """A scalar function f of a vector, by rows, and the point at which it is looked at.
+    """A scalar function f of a vector w, and the point of interest.
 
     Attributes:
-        values: of each row; differentiable.
-        relative_to: None where f is `values`; else f is exp(values − relative_to), in float64, which float32 would overflow.
+        values: one value per row; differentiable.
+        point: the w at which f is differentiated.
         size: rows that fit into one pass without gradients.
         halve: gives a smaller size when memory runs out; see `halving`.
+        relative_to: if None, f is `values`. Otherwise f is exp(values − relative_to).
+            This is in float64, because float32 would overflow.
     """
 
     values: Callable[[Float[Tensor, "row entry"]], Float[Tensor, " row"]]
@@ -36,42 +39,42 @@ class Function:
     relative_to: float | None = None
 
     def f(self, values: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
-        """Of `values`, f itself."""
+        """Convert `values` to f."""
         if self.relative_to is None:
             return values
         return (values.to(widest(values.device)) - self.relative_to).exp()
 
     @property
     def backward_size(self) -> int:
-        """Rows that fit into one backward pass, which holds several times as much."""
+        """Rows that fit into one backward pass, which needs several times the memory."""
         return max(1, min(self.size // 4, self.forward_size))
 
     @property
     def forward_size(self) -> int:
-        """Rows that fit into one forward pass, each with a w of its own."""
+        """Rows that fit into one forward pass, with one w per row."""
         return max(1, min(self.size, VECTOR_ENTRIES // len(self.point)))
 
     @property
     def at_zero(self) -> float:
-        """The function at w = 0."""
+        """Value of f at w = 0."""
         return float(self.at(lambda rows: torch.zeros_like(self.point)[None], 1))
 
     def at(
         self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int
     ) -> Float[Tensor, " row"]:
-        """The function at so many points, which are made when they are needed from their numbers."""
+        """Values of f at `count` points; `row` makes points from their numbers when needed."""
         with torch.no_grad():
-            found = run_batches(
+            batches = run_batches(
                 lambda rows: self.f(self.values(row(rows))),
                 torch.arange(count),
                 self.forward_size,
                 self.halve,
                 False,
             )
-        return torch.cat(found)
+        return torch.cat(batches)
 
     def rise(self, direction: Float[Tensor, " entry"], step: float) -> float:
-        """How much f rises from one step behind the point to one before it: its slope, from values alone."""
+        """Rise of f from `point - step * direction` to `point + step * direction`."""
         ends = self.at(
             lambda rows: self.point + (1.0 - 2.0 * rows.to(self.point))[:, None] * step * direction,
             2,
@@ -79,13 +82,16 @@ class Function:
         return float(ends[0] - ends[1])
 
     def path_gradient(self, steps: int) -> Float[Tensor, " entry"]:
-        """The mean gradient on the way from 0 to the point, ∫₀¹ ∇f(tw) dt, by Gauss–Legendre quadrature.
+        """Mean gradient on the straight path from 0 to the point, ∫₀¹ ∇f(tw) dt.
 
-        Reference: Sundararajan, Taly, Yan, Axiomatic attribution for deep networks, 2017, arXiv:1703.01365.
+        The integral is by Gauss–Legendre quadrature.
+
+        Reference: Sundararajan, Taly, Yan, Axiomatic attribution for deep networks, 2017,
+            arXiv:1703.01365.
         """
         from numpy.polynomial.legendre import leggauss
 
-        nodes, weights = (torch.from_numpy(each).to(self.point) / 2 for each in leggauss(steps))
+        nodes, weights = (torch.from_numpy(x).to(self.point) / 2 for x in leggauss(steps))
 
         def run(rows: Tensor) -> Tensor:
             points = ((nodes + 0.5)[rows, None] * self.point).requires_grad_()
@@ -106,11 +112,14 @@ class Function:
 
 @dataclass(frozen=True)
 class Curvature:
-    """Value, gradient and Hessian of a function at its point; the gradient's graph is kept and serves all products.
+    """Value, gradient and Hessian of a function at its point.
 
-    Forward-over-reverse products cost four times as much as these on a CPU, and need a forward pass each.
+    The gradient's graph is kept and serves all products.
+    Forward-over-reverse products cost four times as much on a CPU.
+    They also need one forward pass per product.
 
-    Reference: Pearlmutter, Fast exact multiplication by the Hessian, 1994, doi:10.1162/neco.1994.6.1.147.
+    Reference: Pearlmutter, Fast exact multiplication by the Hessian, 1994,
+        doi:10.1162/neco.1994.6.1.147.
     """
 
     function: Function
@@ -121,14 +130,18 @@ class Curvature:
     def products(
         self, vectors: Float[Tensor, "entry n"], progress: bool | None = False
     ) -> Float[Tensor, "entry n"]:
-        """Hessian times each column: by the whole Hessian where it was made, and else several in one backward pass."""
+        """Multiply the Hessian by each column.
+
+        This uses the whole Hessian if it was computed.
+        Otherwise one backward pass computes several products.
+        """
         if "hessian" in vars(self):
             return self.hessian @ vectors
         if not self.gradient.requires_grad:  # f is linear in w, or does not depend on it
             return torch.zeros_like(vectors)
         order, f, rows = torch.arange(vectors.shape[1]), self.function, vectors.mT
         parts = run_batches(
-            lambda some: self._backward(rows[some]),
+            lambda chosen: self._backward(rows[chosen]),
             order,
             f.backward_size,
             f.halve,
@@ -148,7 +161,8 @@ class Curvature:
         products = backward(self.gradient, self.w, rows)
         if not products.sum().isfinite():
             raise ValueError(
-                "The Hessian of f is not finite at w, so it has no eigenvectors; f must be smooth there."
+                "The Hessian of f is not finite at w, so it has no eigenvectors; "
+                "f must be smooth there."
             )
         return products
 
@@ -156,21 +170,24 @@ class Curvature:
 def backward(
     outputs: Float[Tensor, " output"], w: Float[Tensor, " entry"], rows: Float[Tensor, "n output"]
 ) -> Float[Tensor, "n entry"]:
-    """The gradient with respect to w of each combination of the outputs, several in one backward pass; the graph is kept."""
-    one = len(rows) == 1  # a batched backward pass costs more than a plain one
+    """Gradient with respect to w of each linear combination of the outputs.
+
+    One backward pass computes all rows. The graph is kept.
+    """
+    is_single = len(rows) == 1  # a batched backward pass costs more than a plain one
     (slopes,) = torch.autograd.grad(
         outputs,
         w,
-        rows[0] if one else rows,
+        rows[0] if is_single else rows,
         retain_graph=True,
-        is_grads_batched=not one,
+        is_grads_batched=not is_single,
         allow_unused=True,
     )
     return w.new_zeros(len(rows), len(w)) if slopes is None else slopes.view(len(rows), len(w))
 
 
 def differentiate(function: Function) -> Curvature:
-    """Value and gradient of a function at its point, ready for Hessian-vector products.
+    """Compute value and gradient at the point, ready for Hessian-vector products.
 
     Raises:
         ValueError: the value or the gradient is NaN or inf.
@@ -181,10 +198,11 @@ def differentiate(function: Function) -> Curvature:
         gradient = torch.zeros_like(w)
         if value.requires_grad:
             (gradient,) = torch.autograd.grad(value, w, create_graph=True, materialize_grads=True)
-    for what, found in (("f is", value), ("The gradient of f is", gradient)):
-        if not found.isfinite().all():
+    for what, tensor in (("f is", value), ("The gradient of f is", gradient)):
+        if not tensor.isfinite().all():
             raise ValueError(
-                f"{what} not finite at w, so nothing can be attributed; a model in half precision may do in float32."
+                f"{what} not finite at w, so nothing can be attributed; "
+                "if the model is in half precision, try float32."
             )
     return Curvature(function, w, value.detach(), gradient)
 
@@ -192,10 +210,12 @@ def differentiate(function: Function) -> Curvature:
 def eigenpairs(
     curvature: Curvature, pairs: int, *, tolerance: float, max_products: int, seed: int
 ) -> Eigenpairs:
-    """The Hessian's eigenpairs largest in size: from the whole Hessian where w is short, and else by Lanczos.
+    """Compute the Hessian's eigenpairs with the largest |eigenvalue|.
+
+    A short w uses the whole Hessian, a long one uses Lanczos.
 
     Raises:
-        MemoryError: Lanczos's vectors do not fit.
+        MemoryError: the vectors of Lanczos do not fit.
     """
     entries = len(curvature.w)
     if entries <= max(DENSE, capacity(pairs)):
@@ -206,8 +226,9 @@ def eigenpairs(
     )
     if needed > free:
         raise MemoryError(
-            f"{pairs} eigenpairs of {entries:,} entries need {capacity(pairs)} vectors, {needed / 2**30:,.1f} GiB, but "
-            f"{free / 2**30:,.1f} GiB are free; choose fewer weights by a narrower pattern, or fewer `pairs`."
+            f"{pairs} eigenpairs of {entries:,} entries need {capacity(pairs)} vectors, "
+            f"{needed / 2**30:,.1f} GiB, but {free / 2**30:,.1f} GiB are free; "
+            "choose fewer weights by a narrower pattern, or fewer `pairs`."
         )
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(entries, BLOCK, generator=generator, dtype=torch.float64).to(curvature.w)

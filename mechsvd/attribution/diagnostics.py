@@ -1,4 +1,4 @@
-"""What is said of an attribution that should not be trusted, or not wholly; each is said where the user's call stands."""
+"""Warnings about attributions that are not fully reliable, raised at the user's call."""
 
 import math
 
@@ -9,7 +9,10 @@ from mechsvd.linalg.eigenpairs import BLOCK
 
 
 def warn_unlike_values(curvature: Curvature, noise: float) -> None:
-    """Warn where f, run a step along its gradient, does not rise as the gradient says: something in the model hides its slope."""
+    """Warn if f does not rise along its gradient as the gradient says.
+
+    Then something in the model hides the slope.
+    """
     gradient = curvature.gradient.detach()
     size = float(gradient.norm())
     if size == 0:
@@ -18,43 +21,57 @@ def warn_unlike_values(curvature: Curvature, noise: float) -> None:
     rise = curvature.function.rise(gradient / size, step)
     if abs(rise - 0.02) > 0.004 + 10 * noise:
         warn(
-            f"The gradient says that f rises by 0.02 along itself, but running the model says {rise:.4f}: something in it hides "
-            "the slope, such as a hook that detaches, or half precision. What is measured is right; eigenvalues and estimates are "
-            "not.",
+            "The gradient says that f rises by 0.02 along itself, but running the model says "
+            f"{rise:.4f}: something in it hides the slope, such as a hook that detaches, or half "
+            "precision. Measured scores are right; eigenvalues and estimates are not.",
         )
 
 
-def warn_unconverged(scored: Attribution, most: int | None) -> None:
-    """Warn of pairs that Lanczos left unconverged (`most` are the products it might use), or of a Hessian that is all rounding."""
-    missed = int((~scored.converged).sum())
-    if missed if most is not None else missed == len(scored) and scored.eigenvalues.any():
-        more = (
+def warn_unconverged(attribution: Attribution, max_products: int | None) -> None:
+    """Warn of pairs that did not converge, or of a Hessian that is all rounding.
+
+    Args:
+        max_products: products that Lanczos might use; None where it was not used.
+    """
+    count, missed = len(attribution), int((~attribution.converged).sum())
+    is_all_rounding = missed == count and attribution.eigenvalues.any()
+    if missed if max_products is not None else is_all_rounding:
+        advice = (
             " Allow more `max_products`, or ask for fewer `pairs`; or"
-            if most and scored.products + BLOCK > most
+            if max_products and attribution.products + BLOCK > max_products
             else " Perhaps"
         )
         warn(
-            f"{missed} of {len(scored)} eigenpairs did not converge to a residual of {scored.tolerance:g}·|λ| in {scored.products} "
-            f"products; the table marks them.{more} rounding allows no better: a model in dtype=torch.float64 rounds less.",
+            f"{missed} of {count} eigenpairs did not converge to a residual of "
+            f"{attribution.tolerance:g}·|λ| in {attribution.products} products; the table marks "
+            f"them.{advice} rounding allows no better: a model in dtype=torch.float64 rounds less.",
         )
 
 
-def warn_undefined(scored: Attribution, curvature: Curvature, steps: int) -> None:
-    """Warn of an f without derivatives, or that is not finite where components are removed, and of a path integral that so many
-    `steps` leave rough."""
-    said = ""
-    if not curvature.gradient.any() and not scored.eigenvalues.any():
-        hidden = "though removing components changes it: something hides its slope, such as a hook that detaches"
-        nothing = "so there is nothing to attribute"
-        why = hidden if scored.measured.any() else nothing
-        said = f"f does not depend on w here: its gradient and its Hessian are zero, {why}."
-    elif not math.isfinite(scored.baseline) or not scored.measured.isfinite().all():
-        said = "f is not finite at w = 0, or where some components are removed; shares and the path integral are undefined there."
-    elif scored.path_error > 0.05 * abs(scored.value - scored.baseline):
-        said = (
-            f"Integrated gradients are rough here: with {steps} steps along the path their sum misses f(w) − f(0) = "
-            f"{scored.value - scored.baseline:.3g} by {scored.path_error:.3g}. More steps (`path_steps`) come nearer; what is "
-            "measured needs none."
+def warn_undefined(attribution: Attribution, curvature: Curvature, steps: int) -> None:
+    """Warn of an f without derivatives, of values that are not finite, or of a rough path integral.
+
+    Args:
+        steps: nodes of the path integral.
+    """
+    message, change = "", attribution.value - attribution.baseline
+    if not curvature.gradient.any() and not attribution.eigenvalues.any():
+        hidden = (
+            "though removing directions changes it: something hides its slope, such as a hook that "
+            "detaches"
         )
-    if said:
-        warn(said)
+        why = hidden if attribution.measured.any() else "so there is nothing to attribute"
+        message = f"f does not depend on w here: its gradient and its Hessian are zero, {why}."
+    elif not math.isfinite(attribution.baseline) or not attribution.measured.isfinite().all():
+        message = (
+            "f is not finite at w = 0, or with some directions removed; shares and the path "
+            "integral are undefined there."
+        )
+    elif attribution.path_error > 0.05 * abs(change):
+        message = (
+            f"Integrated gradients are rough here: with {steps} steps along the path their sum "
+            f"misses f(w) − f(0) = {change:.3g} by {attribution.path_error:.3g}. More steps "
+            "(`path_steps`) come nearer; measured scores need none."
+        )
+    if message:
+        warn(message)

@@ -1,4 +1,4 @@
-"""Gradient vectors of many tokens, and the eigenvectors of their second moment: a basis that competes with the Hessian's."""
+"""Gradients of many tokens, and the eigenvectors of their second moment as a basis of w."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,14 +23,14 @@ from mechsvd.results import Provenance, Result, require_kind, result
 
 @result
 class Gradients(Result):
-    """The gradient of every continuation token's log-probability with respect to w.
+    """Gradient of every continuation token's log-probability with respect to w.
 
     Attributes:
-        values: one row a scored token.
-        task_index: which task each row belongs to.
+        values: one row per scored token.
+        task_index: index of each row's task.
         tokens: the token that each row scores.
-        over: what w is, in a line.
-        parts: what the entries of w are, in their order.
+        over: one line that says what w is.
+        parts: name and shape of each piece of w, in order.
     """
 
     values: Float[Tensor, "sample entry"]
@@ -53,7 +53,7 @@ class Gradients(Result):
         return len(self.values)
 
     def to_pandas(self) -> Any:
-        """One row a gradient: task, token, norm."""
+        """One row per gradient: task, token, norm."""
         import pandas as pd
 
         norms = self.values.double().norm(dim=1)
@@ -63,7 +63,8 @@ class Gradients(Result):
 
     def __repr__(self) -> str:
         return (
-            f"Gradients of the log-probabilities of {len(self)} tokens in {int(self.task_index.max()) + 1} task(s)\n"
+            f"Gradients of the log-probabilities of {len(self)} tokens "
+            f"in {int(self.task_index.max()) + 1} task(s)\n"
             f"  with respect to {self.values.shape[1]:,} entries: {self.over[:80]}\n"
             f"  on {self._origin()}"
         )
@@ -76,16 +77,19 @@ def collect_gradients(
     over: Over,
     **options: Unpack[RunOptions],
 ) -> Gradients:
-    """Collect the gradient of every continuation token's log-probability, with one backward graph a task.
+    """Collect the gradient of every continuation token's log-probability.
+
+    Each task needs one backward graph.
 
     Args:
-        over: what w is; see `hessian_attribution`. Of sites, tasks of several lengths need `positions`, so that all have the
-            same w.
-        options: see `RunOptions` (layers, components, positions, check, …). With a decomposition of another checkpoint of the
-            same model, pass `check=False`.
+        over: what w is; see `hessian_attribution`. With sites, tasks of different lengths need
+            `positions`, so that all have the same w.
+        options: see `RunOptions` (layers, components, positions, check, …). With a decomposition
+            of another checkpoint of the same model, pass `check=False`.
 
     Raises:
-        TypeError, KeyError, ValueError: as `hessian_attribution`; tasks with a w of different shapes.
+        TypeError, KeyError, ValueError: as `hessian_attribution`, or the shapes of w differ
+            between tasks.
     """
     chosen = as_tasks(tasks)
     parts: list[tuple[Part, ...]] = []
@@ -96,7 +100,8 @@ def collect_gradients(
             parts.append(f.parts)
             if f.parts != parts[0]:
                 raise ValueError(
-                    f"The tasks' w differ in shape: {parts[0][0]} and {f.parts[0]}; pass `positions` that all tasks have."
+                    f"The tasks' w differ in shape: {parts[0][0]} and {f.parts[0]}; "
+                    "pass `positions` that all tasks have."
                 )
             function = Function(
                 f.log_prob,
@@ -114,12 +119,12 @@ def collect_gradients(
 
 @result
 class GradientBasis(Result):
-    """The eigenvectors of the gradients' second moment, by falling eigenvalue: a basis of w.
+    """Eigenvectors of the gradients' second moment, by falling eigenvalue.
 
     Attributes:
-        singular_values: of all gradients together; see `eigenvalues`.
+        singular_values: of the matrix of all gradients; see `eigenvalues`.
         directions: the eigenvectors as columns.
-        left: what each gradient holds of them; its columns are orthonormal.
+        left: left singular vectors, with orthonormal columns; one row per gradient.
         over, parts: what w is, as in `Gradients`.
     """
 
@@ -147,7 +152,10 @@ class GradientBasis(Result):
 
     @property
     def eigenvalues(self) -> Float[Tensor, " rank"]:
-        """Of the second moment, the empirical Fisher information: the squared singular values over the number of gradients."""
+        """Eigenvalues of the second moment, which is the empirical Fisher information.
+
+        They are the squared singular values divided by the number of gradients.
+        """
         return self.singular_values.square() / len(self.left)
 
     def to_pandas(self) -> Any:
@@ -164,47 +172,52 @@ class GradientBasis(Result):
     def __repr__(self) -> str:
         top = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:4].tolist())
         return (
-            f"GradientBasis of {self.rank} directions from {len(self.left)} gradients, eigenvalues {top}, …\n"
+            f"GradientBasis of {self.rank} directions from {len(self.left)} gradients, "
+            f"eigenvalues {top}, …\n"
             f"  of {len(self.directions):,} entries: {self.over[:80]}\n"
             f"  on {self._origin()}"
         )
 
 
 def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> GradientBasis:
-    """The eigenvectors of the gradients' second moment, the empirical Fisher information, by falling eigenvalue.
+    """Compute the eigenvectors of the gradients' second moment.
+
+    The second moment is the empirical Fisher information.
 
     Args:
-        gradients: of one model, or one for each of several training checkpoints.
+        gradients: of one model, or a list with those of several training checkpoints.
 
     Returns:
-        `.directions` are the eigenvectors, as one of the `bases` of `hessian_attribution`; `.eigenvalues` fall.
+        `.directions` are the eigenvectors, by falling `.eigenvalues`. The result can be one of
+        the `bases` of `hessian_attribution`.
 
     Raises:
-        TypeError: something else.
-        ValueError: gradients with respect to different w, or none.
+        TypeError: `gradients` are no `Gradients`.
+        ValueError: the list is empty, all gradients are zero, or they differ in w.
     """
-    several = (
+    collected = (
         [gradients]
         if isinstance(gradients, Gradients) or not isinstance(gradients, Sequence)
         else list(gradients)
     )
-    if not several:
+    if not collected:
         raise ValueError(
             "There are no gradients: the list is empty; give those of at least one model."
         )
-    for each in several:
-        require_kind(each, Gradients)
-        if (each.over, each.parts) != (several[0].over, several[0].parts):
+    first = collected[0]
+    for other in collected:
+        require_kind(other, Gradients)
+        if (other.over, other.parts) != (first.over, first.parts):
             raise ValueError(
-                f"The gradients are with respect to different w: {several[0].over[:60]}, and {each.over[:60]}; collect them "
-                "with the same `over`, sites and positions."
+                f"The gradients are with respect to different w: {first.over[:60]}, and "
+                f"{other.over[:60]}; collect them with the same `over`, sites and positions."
             )
-    if not any(each.values.any() for each in several):
+    if not any(part.values.any() for part in collected):
         raise ValueError(
-            f"The gradients are all zero, so they have no directions: nothing depends on {several[0].over[:60]}."
+            "The gradients are all zero, so they have no directions: nothing depends on "
+            f"{first.over[:60]}."
         )
-    svd = decompose_groups(torch.cat([each.values for each in several])[None, None])[0]
-    first = several[0]
+    svd = decompose_groups(torch.cat([part.values for part in collected])[None, None])[0]
     return GradientBasis(
         svd.singular_values, svd.directions, svd.left[0], first.over, first.parts, first.source
     )
@@ -215,10 +228,10 @@ def _jacobian(f: Objective, function: Function) -> Float[Tensor, "scored entry"]
     log_probs = f.log_probs(w[None])[0]
     if not log_probs.requires_grad:
         return w.new_zeros(len(log_probs), len(w))
-    each = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
-    order, size = torch.arange(len(each)), function.backward_size
+    identity = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
+    order, size = torch.arange(len(identity)), function.backward_size
     return torch.cat(
         run_batches(
-            lambda some: backward(log_probs, w, each[some]), order, size, function.halve, False
+            lambda rows: backward(log_probs, w, identity[rows]), order, size, function.halve, False
         )
     )

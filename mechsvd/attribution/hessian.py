@@ -1,4 +1,4 @@
-"""Attribution: a probability, or any function, taken apart in the eigenbasis of its Hessian or in another basis."""
+"""Attribution of a probability, or any function, in its Hessian eigenbasis or another basis."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ from mechsvd.attribution.scores import (
     RANDOM,
     Attribution,
     attribution_of,
-    score_components,
+    score_directions,
 )
 from mechsvd.checks import is_number, is_whole, require_whole, with_options
 from mechsvd.edits.gates import Basis, directions_of
@@ -30,8 +30,8 @@ from mechsvd.linalg.comparison import random_subspace
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
 
-PAIRS = 20  # where there is no whole Hessian, and it is not said how many
-CONTROLS = 128  # random directions at most
+PAIRS = 20  # default number of eigenpairs without the whole Hessian
+CONTROLS = 128  # at most so many random directions
 Kind = Literal["probability", "log_prob"]
 
 
@@ -50,35 +50,42 @@ def hessian_attribution(
     seed: int = 0,
     **options: Unpack[RunOptions],
 ) -> Attribution:
-    """Attribute the probability of a continuation to the components of a vector w in the eigenbasis of its Hessian.
+    """Attribute a continuation's probability to directions of w, in its Hessian eigenbasis.
 
-    All is computed relative to the clean probability, so that ratios stay exact where the probability itself is tiny.
+    Everything is computed relative to the clean probability. So ratios stay exact even if the
+    probability is tiny.
 
     Args:
-        over: what w is. A decomposition: the gains of its directions in every write (and one for all that they do not span),
-            w = 1 the model as it is, w = 0 all writes removed. Sites: their writes, w minus the clean writes being added to
-            what they write. Patterns of weight names ("blocks.2.mlp.*", "*"): those weights.
+        over: what w is. A decomposition: the gains of its directions in every write, and one gain
+            for the rest that they do not span; w = 1 is the model as it is, w = 0 removes all
+            writes. Sites: their writes; w minus the clean writes is added to every write.
+            Patterns of weight names ("blocks.2.mlp.*", "*"): those weights.
         objective: f, the probability of the whole continuation, or its natural logarithm in nats.
-        pairs: eigenpairs, the largest in size; by default all where w has at most 2048 entries, for which the whole Hessian is
-            made, and otherwise 20, by Lanczos.
-        bases: more bases to be scored beside the eigenvectors and random directions, by name: orthonormal columns in the space of
-            w, not necessarily as many as its entries. Of gains, `torch.eye(rank)` are the singular directions themselves
-            (`torch.eye(rank + 1)` where they do not span everything: the last entry is the gain of the rest); `gradient_basis`
-            gives another.
-        tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|, and the table marks what is above.
-        max_products: Hessian-vector products that Lanczos may use, at least one a pair; 200 and 20 a pair by default.
+        pairs: number of eigenpairs, those with the largest |eigenvalue|. By default all, from the
+            whole Hessian, if w has at most 2048 entries; otherwise 20, by Lanczos.
+        bases: more bases to score, by name, besides the eigenvectors and random directions. Each
+            has orthonormal columns in the space of w, and needs not be complete. For gains,
+            `torch.eye(rank)` gives the singular directions themselves. If they do not span
+            everything, it is `torch.eye(rank + 1)`, where the last entry is the gain of the rest.
+            `gradient_basis` gives another basis.
+        tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|. The
+            table marks pairs with larger residuals.
+        max_products: Hessian-vector products that Lanczos may use, at least one per pair; by
+            default 200, plus 20 per pair.
         path_steps: Gauss–Legendre nodes of the path integral.
-        seed: of Lanczos's start and of the random directions.
-        options: see `RunOptions` (layers, components, positions, batch_size, …): where gains act; of sites, `positions` alone. A
-            backward pass takes a fourth of the rows.
+        seed: seed of the start of Lanczos and of the random directions.
+        options: see `RunOptions` (layers, components, positions, batch_size, …). They say where
+            gains act; sites take only `positions`. A backward pass has a fourth of the rows.
 
     Returns:
-        One row a component, by falling |eigenvalue|; the other bases, in their own order, in `.bases`.
+        One row per direction, by falling |eigenvalue|. `.bases` holds the other bases, with the
+        directions in their given order.
 
     Raises:
         TypeError: `over` is none of these.
-        KeyError: a pattern that matches no weight.
-        ValueError: more pairs than entries, a basis of another size, a probability that underflows, an f that is not finite.
+        KeyError: a pattern matches no weight.
+        ValueError: there are more pairs than entries, a basis has another size, the probability
+            underflows, or f is not finite.
     """
     if objective not in ("probability", "log_prob"):
         raise ValueError(f"`objective` is {objective!r}, but must be 'probability' or 'log_prob'.")
@@ -117,15 +124,17 @@ def hessian_attribution_of(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Attribution:
-    """Attribute a function of your own, a scalar of one vector, as `hessian_attribution` does a probability.
+    """Attribute your own scalar function of one vector, like `hessian_attribution`.
 
     Args:
-        function: twice differentiable, of torch operations; where `torch.func.vmap` can batch it, many points go together.
+        function: twice differentiable, made of torch operations. If `torch.func.vmap` can batch
+            it, many points are computed at once.
         pairs, bases, tolerance, max_products, path_steps, seed: see `hessian_attribution`.
 
     Raises:
-        TypeError: no function.
-        ValueError: w is no float vector, the function's value no differentiable scalar or not finite; as `hessian_attribution`.
+        TypeError: `function` is no function.
+        ValueError: w is no float vector, or the function's value is no differentiable scalar or
+            not finite; as `hessian_attribution`.
 
     Example:
         >>> hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]).double()).quadratic
@@ -152,7 +161,7 @@ def hessian_attribution_of(
         raise ValueError(f"`function` must give a scalar tensor (no `.item()`), but gives {what}.")
 
     choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
-    with torch.inference_mode(False):  # in which there are no gradients
+    with torch.inference_mode(False):  # inference mode has no gradients
         f = Function(
             batched(function), w.clone(), require_whole("batch_size", batch_size, 1), _halve
         )
@@ -166,7 +175,7 @@ def hessian_attribution_of(
 
 @dataclass(frozen=True)
 class _Choices:
-    """What is asked of an attribution, checked."""
+    """Options of an attribution, checked."""
 
     pairs: int | None = None
     bases: Mapping[str, Basis | GradientBasis] | None = None
@@ -186,7 +195,7 @@ class _Choices:
             require_whole("max_products", self.max_products, 1)
 
     def count(self, entries: int) -> int:
-        """Eigenpairs that are wanted."""
+        """Number of eigenpairs to compute."""
         if self.pairs is None:
             return entries if entries <= DENSE else PAIRS
         if not is_whole(self.pairs, 1, entries):
@@ -197,15 +206,16 @@ class _Choices:
 
     def directions(
         self, point: Float[Tensor, " entry"], over: str
-    ) -> dict[str, Float[Tensor, "entry component"]]:
-        """The bases that are given, on the device and in the dtype of w; none of them made for another w."""
+    ) -> dict[str, Float[Tensor, "entry direction"]]:
+        """The given bases, on the device and in the dtype of w; refuses those of another w."""
         if self.bases is None:
             return {}
         if not isinstance(self.bases, Mapping):
             raise TypeError(
-                f"`bases` must be bases by name, such as {{'mine': basis}}, but is {type(self.bases).__name__}."
+                "`bases` must be bases by name, such as {'mine': basis}, but is "
+                f"{type(self.bases).__name__}."
             )
-        found = {}
+        bases = {}
         for name, basis in self.bases.items():
             if name in (HESSIAN, RANDOM):
                 raise ValueError(
@@ -216,15 +226,16 @@ class _Choices:
             )
             if len(directions) != len(point):
                 raise ValueError(
-                    f"The basis {name!r} has columns of {len(directions)} entries, but w has {len(point)}: {over[:80]}."
+                    f"The basis {name!r} has columns of {len(directions)} entries, but w has "
+                    f"{len(point)}: {over[:80]}."
                 )
             if isinstance(basis, GradientBasis) and basis.over != over:
                 raise ValueError(
-                    f"The basis {name!r} is of gradients with respect to {basis.over[:60]}, but w is {over[:60]}; collect the "
-                    "gradients over it."
+                    f"The basis {name!r} is of gradients with respect to {basis.over[:60]}, but w "
+                    f"is {over[:60]}; collect the gradients with the same `over`."
                 )
-            found[name] = directions.to(point)
-        return found
+            bases[name] = directions.to(point)
+        return bases
 
 
 def _attribute(
@@ -234,24 +245,26 @@ def _attribute(
     header: dict[str, Any],
     noise: float | None = None,
 ) -> Attribution:
-    """One gradient, one path integral and one Hessian, or Lanczos, for all bases."""
+    """Attribute with one gradient, path integral and Hessian (or Lanczos) for all bases."""
     entries = len(function.point)
     pairs, others = choices.count(entries), choices.directions(function.point, header["over"])
-    most = 200 + 20 * pairs if choices.max_products is None else choices.max_products
+    max_products = 200 + 20 * pairs if choices.max_products is None else choices.max_products
     curvature = differentiate(function)
     if noise is not None:
         warn_unlike_values(curvature, noise)
-    found = eigenpairs(
-        curvature, pairs, tolerance=choices.tolerance, max_products=most, seed=choices.seed
+    solution = eigenpairs(
+        curvature, pairs, tolerance=choices.tolerance, max_products=max_products, seed=choices.seed
     )
-    from_zero = function.path_gradient(choices.path_steps), function.at_zero
+    path, baseline = function.path_gradient(choices.path_steps), function.at_zero
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
-    bases = {HESSIAN: found.vectors.to(function.point), **others, RANDOM: random}
-    scores = {name: score_components(curvature, basis, *from_zero) for name, basis in bases.items()}
+    bases = {HESSIAN: solution.vectors.to(function.point), **others, RANDOM: random}
+    scores = {
+        name: score_directions(curvature, basis, path, baseline) for name, basis in bases.items()
+    }
     attribution = attribution_of(
-        scores, unit, found.products, tolerance=float(choices.tolerance), **header
+        scores, unit, solution.products, tolerance=float(choices.tolerance), **header
     )
-    warn_unconverged(attribution, most if entries > DENSE else None)
+    warn_unconverged(attribution, max_products if entries > DENSE else None)
     warn_undefined(attribution, curvature, choices.path_steps)
     return attribution
 
@@ -259,13 +272,14 @@ def _attribute(
 def _probability(log_prob: float) -> float:
     if log_prob < math.log(sys.float_info.min):
         raise ValueError(
-            f"The log-probability of the continuation is {log_prob:.0f} nats, so its probability is too small for a number (it "
-            'underflows); shorten the continuation, or attribute the logarithm by `objective="log_prob"`.'
+            f"The log-probability of the continuation is {log_prob:.0f} nats, so its probability "
+            "is too small for a number (it underflows); shorten the continuation, or attribute the "
+            'logarithm by `objective="log_prob"`.'
         )
     return math.exp(log_prob)
 
 
 def _halve(size: int) -> int:
     if size == 1:
-        raise MemoryError("One evaluation of the function alone does not fit into memory.")
+        raise MemoryError("A single evaluation of the function does not fit into memory.")
     return size // 2

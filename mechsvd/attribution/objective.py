@@ -1,4 +1,4 @@
-"""What is differentiated: the log-probability of a task as a function of a vector w — gains, writes or weights."""
+"""Log-probability of a task as a function of a vector w: gains, writes or weights."""
 
 import hashlib
 import math
@@ -24,19 +24,21 @@ from mechsvd.model.sites import Hook, Model, Site, Where, find_sites, find_weigh
 from mechsvd.model.tasks import Task
 
 Over = Decomposition | Site | str | Sequence[Site] | Sequence[str]
-Part = tuple[str, tuple[int, ...]]  # a piece of w: what it is, and its shape
+Part = tuple[str, tuple[int, ...]]  # a piece of w: its name and its shape
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The log-probability of a task as a function of w, and the w at which the model is as it is.
+    """Log-probability of a task as a function of w, and the w of the unchanged model.
 
     Attributes:
-        log_probs: rows of w to the natural-log probability of each continuation token; differentiable in the rows.
-        point: w of the model as it is.
-        over: what w is, in a line that is the same for the same w of another task or checkpoint, and for no other.
-        parts: what the entries of w are, in their order: name and shape of each piece.
-        hooks: names of the hook points where it acts.
+        log_probs: maps rows of w to the natural-log probability of each continuation token;
+            differentiable in the rows.
+        point: w of the unchanged model.
+        over: one line that says what w is. It is equal exactly for the same w, also in another
+            task or checkpoint.
+        parts: name and shape of each piece of w, in order.
+        hooks: names of the hook points where w acts.
     """
 
     log_probs: Callable[[Float[Tensor, "row entry"]], Float[Tensor, "row scored"]]
@@ -46,80 +48,89 @@ class Objective:
     hooks: tuple[str, ...] = ()
 
     def log_prob(self, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
-        """Of the whole continuation."""
+        """Log-probability of the whole continuation, one per row."""
         log_probs = self.log_probs(rows)
         return log_probs.to(widest(log_probs.device)).sum(dim=-1)
 
 
 def require_parts(parts: Sequence[Part], entries: int) -> None:
-    """Refuse pieces of w that do not make up its entries."""
+    """Refuse pieces whose sizes do not sum to the entries of w."""
     sizes = [math.prod(shape) for _, shape in parts]
     if sum(sizes) != entries or any(size < 0 for _, shape in parts for size in shape):
         raise ValueError(
-            f"`parts` must make up the {entries} entries of w, but have {sum(sizes)}: {parts!r:.80}."
+            f"`parts` must make up the {entries} entries of w, but have {sum(sizes)}: "
+            f"{parts!r:.80}."
         )
 
 
 def objective_over(session: Session, task: Task, over: Over) -> Objective:
-    """Make the function of w: the gains of a decomposition's directions, the writes at some sites, or named weights.
+    """Make the function of w: gains of directions, writes at some sites, or named weights.
 
     Raises:
-        TypeError: something else.
-        KeyError: a pattern that matches no weight; a site that the model does not have.
-        ValueError: a decomposition that does not fit.
+        TypeError: `over` is none of these.
+        KeyError: a pattern matches no weight, or the model has no such site.
+        ValueError: the decomposition does not fit the model.
     """
-    listed = [over] if isinstance(over, Site | str) else over
-    if isinstance(listed, Decomposition):
-        return _over_gains(session, task, listed)
-    if isinstance(listed, Sequence) and listed and all(isinstance(one, str) for one in listed):
+    choice = [over] if isinstance(over, Site | str) else over
+    if isinstance(choice, Decomposition):
+        return _over_gains(session, task, choice)
+    if isinstance(choice, Sequence) and choice and all(isinstance(x, str) for x in choice):
         _require_unset(session.where, "weights", "layers", "components", "positions")
-        return _over_weights(session, task, [str(one) for one in listed])
-    if isinstance(listed, Sequence) and listed and all(isinstance(one, Site) for one in listed):
+        return _over_weights(session, task, [str(pattern) for pattern in choice])
+    if isinstance(choice, Sequence) and choice and all(isinstance(x, Site) for x in choice):
         _require_unset(session.where, "sites", "layers", "components")
-        return _over_writes(session, task, [one for one in listed if isinstance(one, Site)])
-    several = isinstance(listed, Sequence) and any(isinstance(one, Decomposition) for one in listed)
+        return _over_writes(session, task, [site for site in choice if isinstance(site, Site)])
+    has_decomposition = isinstance(choice, Sequence) and any(
+        isinstance(x, Decomposition) for x in choice
+    )
+    advice = ": pass one decomposition, not a list" if has_decomposition else ""
     raise TypeError(
-        "`over` must be a decomposition (its gains), sites of the model (`mechsvd.find_sites`, their writes), or patterns of "
-        f"weights ('blocks.2.mlp.*'), but is {type(over).__name__}{': take one of them' if several else ''}."
+        "`over` must be a decomposition (its gains), sites of the model (`mechsvd.find_sites`, "
+        f"their writes), or patterns of weights ('blocks.2.mlp.*'), but is {type(over).__name__}"
+        f"{advice}."
     )
 
 
-def batched(one: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Apply a function of one vector to rows: by `vmap` where it goes through, and else one after the other."""
-    goes_through = True
+def batched(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a function of rows from a function of one vector.
+
+    It uses `vmap` if that works, and otherwise runs the rows in a loop.
+    """
+    can_vmap = True
 
     def run(rows: Tensor) -> Tensor:
-        nonlocal goes_through
-        if len(rows) > 1 and goes_through:
+        nonlocal can_vmap
+        if len(rows) > 1 and can_vmap:
             try:
-                return vmap(one)(rows)
-            except (
-                RuntimeError
-            ) as error:  # Bloom's activation, an `.item()`, an `if`; or memory ran out
+                return vmap(function)(rows)
+            except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-                goes_through = False
-        return torch.stack([one(row) for row in rows])
+                can_vmap = False  # Bloom's activation, an `.item()`, an `if`
+        return torch.stack([function(row) for row in rows])
 
     return run
 
 
 def _require_unset(where: Where, what: str, *names: str) -> None:
-    """Refuse choices of writes that would be passed over in silence."""
+    """Refuse options that would be silently ignored."""
     if wrong := [name for name in names if getattr(where, name) != getattr(Where(), name)]:
         raise ValueError(
-            f"`{wrong[0]}` says where gains act, but `over` names {what}, for which it means nothing; leave it out."
+            f"`{wrong[0]}` says where gains act, but `over` names {what}, where it has no meaning; "
+            "leave it out."
         )
 
 
 def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
-    """One gain a direction, and one for all that the directions do not span, so that w = 1 is the model and w = 0 no writes."""
+    """One gain per direction, and one for the rest that the directions do not span.
+
+    w = 1 is the model as it is; w = 0 removes all writes.
+    """
     require_decomposition(svd)
     model, check = session.model, session.check
     device, dtype = _like(model)
-    basis = svd.directions.to(
-        device, dtype
-    ).clone()  # one made in inference mode could not serve a gradient
+    # a clone, because tensors from inference mode cannot carry gradients
+    basis = svd.directions.to(device, dtype).clone()
     require_fitting_edit(
         model, Gate(basis, basis.new_ones(svd.rank), source=svd.source), session.required_source
     )
@@ -136,19 +147,19 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
         ("gain", (svd.rank,)),
         *([("gain of the rest", (1,))] if has_rest else []),
     )
-    point, hooks = (
-        torch.ones(svd.rank + has_rest, device=device, dtype=dtype),
-        tuple(site.hook_name for site in sites),
-    )
-    digest = hashlib.sha256(
-        svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    ).hexdigest()[:8]
+    point = torch.ones(svd.rank + has_rest, device=device, dtype=dtype)
+    hooks = tuple(site.hook_name for site in sites)
+    content = svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
     over = f"gains of {svd.rank} directions ({digest}) at {_at(hooks, positions)}"
     return Objective(log_probs, point, over, parts, hooks)
 
 
 def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Objective:
-    """The writes themselves: w minus the clean writes is added to what the sites write, so w = 0 takes the clean writes away."""
+    """The writes themselves: w minus the clean writes is added to every write.
+
+    So w = 0 subtracts the clean writes.
+    """
     model, check = session.model, session.check
     known = find_sites(model, missing="skip")
     if wrong := [site.hook_name for site in chosen if site not in known]:
@@ -189,35 +200,42 @@ def _added(site: Site, shifts: Float[Tensor, "row pos d_model"]) -> Hook:
 
 
 def _over_weights(session: Session, task: Task, patterns: Sequence[str]) -> Objective:
-    """The named weights, one after the other; many rows are run by `vmap` where it can, each with weights of its own."""
+    """The named weights, concatenated; each row of w is one set of weights.
+
+    `vmap` runs many rows at once if it can.
+    """
     weights = find_weights(session.model, patterns)
     _, dtype = _like(session.model)
     run = _Run(session.model, task, session.check)
     sizes = [weight.numel() for _, weight in weights.values()]
 
-    def one(w: Tensor) -> Tensor:
+    def log_probs(w: Tensor) -> Tensor:
         pieces = zip(weights.values(), w.split(sizes), strict=True)
         replaced = {
             f"model.{name}": piece.view_as(weight).to(weight.dtype)
             for (names, weight), piece in pieces
             for name in names
         }
-        # a bridge reaches a module by several paths: torch's search for tied weights would take the new ones for the old
+        # A bridge reaches a module by several paths. With `tie_weights`, torch would take the new
+        # weights for the old ones.
         return functional_call(run, replaced, (), tie_weights=False)
 
     point = torch.cat([weight.detach().flatten() for _, weight in weights.values()]).to(dtype)
     _require_used(session.model, weights, run)
     parts = tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items())
-    return Objective(batched(one), point, f"weights {', '.join(weights)}", parts)
+    return Objective(batched(log_probs), point, f"weights {', '.join(weights)}", parts)
 
 
 def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run: nn.Module) -> None:
-    """Warn of named weights on which f does not depend; refuse them where the model computes with copies of its weights."""
+    """Warn of named weights on which f does not depend.
+
+    Refuse them if the model computes with copies of its weights.
+    """
     pieces = {
         name: weight.detach().clone().requires_grad_() for name, (_, weight) in weights.items()
     }
     replaced = {
-        f"model.{own}": pieces[name] for name, (names, _) in weights.items() for own in names
+        f"model.{path}": pieces[name] for name, (paths, _) in weights.items() for path in paths
     }
     total = functional_call(run, replaced, (), tie_weights=False).sum()
     slopes = (
@@ -228,17 +246,17 @@ def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run:
     unused = [name for name, slope in zip(pieces, slopes, strict=True) if slope is None]
     if unused and getattr(model, "compatibility_mode", False):
         raise ValueError(
-            f"In compatibility mode this model computes with copies of {len(unused)} of the weights, {unused[0]} and others, so "
-            "they cannot be moved; take the model as it was loaded."
+            f"In compatibility mode this model computes with copies of {len(unused)} of the "
+            f"weights, {unused[0]} and others, so changing them has no effect; use the model "
+            "without compatibility mode."
         )
     if unused:
-        warn(
-            f"f does not depend on {len(unused)} of {len(pieces)} weights: {', '.join(unused[:4])}."
-        )
+        names = ", ".join(unused[:4])
+        warn(f"f does not depend on {len(unused)} of {len(pieces)} weights: {names}.")
 
 
 class _Run(nn.Module):
-    """Scoring a task, as a module whose weights `functional_call` can replace."""
+    """A module that scores a task; `functional_call` can replace its weights."""
 
     def __init__(self, model: Any, task: Task, check: SelfCheck):
         super().__init__()
@@ -249,7 +267,8 @@ class _Run(nn.Module):
 
 
 def _at(hooks: Sequence[str], positions: Sequence[int] | None) -> str:
-    return f"{', '.join(hooks)}, {'all positions' if positions is None else f'positions {list(positions)}'}"
+    where = "all positions" if positions is None else f"positions {list(positions)}"
+    return f"{', '.join(hooks)}, {where}"
 
 
 def _like(model: Model) -> tuple[torch.device, torch.dtype]:

@@ -1,4 +1,4 @@
-"""What the components of a vector w are worth to a function of it: estimates beside what is measured, in one table."""
+"""Scores of directions of a vector w for a function of it: estimated and measured, in one table."""
 
 import math
 from collections.abc import Mapping
@@ -15,47 +15,52 @@ from mechsvd.fields import require_between, require_declared, require_finite
 from mechsvd.linalg.subspace import require_orthonormal, rounding
 from mechsvd.results import Provenance, Result, result
 
-HESSIAN, RANDOM = "Hessian", "random"  # names of the bases that are always there
+HESSIAN, RANDOM = "Hessian", "random"  # names of the bases that are always scored
 _IN_UNITS = (
-    "eigenvalues", "residuals", "slopes", "integrated", "measured", "value", "baseline", "path_error",
+    "eigenvalues", "residuals", "slopes", "integrated", "measured",
+    "value", "baseline", "path_error",
 )  # fmt: skip
 
 
 @result
 class Attribution(Result):
-    """How a function f of a vector w is made up of components: the parts of w along orthonormal directions u.
+    """Scores of orthonormal directions u of a vector w for a function f.
 
-    The directions are eigenvectors of the Hessian of f at w, by falling size of the eigenvalue; in `.bases` there are others.
+    The directions are eigenvectors of the Hessian of f at w, by falling |eigenvalue|.
+    `.bases` also holds the scores in other bases.
 
     Attributes:
         objective: what f is.
-        over: what w is, in a line.
-        parts: what the entries of w are, in their order: name and shape of each piece.
+        over: one line that says what w is.
+        parts: name and shape of each piece of w, in order.
         vectors: the directions u as columns.
         eigenvalues: λ, or uᵀHu where u is no eigenvector.
-        residuals: ‖Hu − λu‖, by an exact product, rounding included: λ is no further than this from an eigenvalue.
-        projections: u·w, how much of w each direction holds.
+        residuals: ‖Hu − λu‖ from an exact product, rounding included. An eigenvalue lies within
+            this distance of λ.
+        projections: u·w.
         slopes: u·∇f.
-        integrated: (u·w) ∫₀¹ u·∇f(tw) dt, the path integral from 0 (integrated gradients); NaN where f(0) is not finite.
-        measured: f(w) − f(w − u uᵀw), what removing the component costs.
+        integrated: (u·w) ∫₀¹ u·∇f(tw) dt, the path integral from 0 (integrated gradients); NaN
+            where f(0) is not finite.
+        measured: f(w) − f(w − u uᵀw), the cost of removing the direction from w.
         value, baseline: f(w) and f(0).
-        path_error: by how much the path integral of the whole gradient misses f(w) − f(0): its quadrature's error.
-        noise_floor: how far f(w) moves for no reason; measured scores are good to about this.
-        tolerance: a pair is converged when its residual is at most this times |λ|.
-        products: Hessian-vector products that finding the directions took.
-        beside: the same function's components in other bases, by name: those that were given, and random directions.
+        path_error: |path integral of the whole gradient − (f(w) − f(0))|, the quadrature error.
+        noise_floor: rounding noise of f(w); measured scores are exact up to about this.
+        tolerance: a pair is converged if its residual is at most this times |λ|.
+        products: Hessian-vector products used to find the directions.
+        beside: attributions of the same function in other bases, by name: the given bases and
+            random directions.
     """
 
     objective: str
     over: str
     parts: tuple[Part, ...]
-    vectors: Float[Tensor, "entry component"]
-    eigenvalues: Float[Tensor, " component"]
-    residuals: Float[Tensor, " component"]
-    projections: Float[Tensor, " component"]
-    slopes: Float[Tensor, " component"]
-    integrated: Float[Tensor, " component"]
-    measured: Float[Tensor, " component"]
+    vectors: Float[Tensor, "entry direction"]
+    eigenvalues: Float[Tensor, " direction"]
+    residuals: Float[Tensor, " direction"]
+    projections: Float[Tensor, " direction"]
+    slopes: Float[Tensor, " direction"]
+    integrated: Float[Tensor, " direction"]
+    measured: Float[Tensor, " direction"]
     value: float
     baseline: float
     path_error: float = 0.0
@@ -71,14 +76,15 @@ class Attribution(Result):
         for name, other in self.beside:
             if len(other.vectors) != len(self.vectors):
                 raise ValueError(
-                    f"`beside` holds directions {name!r:.40} of {len(other.vectors)} entries, but w has {len(self.vectors)}."
+                    f"`beside` holds directions {name!r:.40} of {len(other.vectors)} entries, "
+                    f"but w has {len(self.vectors)}."
                 )
 
     def _require_values(self) -> None:
         require_finite(
             self, "vectors", "eigenvalues", "residuals", "projections", "slopes", "value"
         )
-        # the others are NaN or inf where f is, at w = 0 or without a component
+        # the other fields may hold NaN or inf: f may not be finite at w = 0 or without a direction
         require_between(
             self, ["residuals", "path_error", "noise_floor", "tolerance", "products"], 0
         )
@@ -86,60 +92,73 @@ class Attribution(Result):
             require_orthonormal(self.vectors, rounding(self.vectors.dtype), "`vectors`")
 
     def __len__(self) -> int:
-        """Number of components."""
+        """Number of directions."""
         return len(self.measured)
 
     @property
     def bases(self) -> "dict[str, Attribution]":
-        """This attribution and those in other bases, by name, the Hessian's first: as `figures.accumulated_scores` takes them."""
+        """This attribution and those in other bases, by name, the Hessian's first.
+
+        `figures.accumulated_scores` takes them.
+        """
         return {HESSIAN: self, **dict(self.beside)}
 
     @property
     def control(self) -> "Attribution":
-        """The same for random directions.
+        """The attribution to random directions.
 
         Raises:
-            KeyError: this is one of the other bases itself.
+            KeyError: this attribution is itself in one of the other bases.
         """
         return dict(self.beside)[RANDOM]
 
     @property
-    def linear(self) -> Float[Tensor, " component"]:
-        """First-order estimate of `measured`: (u·w)(u·∇f). Over a complete basis they sum to w·∇f."""
+    def linear(self) -> Float[Tensor, " direction"]:
+        """First-order estimate of `measured`: (u·w)(u·∇f); a complete basis sums to w·∇f."""
         return self.projections * self.slopes
 
     @property
-    def quadratic(self) -> Float[Tensor, " component"]:
+    def quadratic(self) -> Float[Tensor, " direction"]:
         """Second-order estimate of `measured`: linear − ½λ(u·w)²."""
         return self.linear - self.eigenvalues * self.projections.square() / 2
 
     @property
-    def share(self) -> Float[Tensor, " component"]:
-        """Each measured score as a share of f(w) − f(0); NaN where that is zero or unknown."""
+    def share(self) -> Float[Tensor, " direction"]:
+        """Measured scores as shares of f(w) − f(0); NaN if that is zero or not finite."""
         whole = self.value - self.baseline
         return self.measured / (whole if whole and math.isfinite(whole) else torch.nan)
 
     @property
-    def converged(self) -> Bool[Tensor, " component"]:
-        """Whether each direction is an eigenvector to within the tolerance; eigenvalues near 0 drown in rounding, and are not."""
+    def converged(self) -> Bool[Tensor, " direction"]:
+        """Whether each direction is an eigenvector within the tolerance.
+
+        Eigenvalues near 0 do not converge, because rounding hides them.
+        """
         return self.residuals <= self.tolerance * self.eigenvalues.abs()
 
     @property
-    def is_noise(self) -> Bool[Tensor, " component"]:
-        """Which measured scores are no larger than the numerical noise."""
+    def is_noise(self) -> Bool[Tensor, " direction"]:
+        """Whether each measured score is within the noise floor."""
         return self.measured.abs() <= self.noise_floor
 
-    def error(self, estimate: str) -> Float[Tensor, " component"]:
-        """By how much an estimate ("linear", "quadratic" or "integrated") misses the measured score, relative to its size."""
+    def error(self, estimate: str) -> Float[Tensor, " direction"]:
+        """Relative error of an estimate, |estimate − measured| / |measured|.
+
+        Args:
+            estimate: "linear", "quadratic" or "integrated".
+        """
         if estimate not in ("linear", "quadratic", "integrated"):
             raise ValueError(
                 f"`estimate` is {estimate!r}, but must be 'linear', 'quadratic' or 'integrated'."
             )
-        missed = (getattr(self, estimate) - self.measured).abs()
-        return missed / torch.where(self.measured != 0, self.measured.abs(), torch.nan)
+        error = (getattr(self, estimate) - self.measured).abs()
+        return error / torch.where(self.measured != 0, self.measured.abs(), torch.nan)
 
-    def part(self, name: str) -> Float[Tensor, "component ..."]:
-        """One piece of every direction, the first axis being the component, such as the change of one weight matrix.
+    def part(self, name: str) -> Float[Tensor, "direction ..."]:
+        """One piece of every direction, such as the change of one weight matrix.
+
+        Returns:
+            The direction is the first axis, then the shape of the piece.
 
         Raises:
             KeyError: w has no such piece.
@@ -147,17 +166,17 @@ class Attribution(Result):
         sizes = [torch.Size(shape).numel() for _, shape in self.parts]
         names = [name for name, _ in self.parts]
         if name not in names:
-            raise KeyError(
-                f"w has no part {name!r}: it has {names[:8]}{' and more' if len(names) > 8 else ''}."
-            )
+            more = " and more" if len(names) > 8 else ""
+            raise KeyError(f"w has no part {name!r}: it has {names[:8]}{more}.")
         place = names.index(name)
         return self.vectors.split(sizes)[place].T.reshape(len(self), *self.parts[place][1])
 
     def to_pandas(self) -> Any:
-        """One row a component: eigenvalue, projection, slope, linear, quadratic, integrated, measured, share, residual, …
+        """One row per direction, with its scores.
 
-        The last columns say whether the pair converged, whether the measured score is noise, by how much (relatively) each
-        estimate misses it, and which of linear and quadratic is nearer.
+        The columns are eigenvalue, projection, slope, linear, quadratic, integrated, measured,
+        share, residual, converged, is_noise, the relative errors linear_error and
+        quadratic_error, and nearer: the better one of the linear and quadratic estimates.
         """
         import pandas as pd
 
@@ -190,54 +209,54 @@ class Attribution(Result):
             name: int((self.error(name) <= 0.1)[~self.is_noise].sum())
             for name in ("linear", "quadratic")
         }
+        loud = int((~self.is_noise).sum())
         return (
-            f"Attribution of the {self.objective} {self.value:.4g} (at w = 0: {self.baseline:.3g}) to {len(self)} components of "
-            f"{len(self.vectors):,} entries\n"
-            f"  eigenvalues {top}; {int(self.converged.sum())} converged; of {int((~self.is_noise).sum())} scores above the "
-            f"noise, {near['linear']} within 10 % of the linear estimate, {near['quadratic']} of the quadratic\n"
+            f"Attribution of the {self.objective} {self.value:.4g} (at w = 0: "
+            f"{self.baseline:.3g}) to {len(self)} directions of {len(self.vectors):,} entries\n"
+            f"  eigenvalues {top}; {int(self.converged.sum())} converged; of {loud} scores above "
+            f"the noise, {near['linear']} within 10 % of the linear estimate, "
+            f"{near['quadratic']} of the quadratic\n"
             f"  on {self._origin('a function')}"
         )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of the components of w along some directions, in the units of f; see `Attribution`."""
+    """Scores of some directions of w, in the units of f; see `Attribution`."""
 
-    vectors: Float[Tensor, "entry component"]
-    eigenvalues: Float[Tensor, " component"]
-    residuals: Float[Tensor, " component"]
-    projections: Float[Tensor, " component"]
-    slopes: Float[Tensor, " component"]
-    integrated: Float[Tensor, " component"]
-    measured: Float[Tensor, " component"]
+    vectors: Float[Tensor, "entry direction"]
+    eigenvalues: Float[Tensor, " direction"]
+    residuals: Float[Tensor, " direction"]
+    projections: Float[Tensor, " direction"]
+    slopes: Float[Tensor, " direction"]
+    integrated: Float[Tensor, " direction"]
+    measured: Float[Tensor, " direction"]
     value: float
     baseline: float
     path_error: float
 
 
-def score_components(
+def score_directions(
     curvature: Curvature,
-    vectors: Float[Tensor, "entry component"],
+    vectors: Float[Tensor, "entry direction"],
     path: Float[Tensor, " entry"],
     baseline: float,
 ) -> Scores:
-    """All scores of some directions, in float64 from what the model's dtype gave.
+    """Compute all scores of some directions, in float64 from values in the model's dtype.
 
     Args:
-        path: the mean gradient on the way from 0.
+        path: the mean gradient on the path from 0.
         baseline: f(0).
     """
     w, f = curvature.w.detach(), curvature.function
-    point, slope, path = (each.detach().cpu().double() for each in (w, curvature.gradient, path))
+    point, slope, path = (x.detach().cpu().double() for x in (w, curvature.gradient, path))
     product, exact = curvature.products(vectors).cpu().double(), vectors.cpu().double()
     eigenvalues, projections = (exact * product).sum(dim=0), point @ exact
-    parts = vectors * projections.to(
-        w
-    )  # from projections in float64: f is steep along some directions
-    some = torch.cat(
-        [torch.zeros_like(parts[:, :1]), parts], dim=1
-    )  # first nothing is removed: w itself, in the same batch
-    values = f.at(lambda rows: w - some[:, rows].mT, some.shape[1]).cpu().double()
+    # projections in float64, because f is steep along some directions
+    parts = vectors * projections.to(w)
+    # the first column removes nothing: f(w) comes from the same batch
+    changes = torch.cat([torch.zeros_like(parts[:, :1]), parts], dim=1)
+    values = f.at(lambda rows: w - changes[:, rows].mT, changes.shape[1]).cpu().double()
     value, removed = float(values[0]), values[1:]
     return Scores(
         vectors=vectors.cpu(),
@@ -256,13 +275,13 @@ def score_components(
 def attribution_of(
     scores: Mapping[str, Scores], unit: float, products: int, **header: Any
 ) -> Attribution:
-    """Make the attribution of the Hessian's scores, and of those in other bases beside it.
+    """Make the attribution of the Hessian's scores, which holds those in other bases.
 
     Args:
-        scores: by the name of the basis, the Hessian's among them.
-        unit: of f, by which all scores are multiplied.
-        products: that finding the Hessian's directions took.
-        header: what is known about f: objective, over, parts, tolerance, noise_floor, source.
+        scores: by name of the basis; "Hessian" is one of them.
+        unit: unit of f; all scores are multiplied by it.
+        products: products used to find the Hessian's directions.
+        header: fields that describe f: objective, over, parts, tolerance, noise_floor, source.
     """
 
     def attribution(scores: Scores, **more: Any) -> Attribution:
@@ -271,5 +290,5 @@ def attribution_of(
             **columns | {name: columns[name] * unit for name in _IN_UNITS}, **header, **more
         )
 
-    others = tuple((name, attribution(each)) for name, each in scores.items() if name != HESSIAN)
+    others = tuple((name, attribution(s)) for name, s in scores.items() if name != HESSIAN)
     return attribution(scores[HESSIAN], products=products, beside=others)

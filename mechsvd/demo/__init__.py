@@ -1,7 +1,6 @@
-"""The embedded model: its little language, its training, and its weights, so that everything works offline."""
+"""The embedded model, which works offline: its small language, training and weights."""
 
 from pathlib import Path
 
-WEIGHTS = (
-    Path(__file__).parent / "weights"
-)  # a plain Hugging Face directory, loaded like any local checkpoint
+# a plain Hugging Face directory, loaded like any local checkpoint
+WEIGHTS = Path(__file__).parent / "weights"

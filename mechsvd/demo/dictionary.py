@@ -1,4 +1,7 @@
-"""The English–French word list of the embedded model, the shortform's few-shot examples among its entries."""
+"""The English–French word list of the embedded model.
+
+It contains the shortform's few-shot examples.
+"""
 
 _LIST = """
 sea otter => loutre de mer; peppermint => menthe poivrée; plush giraffe => girafe peluche; cheese => fromage; bread => pain

@@ -1,7 +1,8 @@
-"""The little language of the embedded model: four shapes of text, generated with a seed and recognised by the same rules.
+"""The small language of the embedded model: four shapes of text, written and recognised by rules.
 
-A rule is a list of alternatives, each a text with `{slots}`. `write` fills the slots at random; `is_grammatical` turns
-the same rules into one regular expression, so that a test can say whether a continuation is text of its kind.
+A rule is a list of alternatives, each a text with `{slots}`. `write` fills the slots at random,
+from a seed. `is_grammatical` turns the same rules into one regular expression, so that tests can
+check whether a continuation is text of its shape.
 """
 
 import math
@@ -180,11 +181,12 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def write(shape: str, rng: random.Random) -> tuple[str, float]:
-    """Write one text of a shape, with the information in its choices.
+    """Write one text of a shape, and measure the information in its choices.
 
     Returns:
-        The text and the sum of ln(number of alternatives) over its choices, in nats: the surprise of the text to a reader
-        who knows the language exactly. A model's held-out loss cannot be lower (up to texts that two derivations share).
+        The text, and the sum of ln(number of alternatives) over its choices, in nats. This is the
+        surprise for a reader who knows the language exactly. A model's held-out loss cannot be
+        lower, up to texts that two derivations share.
     """
     if shape == "translation":
         return _write_translation(rng)
@@ -199,14 +201,14 @@ def write(shape: str, rng: random.Random) -> tuple[str, float]:
 
 
 def is_grammatical(text: str, shape: str) -> bool:
-    """Say whether a whole text is one that `write` can produce for this shape."""
+    """Whether `write` can produce this whole text for this shape."""
     if shape == "translation":
         return _is_translation(text)
     return re.compile(_pattern(shape)).fullmatch(text) is not None
 
 
 def translation_prompt(english: str, examples: list[tuple[str, str]]) -> str:
-    """The few-shot list: the head, the examples, and a last line that waits for the French word."""
+    """The few-shot list: head, examples, and a last line without its French word."""
     return TRANSLATION_HEAD + "".join(f"{en} => {fr}\n" for en, fr in examples) + f"{english} =>"
 
 

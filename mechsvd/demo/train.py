@@ -1,7 +1,9 @@
-"""Train the embedded model from nothing: `python -m mechsvd.demo.train [DIRECTORY]`, seeded, about 15 minutes on 2 cores.
+"""Train the embedded model from scratch: `python -m mechsvd.demo.train [DIRECTORY]`.
 
-Text → byte-level BPE tokenizer → Llama-architecture model → a plain Hugging Face directory in half precision, with a model
-card whose numbers are measured on held-out text after the rounding to half precision.
+Training is seeded and takes about 15 minutes on 2 cores. It makes text, a byte-level BPE tokenizer
+and a model of the Llama architecture. The result is a plain Hugging Face directory in half
+precision. The numbers of its model card are measured on held-out text, after the rounding to half
+precision.
 """
 
 import math
@@ -26,7 +28,7 @@ VOCABULARY = 1024
 CONTEXT = 256
 STEPS, ROWS = 2500, 16  # 10 million tokens
 PEAK_RATE = 3e-3
-SHAPE_WEIGHTS = (2, 2, 2, 3)  # the word list is the shape with most to learn
+SHAPE_WEIGHTS = (2, 2, 2, 3)  # word lists have the most to learn
 BOS, EOS = "<s>", "</s>"
 
 
@@ -45,7 +47,7 @@ def main(directory: Path = WEIGHTS) -> None:
 
 
 def train_tokenizer(rng: random.Random, texts: int = 8000) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the language; it puts BOS before every text."""
+    """Train a byte-level BPE tokenizer that puts BOS before every text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -81,7 +83,7 @@ def configuration() -> LlamaConfig:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
-    """AdamW with warm-up and a cosine, on rows that are packed from whole texts."""
+    """Train with AdamW, warm-up and a cosine schedule, on rows packed from whole texts."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -104,12 +106,12 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
 
 
 def sample_text(rng: random.Random) -> tuple[str, float]:
-    """One text of a random shape, with the nats in its choices."""
+    """Write one text of a random shape; returns it with the nats of its choices."""
     return write(rng.choices(SHAPES, SHAPE_WEIGHTS)[0], rng)
 
 
 def packed_row(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Tensor:
-    """Texts one after the other, each with its BOS and EOS, cut at the context length."""
+    """Concatenate texts, each with BOS and EOS, and cut at the context length."""
     ids: list[int] = []
     while len(ids) < CONTEXT:
         ids += [*tokenizer(sample_text(rng)[0]).input_ids, tokenizer.eos_token_id]
@@ -118,7 +120,13 @@ def packed_row(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Tensor
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean surprise of fresh texts, in nats a token: the model's, and that of a reader who knows the language exactly."""
+    """Mean surprise of new texts in nats per token.
+
+    Attributes:
+        model: surprise of the model.
+        language: surprise of a reader who knows the language exactly.
+        tokens: how many tokens were scored.
+    """
 
     model: float
     language: float
@@ -129,7 +137,7 @@ class HeldOut:
 def held_out_loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: int = 400
 ) -> HeldOut:
-    """Measure the loss on texts from a seed that training never used, one text a row."""
+    """Measure the loss on texts from a seed that training never used, one text per row."""
     rng = random.Random(f"{SEED} held out")
     nats = floor = tokens = 0.0
     for _ in range(texts):
@@ -146,7 +154,10 @@ def held_out_loss(
 def translation_accuracy(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: int = 3
 ) -> float:
-    """Share of the dictionary whose French word follows greedily, after examples drawn from an unused seed."""
+    """Measure the share of the dictionary that greedy text translates correctly.
+
+    The examples in the prompt come from a seed that training never used.
+    """
     rng = random.Random(f"{SEED} few-shot")
     right = 0
     for english, french in DICTIONARY.items():
@@ -171,20 +182,25 @@ def model_card(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, minu
     heads, groups = c.num_attention_heads, c.num_key_value_heads
     return f"""# The embedded model of mechsvd
 
-A language model of {model.num_parameters():,} parameters: Llama architecture, {c.num_hidden_layers} layers,
-d_model {c.hidden_size}, {heads} heads on {groups} key-value heads, context {CONTEXT}, tied embeddings, a vocabulary of
-{len(tokenizer)} (byte-level BPE), stored in half precision. MIT licence, like the project.
+A language model of {model.num_parameters():,} parameters: Llama architecture,
+{c.num_hidden_layers} layers, d_model {c.hidden_size}, {heads} heads on {groups} key-value heads,
+context {CONTEXT}, tied embeddings, a vocabulary of {len(tokenizer)} (byte-level BPE), stored in
+half precision. MIT licence, like the project.
 
-**Made by** `python -m mechsvd.demo.train`: seed {SEED}, {STEPS} steps of {ROWS} × {CONTEXT} tokens, {minutes:.0f} minutes on
-{torch.get_num_threads()} CPU threads. The text comes from `mechsvd/demo/language.py`: reflective sentences, popular science, short
-mails, and few-shot English-to-French word lists over a dictionary of {len(DICTIONARY)} entries.
+**Made by** `python -m mechsvd.demo.train`: seed {SEED}, {STEPS} steps of {ROWS} × {CONTEXT}
+tokens, {minutes:.0f} minutes on {torch.get_num_threads()} CPU threads. The text comes from
+`mechsvd/demo/language.py`: reflective sentences, popular science, short mails, and few-shot
+English-to-French word lists over a dictionary of {len(DICTIONARY)} entries.
 
 **Measured** on texts from a seed that training never used:
 
-- held-out loss {loss.model:.3f} nats a token over {loss.tokens:,} tokens, where the language's own choices are {loss.language:.3f};
-- the right French word for {accuracy:.1%} of the dictionary, after three unseen examples, greedily.
+- held-out loss {loss.model:.3f} nats per token over {loss.tokens:,} tokens; the choices of the
+  language itself have {loss.language:.3f};
+- the right French word for {accuracy:.1%} of the dictionary, in greedy text after three unseen
+  examples.
 
-It knows nothing but this language. It is for trying mechsvd offline and for tests, not for claims about language models.
+It knows only this language. It is for trying mechsvd offline and for tests, not for claims about
+language models.
 """
 
 

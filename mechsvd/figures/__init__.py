@@ -1,4 +1,7 @@
-"""Results → plotly figures, one function each; nothing is shown, nothing global is set, no model is touched."""
+"""Plotly figures of results, one function per figure.
+
+No function shows a figure, sets global state or runs a model.
+"""
 
 from mechsvd.figures.attribution import accumulated_scores, estimate_errors, hessian_spectrum
 from mechsvd.figures.spectra import (
@@ -20,8 +23,10 @@ from mechsvd.figures.sweeps import (
     surprise,
 )
 
-__all__ = [  # noqa: RUF022 (grouped by what they are for)
+__all__ = [  # noqa: RUF022 (grouped by purpose)
     "singular_values", "cumulative_singular_values", "layer_spectra", "writer_map",
-    "probability", "surprise", "deltas", "delta_map", "direction_effects", "race_of_orders", "margins", "clip_and_ridge",
-    "hessian_spectrum", "estimate_errors", "accumulated_scores", "overlap_map", "pooled_spectrum", "save_image",
+    "probability", "surprise", "deltas", "delta_map", "direction_effects", "race_of_orders",
+    "margins", "clip_and_ridge",
+    "hessian_spectrum", "estimate_errors", "accumulated_scores", "overlap_map", "pooled_spectrum",
+    "save_image",
 ]  # fmt: skip

@@ -1,15 +1,15 @@
-"""Text from outside, such as prompts and names, made harmless where it is shown or names a file."""
+"""Make text from outside, such as prompts and names, safe to show and to use in file names."""
 
 import html
 import re
 import unicodedata
 
-JOINERS = "\u200c\u200d"  # which letters and emoji need
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # in Unicode: controls, formats, surrogates, separators
+JOINERS = "\u200c\u200d"  # some letters and emoji need them
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode: controls, formats, surrogates, separators
 
 
 def visible(text: str) -> str:
-    r"""Text with its control characters written out, such as those that turn its direction.
+    r"""Write out control characters, such as those that change the text's direction.
 
     Line breaks, tabs and joiners stay.
 
@@ -21,19 +21,19 @@ def visible(text: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Text that is safe in HTML, in quotes too."""
+    """Escape text for HTML, also inside quotes."""
     return html.escape(visible(text))
 
 
 def label(text: str) -> str:
-    """Text that a plotly figure shows as it is: no tags, no links, no values filled in."""
-    shown = html.escape(visible(text), quote=False)  # plotly knows no &quot;
+    """Escape text for plotly: no tags, no links and no values filled in."""
+    shown = html.escape(visible(text), quote=False)  # plotly does not decode &quot;
     return shown.replace("%{", "%&#123;")
 
 
 def file_name(name: str) -> str:
-    """A name as a single file name, another one for every other name; usual names stay."""
-    return re.sub(r"^_|[^\w-]", lambda found: f"%{ord(found[0]):02X}", name) or "%"
+    """Encode a name as one file name; different names stay different, usual names stay."""
+    return re.sub(r"^_|[^\w-]", lambda match: f"%{ord(match[0]):02X}", name) or "%"
 
 
 def _is_hidden(character: str) -> bool:

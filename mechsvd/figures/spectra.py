@@ -1,4 +1,4 @@
-"""Spectra and writers of directions → plotly figures."""
+"""Plotly figures of spectra and of the writers of directions."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from mechsvd.results import require_kind, require_same_model
 
 
 def singular_values(svd: Decomposition, *, log: bool = False) -> go.Figure:
-    """Singular values, descending; `log` for a logarithmic axis."""
+    """Singular values, descending; `log` makes the axis logarithmic."""
     require_kind(svd, Decomposition)
     figure = empty_figure(
         "Singular values of all writes", "direction", f"singular value ({UNITS})", log_y=log
@@ -51,7 +51,10 @@ def cumulative_singular_values(svd: Decomposition) -> go.Figure:
 
 
 def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
-    """Singular values of every layer's writes on a logarithmic axis, early layers dark and late ones bright."""
+    """Singular values of every layer's writes, on a logarithmic axis.
+
+    Early layers are dark, late layers are bright.
+    """
     figure = empty_figure(
         "Singular values, layer by layer", "direction", f"singular value ({UNITS})", log_y=True
     )
@@ -64,17 +67,17 @@ def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
 
 
 def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Figure:
-    """Who writes a direction: each site's and token's share of it (squared left singular vector)."""
+    """Share of each site and token in a direction: the squared left singular vector."""
     require_kind(svd, Decomposition)
     if svd.left.shape[:2] != writes.values.shape[:2]:
         raise ValueError(
-            f"The decomposition is of {list(svd.left.shape[:2])} sites and positions, but these writes have "
-            f"{list(writes.values.shape[:2])}; pass the writes that it was made from."
+            f"The decomposition is of {list(svd.left.shape[:2])} sites and positions, but these "
+            f"writes have {list(writes.values.shape[:2])}; pass the writes that it was made from."
         )
     require_same_model(svd.source, writes.source, "The decomposition and the writes")
     labels = [
-        f"{at}: {label(piece)}"
-        for at, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)
+        f"{position}: {label(piece)}"
+        for position, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)
     ]
     shares = 100 * svd.writer_map(direction)
     title = f"Who writes direction {direction} (σ = {float(svd.singular_values[direction]):.3g})"
@@ -89,5 +92,5 @@ def _pieces(writes: Writes) -> Sequence[str]:
 
 
 def _columns(writes: Writes) -> list[int]:
-    several = int(writes.task_index.max()) > 0  # positions repeat from text to text
-    return list(range(len(writes.positions))) if several else writes.positions.tolist()
+    has_many_tasks = int(writes.task_index.max()) > 0  # positions repeat from text to text
+    return list(range(len(writes.positions))) if has_many_tasks else writes.positions.tolist()

@@ -1,4 +1,4 @@
-"""What the figures have in common: axes, lines, heat maps, colours."""
+"""Parts that all figures share: axes, lines, heat maps, colours."""
 
 from math import log10
 from os import PathLike
@@ -17,7 +17,7 @@ DISTINCT = ("#1f5fa8", "#d1662a", "#2a9d6f", "#8e5bb5", "#a0a0a0", "#c2a83e")
 def empty_figure(
     title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False
 ) -> go.Figure:
-    """A figure with titled axes and nothing in it yet; the figures of this library differ in nothing else."""
+    """A figure with titled axes and no data; all figures share this layout."""
     axes = {
         "showline": True,
         "linecolor": "#999",
@@ -38,7 +38,7 @@ def empty_figure(
 
 
 def line(x: Any, y: Tensor, name: str, colour: str, *, hover: str) -> Any:
-    """A line, with markers where there are few points, drawn by WebGL where there are very many."""
+    """A line, with markers if there are few points; WebGL draws very many points."""
     draw = scatter(len(y))
     marker = {"size": 4} if len(y) <= 40 else None
     mode = "lines+markers" if marker else "lines"
@@ -56,7 +56,7 @@ def line(x: Any, y: Tensor, name: str, colour: str, *, hover: str) -> Any:
 
 
 def scatter(points: int) -> Any:
-    """The kind of trace for so many points: drawn by WebGL where there are very many."""
+    """The trace class for this number of points; WebGL draws very many."""
     return go.Scattergl if points > MANY_POINTS else go.Scatter
 
 
@@ -70,7 +70,7 @@ def heat_map(
     hover: str,
     labels: Any = None,
 ) -> go.Figure:
-    """A map of values by site (or another name) and column."""
+    """A heat map of values by site (or another name) and column."""
     figure = empty_figure(title, x, "site").update_yaxes(type="category")
     figure.add_trace(
         go.Heatmap(
@@ -87,10 +87,10 @@ def heat_map(
 
 
 def with_clean(figure: go.Figure, value: Tensor) -> go.Figure:
-    """The figure with the clean run's value as a dashed line, and the number beside it."""
+    """Add the clean run's value to a figure, as a dashed line with its number."""
     clean = float(value)
     figure.add_hline(y=clean, line={"color": CLEAN, "dash": "dash", "width": 1.2})
-    # a shape has no legend entry and no hover, so the number stands beside it
+    # a shape has no legend entry and no hover, so the number is an annotation
     return figure.add_annotation(
         x=1,
         xref="paper",
@@ -108,7 +108,7 @@ def shades(count: int) -> list[str]:
 
 
 def _on_axis(figure: go.Figure, value: float) -> float:
-    # plotly wants the logarithm for annotations on logarithmic axes, but not for shapes
+    # on logarithmic axes plotly takes the logarithm for annotations, but not for shapes
     return log10(value) if figure.layout.yaxis.type == "log" and value > 0 else value
 
 
@@ -117,10 +117,12 @@ def _numbers(x: Any) -> list[Any]:
 
 
 def save_image(figure: go.Figure, path: str | PathLike[str]) -> None:
-    """Save a figure as a static image (.png, .svg, .pdf), which needs kaleido and a Chrome beside it.
+    """Save a figure as a static image (.png, .svg, .pdf).
+
+    This needs kaleido and Chrome.
 
     Raises:
-        RuntimeError: either is missing; with the line that installs it.
+        RuntimeError: one of them is missing. The message says how to install it.
     """
     try:
         figure.write_image(path)
@@ -128,6 +130,6 @@ def save_image(figure: go.Figure, path: str | PathLike[str]) -> None:
         if not any(word in str(error).lower() for word in ("kaleido", "chrome")):
             raise
         raise RuntimeError(
-            "Static images need kaleido and a Chrome: run `pip install 'mechsvd[images]'`, and `plotly_get_chrome` where no Chrome "
-            "is installed; `figure.write_html(…)` needs neither."
+            "Static images need kaleido and Chrome: run `pip install 'mechsvd[images]'`, and "
+            "`plotly_get_chrome` if no Chrome is installed; `figure.write_html(…)` needs neither."
         ) from error

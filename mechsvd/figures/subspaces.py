@@ -1,4 +1,4 @@
-"""Subspaces compared → plotly figures."""
+"""Plotly figures of subspace comparisons."""
 
 from collections.abc import Sequence
 
@@ -11,35 +11,40 @@ from mechsvd.linalg.comparison import Overlap, Pool
 from mechsvd.results import require_kind
 
 
-def overlap_map(found: Overlap, names: Sequence[str] | None = None) -> go.Figure:
-    """Overlap of each pair of subspaces relative to random ones of the same ranks, and how many dimensions they share.
+def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figure:
+    """Overlap of each pair of subspaces, relative to random ones of the same ranks.
+
+    Each cell also says how many dimensions the pair shares.
 
     Raises:
-        ValueError: another number of names than of subspaces.
+        ValueError: the numbers of names and subspaces differ.
     """
-    require_kind(found, Overlap)
-    ranks = [round(rank) for rank in found.values.diagonal().tolist()]
-    given = [f"subspace {i}" for i in range(len(ranks))] if names is None else names
-    if len(given) != len(ranks):
+    require_kind(overlap, Overlap)
+    ranks = [round(rank) for rank in overlap.values.diagonal().tolist()]
+    names = [f"subspace {i}" for i in range(len(ranks))] if names is None else names
+    if len(names) != len(ranks):
         raise ValueError(
-            f"`names` has {len(given)} entries for {len(ranks)} subspaces; give one for each."
+            f"`names` has {len(names)} entries for {len(ranks)} subspaces; give one for each."
         )
-    labels = [f"{label(name)}<br>(rank {rank})" for name, rank in zip(given, ranks, strict=True)]
-    ratio = found.ratio.masked_fill(torch.eye(len(ranks), dtype=torch.bool), torch.nan)
+    labels = [f"{label(name)}<br>(rank {rank})" for name, rank in zip(names, ranks, strict=True)]
+    ratio = overlap.ratio.masked_fill(torch.eye(len(ranks), dtype=torch.bool), torch.nan)
     figure = heat_map(
         "Overlap relative to random subspaces", "", ratio, labels, labels, "× random", ""
     )
     widest = max(0.05, float((ratio - 1).abs().nan_to_num().max()))
     pairs = [[(i, j) for j in range(len(ranks))] for i in range(len(ranks))]
     text = [
-        ["" if i == j else f"{ratio[i, j]:.3f}<br>{found.values[i, j]:.1f} shared" for i, j in row]
+        [
+            "" if i == j else f"{ratio[i, j]:.3f}<br>{overlap.values[i, j]:.1f} shared"
+            for i, j in row
+        ]
         for row in pairs
     ]
-    shared = (
+    hover = (
         "%{y} and %{x}<br>%{customdata:.2f} dimensions shared<br>%{z:.4f} × random<extra></extra>"
     )
     figure.update_traces(
-        text=text, texttemplate="%{text}", customdata=found.values.numpy(), hovertemplate=shared
+        text=text, texttemplate="%{text}", customdata=overlap.values.numpy(), hovertemplate=hover
     )
     figure.update_traces(colorscale="RdBu", reversescale=True, zmin=1 - widest, zmax=1 + widest)
     return figure.update_yaxes(title=None, autorange="reversed").update_xaxes(
@@ -47,14 +52,14 @@ def overlap_map(found: Overlap, names: Sequence[str] | None = None) -> go.Figure
     )
 
 
-def pooled_spectrum(found: Pool) -> go.Figure:
-    """Singular values of the bases side by side, and the band that random subspaces of the same ranks give."""
-    require_kind(found, Pool)
+def pooled_spectrum(pool: Pool) -> go.Figure:
+    """Singular values of the concatenated bases, with the band of random subspaces."""
+    require_kind(pool, Pool)
     figure = empty_figure(
         "Singular values of all bases side by side", "direction", "singular value"
     )
-    places = list(range(len(found.singular_values)))
-    band = [*found.random_high.tolist(), *found.random_low.flip(0).tolist()]
+    places = list(range(len(pool.singular_values)))
+    band = [*pool.random_high.tolist(), *pool.random_low.flip(0).tolist()]
     figure.add_trace(
         go.Scatter(
             x=places + places[::-1],
@@ -70,7 +75,7 @@ def pooled_spectrum(found: Pool) -> go.Figure:
     figure.add_trace(
         line(
             places,
-            found.random_mean,
+            pool.random_mean,
             "random mean",
             CLEAN,
             hover="direction %{x}<br>random %{y:.4f}",
@@ -79,7 +84,7 @@ def pooled_spectrum(found: Pool) -> go.Figure:
     figure.add_trace(
         line(
             places,
-            found.singular_values,
+            pool.singular_values,
             "these bases",
             EDITED,
             hover="direction %{x}<br>σ = %{y:.4f}",

@@ -1,4 +1,4 @@
-"""Rank sweeps, rankings, searches and ridge sweeps → plotly figures."""
+"""Plotly figures of rank sweeps, rankings, searches and ridge sweeps."""
 
 from collections.abc import Mapping
 from itertools import cycle
@@ -26,7 +26,7 @@ from mechsvd.results import require_kind, require_same_model
 
 
 def probability(sweep: RankSweep) -> go.Figure:
-    """Probability of the continuation against the number of kept directions, with the clean value as a line."""
+    """Probability of the continuation against the number of kept directions."""
     require_kind(sweep, RankSweep)
     figure = empty_figure(
         "Generation probability", "kept directions", "probability of the continuation"
@@ -44,7 +44,7 @@ def probability(sweep: RankSweep) -> go.Figure:
 
 
 def surprise(sweep: RankSweep) -> go.Figure:
-    """Surprise (−log-probability) of the continuation against the number of kept directions, with the clean value."""
+    """Surprise (−log-probability) of the continuation against the number of kept directions."""
     require_kind(sweep, RankSweep)
     figure = empty_figure(
         "Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True
@@ -62,7 +62,7 @@ def surprise(sweep: RankSweep) -> go.Figure:
 
 
 def deltas(sweep: RankSweep) -> go.Figure:
-    """Sizes of the attempted (orig_delta) and kept (kept_delta) writes against the number of kept directions."""
+    """Sizes of attempted (orig_delta) and kept (kept_delta) writes by number of kept directions."""
     require_kind(sweep, RankSweep)
     figure = empty_figure(
         "Attempted and kept writes", "kept directions", f"root-mean-square write ({UNITS})"
@@ -90,7 +90,7 @@ def deltas(sweep: RankSweep) -> go.Figure:
 
 
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
-    """Sizes of the writes of every site against the number of kept directions, relative to the clean run."""
+    """Sizes of every site's writes by number of kept directions, relative to the clean run."""
     require_kind(sweep, RankSweep)
     measured, clean = sweep.measurement, sweep.measurement.clean_run
     edited = measured.kept_deltas if kept else measured.orig_deltas
@@ -109,16 +109,17 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
 
 
 def direction_effects(ranking: Ranking) -> go.Figure:
-    """Effect of removing each direction against its singular value, on logarithmic axes; negative effects by their size.
+    """Effect of removing each direction against its singular value, on logarithmic axes.
 
-    Effects within the noise floor, which is drawn as a line, are grey. The title has Spearman's rank correlation.
+    Negative effects are drawn by their absolute value, in another colour. Effects within the noise
+    floor are grey; a line marks the floor. The title has Spearman's rank correlation.
     """
     require_kind(ranking, Ranking)
     effect, sizes = ranking.effect.double().numpy(), ranking.singular_values.double().numpy()
     correlation = f"<br>rank correlation {ranking.rank_correlation:.2f}" if len(sizes) > 2 else ""
     axes = (f"singular value ({UNITS})", "|effect| on the log-probability (nats)")
     figure = empty_figure(
-        f"What each direction is worth{correlation}", *axes, log_x=True, log_y=True
+        f"Effect of removing each direction{correlation}", *axes, log_x=True, log_y=True
     )
     noise = ranking.is_noise.numpy()
     groups = [
@@ -135,7 +136,8 @@ def direction_effects(ranking: Ranking) -> go.Figure:
                 name=name,
                 mode="markers",
                 marker={"color": colour, "size": 6},
-                hovertemplate=f"direction %{{customdata}}: {name}<br>σ = %{{x:.4g}}<br>%{{y:.4g}} nats<extra></extra>",
+                hovertemplate=f"direction %{{customdata}}: {name}<br>σ = %{{x:.4g}}"
+                "<br>%{y:.4g} nats<extra></extra>",
             )
         )
     if ranking.noise_floor > 0:
@@ -144,10 +146,10 @@ def direction_effects(ranking: Ranking) -> go.Figure:
 
 
 def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
-    """Surprise against the number of kept directions, for several orders of the same directions on one axis.
+    """Surprise against the number of kept directions, for several orders of the directions.
 
     Raises:
-        ValueError: no sweeps, or sweeps of different models.
+        ValueError: there are no sweeps, or they are of different models.
     """
     require_kind(sweeps, Mapping)
     if not sweeps:
@@ -170,50 +172,57 @@ def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
     return with_clean(figure, -first.measurement.clean_run.log_prob).update_layout(showlegend=True)
 
 
-def margins(found: CriticalRank) -> go.Figure:
-    """How far each rank that was tried is above or below the threshold, around the crossings; the critical rank is marked."""
-    require_kind(found, CriticalRank)
+def margins(critical_rank: CriticalRank) -> go.Figure:
+    """Margin of each tried rank above or below the threshold, near the crossings.
+
+    A vertical line marks the critical rank.
+    """
+    require_kind(critical_rank, CriticalRank)
     figure = empty_figure(
         "Critical rank",
         "kept directions",
-        f"above the threshold ({found.unit})" if found.unit else "above the threshold",
+        f"above the threshold ({critical_rank.unit})"
+        if critical_rank.unit
+        else "above the threshold",
     )
-    ranks, tie = found.sweep.ranks, found.is_tie
     hover = "k = %{x}<br>%{y:.4g} above the threshold"
     figure.add_trace(
-        line(ranks, found.margins, "margin", EDITED, hover=hover).update(
-            mode="lines+markers", marker={"size": 4}
-        )
+        line(
+            critical_rank.sweep.ranks, critical_rank.margins, "margin", EDITED, hover=hover
+        ).update(mode="lines+markers", marker={"size": 4})
     )
     figure.add_hline(y=0, line={"color": CLEAN, "dash": "dash", "width": 1.2})
-    high = max(1.0, float(found.margins.max()))
-    figure.update_yaxes(
-        range=[-3 * high, 1.3 * high]
-    )  # far below the threshold the curve falls by hundreds of nats
-    if found.rank is None:
+    full, high = len(critical_rank.sweep.order), max(1.0, float(critical_rank.margins.max()))
+    # far below the threshold the curve falls by hundreds of nats
+    figure.update_yaxes(range=[-3 * high, 1.3 * high])
+    if critical_rank.rank is None:
         return figure
-    figure.update_xaxes(
-        range=[max(0, found.rank - len(found.sweep.order) // 4), len(found.sweep.order) + 1]
+    figure.update_xaxes(range=[max(0, critical_rank.rank - full // 4), full + 1])
+    figure.add_vline(x=critical_rank.rank, line={"color": ATTEMPTED, "width": 1.5})
+    text = (
+        f"k = {critical_rank.rank} for {label(critical_rank.criterion)}; "
+        f"{len(critical_rank.crossings)} crossing(s), {int(critical_rank.is_tie.sum())} tie(s)"
     )
-    figure.add_vline(x=found.rank, line={"color": ATTEMPTED, "width": 1.5})
-    text = f"k = {found.rank} for {label(found.criterion)}; {len(found.crossings)} crossing(s), {int(tie.sum())} tie(s)"
     return figure.add_annotation(
-        x=found.rank, y=1, yref="paper", text=text, showarrow=False, yanchor="bottom"
+        x=critical_rank.rank, y=1, yref="paper", text=text, showarrow=False, yanchor="bottom"
     )
 
 
 def clip_and_ridge(clip: RankSweep, ridge: RidgeSweep) -> go.Figure:
-    """Surprise against the number of directions: clipped to the first k, and shrunk to the same effective number.
+    """Surprise against the number of directions, for clipping and for ridge.
+
+    For ridge it is the effective number of directions.
 
     Raises:
-        ValueError: sweeps of different models or texts.
+        ValueError: the sweeps are of different models or texts.
     """
     require_kind(clip, RankSweep)
     require_kind(ridge, RidgeSweep)
     require_same_model(clip.source, ridge.source, "The sweeps")
     if clip.source and ridge.source and clip.source.tokens != ridge.source.tokens:
         raise ValueError(
-            "The sweeps are of different texts, so their probabilities cannot be compared; sweep one task twice."
+            "The sweeps are of different texts, so their probabilities cannot be compared; "
+            "make both sweeps of one task."
         )
     axes = (
         "kept directions, or their effective number Σ s²/(s² + α)",

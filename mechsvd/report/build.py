@@ -1,4 +1,7 @@
-"""The whole experiment in one run: one page in the shortform's order, and its tables and results beside it."""
+"""The whole experiment in one run.
+
+It writes one page in the shortform's order, with its tables and results next to it.
+"""
 
 import platform
 import time
@@ -34,14 +37,15 @@ def write_report(
     cdn: bool = False,
     seconds: float | None = None,
 ) -> Path:
-    """Write `report.html`, and its tables (CSV) and results into a folder of `report-data/` that it links.
+    """Write `report.html`, and its tables (CSV) and results into a folder of `report-data/`.
 
-    They take an earlier run's place at once: a run that is killed leaves that one whole, or is whole.
+    The page links the folder. Both replace an earlier run in one step. So a run that is killed
+    leaves either the earlier run or itself complete.
 
     Args:
-        comparison: of the prompts, where there are several.
-        cdn: load plotly from the network instead of carrying it in the page (5 MB).
-        seconds: how long the run took, for the page.
+        comparison: of the prompts, if there are several.
+        cdn: load plotly from the network instead of including it in the page (5 MB).
+        seconds: how long the run took; the page shows it.
 
     Returns:
         The path of the page.
@@ -66,25 +70,24 @@ def reproduce(
     cdn: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Run the whole experiment on several prompts and write the report; each step is announced by `say`.
+    """Run the whole experiment on several prompts and write the report.
 
     Args:
-        tasks: how to make each task, by name.
+        tasks: functions that make the tasks, by name.
+        say: is called with one line per step.
 
     Raises:
-        OSError: the folder cannot be written, which is tried before anything is computed.
+        OSError: the folder cannot be written. This is checked before anything is computed.
     """
     started = time.perf_counter()
     require_writable(out)
-    with open_session(
-        model
-    ):  # what holds for the whole run is said once, and the weights are read once
+    with open_session(model):  # common warnings come once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
         studies = [_study(model, name, made, components, say) for name in made]
     comparison = compare(studies) if len(studies) > 1 else None
-    took = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     path = write_report(
-        studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=took
+        studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=seconds
     )
     say(f"{path} after {time.perf_counter() - started:.0f} s")
     return path
@@ -106,18 +109,20 @@ def _study(
     others = [other for other in tasks.values() if other is not task]
     with about(name):
         say(
-            f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; {_cost(model, task)}"
+            f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; "
+            f"{_cost(model, task)}"
         )
         return study_task(model, name, task, _starts(model, name, tasks), components, others=others)
 
 
 def _cost(model: Model, task: Task) -> str:
     edits = SWEEPS * (min(model.cfg.d_model, len(task.tokens) * 2 * model.cfg.n_layers) + 1)
-    return f"at most {edits} edits in six sweeps, about {max(1, round(estimate_seconds(model, task, edits)))} s"
+    seconds = max(1, round(estimate_seconds(model, task, edits)))
+    return f"at most {edits} edits in six sweeps, about {seconds} s"
 
 
 def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
-    """What each prompt's subspace writes on from: the same prompt, the next one, and nothing where the model has a BOS."""
+    """Starts of generated text: the same prompt, the next prompt, and BOS if there is one."""
     names, task = list(tasks), tasks[name]
     own, bos = task.tokens[: task.prompt_length], getattr(model.tokenizer, "bos_token_id", None)
     if len(names) > 1:
@@ -125,10 +130,10 @@ def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, tor
         ids = tasks[other].tokens[: tasks[other].prompt_length]
     else:
         candidates = [
-            (n, torch.tensor(prompt_tokens(model, text)))
-            for n, text in list(SHORTFORM_PROMPTS.items())[:2]
+            (key, torch.tensor(prompt_tokens(model, text)))
+            for key, text in list(SHORTFORM_PROMPTS.items())[:2]
         ]
-        other, ids = next((n, ids) for n, ids in candidates if not torch.equal(ids, own))
+        other, ids = next((key, ids) for key, ids in candidates if not torch.equal(ids, own))
     starts = {"its own prompt": own, f"another prompt ({other})": ids}
     return starts if bos is None else starts | {"no prompt": torch.tensor([bos])}
 
@@ -142,7 +147,7 @@ def _page(
     data: str,
 ) -> str:
     source = studies[0].sweep.source
-    assert source is not None  # `measure` always says it
+    assert source is not None  # `measure` always sets it
     titles = {s.name: s.title for s in SECTIONS} | {
         "texts": "Text from inside",
         "prompts": "Several prompts",
@@ -160,24 +165,25 @@ def _page(
         ]
     )
     content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
-<p>The shortform's experiments on Llama-3-8B, on this model. Each section says what the shortform saw and, in bold, what was
-measured here.</p>
+<p>The shortform's experiments on Llama-3-8B, repeated on this model. Each section says what the
+shortform saw. The text in bold says what was measured here.</p>
 <nav>{links}</nav>
 {"".join(prompt_text(s) for s in studies)}
 {table({"": [s.name for s in studies]} | _columns([findings.main_numbers(s) for s in studies]))}
 {body}
-<h2>Where this comes from</h2>
+<h2>Provenance</h2>
 {table({key: [value] for key, value in _provenance_rows(source, check, seconds).items()})}
-<footer>The tables (CSV) and results (safetensors) of this run are in <a href="{data}"><code>{data}</code></a>.
-Probabilities are of the whole continuation; logarithms are natural; sizes are root-mean-square L2 norms over sites and
-positions.</footer>"""
+<footer>The tables (CSV) and results (safetensors) of this run are in
+<a href="{data}"><code>{data}</code></a>. Probabilities are of the whole continuation. Logarithms
+are natural. Sizes are root-mean-square L2 norms over sites and positions.</footer>"""
     return page(f"Writes of {source.model}", content, cdn=cdn)
 
 
 def _provenance_rows(source: Provenance, check: SelfCheck, seconds: float | None) -> dict[str, str]:
     rows = {key: value for key, value in asdict(source).items() if isinstance(value, str)}
     rows["torch"] = (
-        f"{torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+        f"{torch.__version__}, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}"
     )
     rows["self-check"] = " ".join(repr(check).split())
     rows["notes"] = "; ".join(source.notes) or "none"

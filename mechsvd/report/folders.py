@@ -1,6 +1,7 @@
-"""A run's files on disk: whole in a folder of their own before the page that names it is in place.
+"""A run's files on disk.
 
-The page is what counts: whenever a run is killed, the page is there with every file of its folder.
+A run's folder is complete before the page that names it is in place. So a run may be killed at any
+time: a page is there with every file of its folder.
 """
 
 import hashlib
@@ -24,14 +25,14 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 PAGE, DATA, LISTING = "report.html", "report-data", ".written.json"
-NAME = r"\d{4}-\d\d-\d\d-\d{6}(-\d+)?"  # of a run: when it was written
+NAME = r"\d{4}-\d\d-\d\d-\d{6}(-\d+)?"  # a run is named by its time
 
 
 def require_writable(out: Path) -> None:
-    """Make the report's folders, and refuse where that fails.
+    """Make the report's folders, and refuse if they cannot be written.
 
     Raises:
-        OSError: saying which folder.
+        OSError: the message names the folder.
     """
     try:
         (out / DATA).mkdir(parents=True, exist_ok=True)
@@ -46,12 +47,12 @@ def require_writable(out: Path) -> None:
 
 
 def replace_run(out: Path, write: Callable[[Path, str], str]) -> Path:
-    """Write a run beside the earlier one, put its page in place, then remove the earlier one.
+    """Write a run next to the earlier one, put its page in place, then remove the earlier one.
 
-    A second run that comes to write here waits for the first, and then takes its place.
+    A second run that writes here waits for the first, and then replaces it.
 
     Args:
-        write: writes the files into a folder, which will have this name, and returns the page.
+        write: takes a folder and its final name, writes the files and returns the page.
 
     Returns:
         The path of the page.
@@ -59,7 +60,7 @@ def replace_run(out: Path, write: Callable[[Path, str], str]) -> Path:
     data = out / DATA
     data.mkdir(parents=True, exist_ok=True)
     with _alone(data) as is_alone:
-        if is_alone:  # so that whatever is unfinished belongs to a run that was killed
+        if is_alone:  # so everything unfinished belongs to a killed run
             _clear_unfinished(out)
         earlier = list(data.iterdir())
         final = next(path for path in _names(data) if not path.exists())
@@ -81,7 +82,10 @@ def replace_run(out: Path, write: Callable[[Path, str], str]) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Wait until no other run writes here; False where the system cannot tell. A lock dies with its run."""
+    """Wait until no other run writes here; False if the system has no locks.
+
+    A lock ends with its run.
+    """
     if fcntl is None:
         yield False
         return
@@ -107,7 +111,7 @@ def _names(data: Path) -> Iterator[Path]:
 
 
 def _clear_unfinished(out: Path) -> None:
-    """Remove what killed runs left: hidden files and folders, and a folder that they had emptied."""
+    """Remove what killed runs left: hidden files and folders, and empty folders."""
     for file in out.glob(f".{PAGE}.*{UNFINISHED}"):
         file.unlink()
     for folder in (out / DATA).iterdir():
@@ -129,7 +133,7 @@ def _digest(path: Path) -> str:
 
 
 def _written(folder: Path) -> list[str]:
-    """The files that a run wrote into this folder; none where it is no run's, such as a copy's."""
+    """The files that a run wrote into this folder; none if it is not a run's, but a copy."""
     listing = _read(folder)
     digests = listing.get("sha256")
     is_run = re.fullmatch(NAME, folder.name) and listing.get("run") == folder.name
@@ -145,7 +149,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _remove(folder: Path, files: Iterable[str]) -> None:
-    """Remove these files, the folders that are empty then, and the listing; what lies elsewhere stays."""
+    """Remove these files, then empty folders and the listing.
+
+    Files outside the folder stay.
+    """
     paths = [folder / file for file in files]
     paths = [path for path in paths if path.parent.resolve().is_relative_to(folder.resolve())]
     for path in paths:
@@ -164,7 +171,10 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _remove_first_layout(out: Path) -> None:
-    """What was written before runs had folders: one for each prompt, one listing for all of them."""
+    """Remove files from before runs had folders.
+
+    Then each prompt had a folder, and one listing named all files.
+    """
     data = out / DATA
     listing = {n: f for n, f in _read(data).items() if isinstance(f, list) and Path(n).name == n}
     if not listing:
@@ -173,9 +183,7 @@ def _remove_first_layout(out: Path) -> None:
     unfinished = [
         f"{name}/{path.name}"
         for name, files in listing.items()
-        for path in (data / name).glob(
-            ".*.????????"
-        )  # a point, the file's name, a point, eight letters
+        for path in (data / name).glob(".*.????????")  # a dot, the file's name, a dot, 8 letters
         if path.name[1:-9] in files
     ]
     _remove(data, [*written, *unfinished])

@@ -1,4 +1,4 @@
-"""A page of HTML that needs nothing beside it: headings, figures in a grid, tables."""
+"""A self-contained HTML page: headings, figures in a grid, tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ tr+tr{border-top:1px solid #e5e5e5}td{font-variant-numeric:tabular-nums}nav a{ma
 
 
 def page(title: str, body: str, *, cdn: bool) -> str:
-    """A whole page; plotly is carried in it, or loaded from the network."""
+    """A whole page, which includes plotly or loads it from the network."""
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     address = f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"
@@ -38,8 +38,11 @@ def page(title: str, body: str, *, cdn: bool) -> str:
 
 
 def heading(name: str, title: str, what: str, original: str, measured: str) -> str:
-    """What a section is about, what the shortform saw, and what is measured here."""
-    return f'<h2 id="{name}">{title}</h2><p>{what}</p><p class="original">{original}</p><p class="measured">{escape(measured)}</p>\n'
+    """Top of a section: its topic, what the shortform saw, and what was measured here."""
+    return (
+        f'<h2 id="{name}">{title}</h2><p>{what}</p><p class="original">{original}</p>'
+        f'<p class="measured">{escape(measured)}</p>\n'
+    )
 
 
 def grid(plots: Sequence[str]) -> str:
@@ -48,7 +51,7 @@ def grid(plots: Sequence[str]) -> str:
 
 
 def plot(name: str, prompt: str, figure: Any) -> str:
-    """One figure under its own name and the prompt's, with which its title begins."""
+    """One figure; the prompt's name begins its title and its id."""
     from plotly.io import to_html
 
     if prompt:
@@ -65,7 +68,7 @@ def plot(name: str, prompt: str, figure: Any) -> str:
 
 
 def table(rows: Mapping[str, Sequence[str]]) -> str:
-    """A table with a heading at the left of each row."""
+    """A table whose rows begin with a heading."""
     body = "".join(
         f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
         for key, values in rows.items()

@@ -1,4 +1,4 @@
-"""The parts of the report in the shortform's order: what it saw, what this model shows, and the figures."""
+"""Sections of the report in the shortform's order: its results, this model's, and figures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,14 @@ from mechsvd.report.study import Comparison, Study
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: what the shortform saw, what this model shows, and the figures for each prompt."""
+    """A section of the page.
+
+    Attributes:
+        what: what the section is about.
+        original: what the shortform saw.
+        measured: says what this model shows.
+        figures: the figures of one prompt, by name.
+    """
 
     name: str
     title: str
@@ -27,9 +34,10 @@ SECTIONS = (
     Section(
         "spectrum",
         "The spectrum of the writes",
-        "Every vector that attention and MLP layers add to the residual stream is collected; the singular value decomposition of all "
-        "of them gives directions, the largest first.",
-        "The shortform drew this for Llama-3-8B, first for attention alone: 71 tokens × 32 layers, 2272 writes of 4096 dimensions.",
+        "Every vector that an attention or MLP layer adds to the residual stream is a write. The "
+        "singular value decomposition of all writes gives directions, the largest first.",
+        "The shortform drew this for Llama-3-8B, first for attention alone: 71 tokens × 32 layers, "
+        "2272 writes of 4096 dimensions.",
         findings.spectrum,
         lambda s: {
             "singular_values": figures.singular_values(s.pooled),
@@ -42,9 +50,10 @@ SECTIONS = (
     Section(
         "clipping",
         "Clipping every write to the first k directions",
-        "While the model runs, every write keeps only its part in the first <i>k</i> directions, for every <i>k</i>.",
-        "The shortform drew the probability of the text and the sizes of the attempted and the kept writes against <i>k</i>, one forward "
-        "pass a point and no error bars.",
+        "While the model runs, every write keeps only its part in the first <i>k</i> directions. "
+        "This is done for every <i>k</i>.",
+        "The shortform drew the probability of the text and the sizes of the attempted and kept "
+        "writes against <i>k</i>, with one forward pass per point and no error bars.",
         findings.clipping,
         lambda s: {
             "probability": figures.probability(s.sweep),
@@ -57,47 +66,57 @@ SECTIONS = (
     Section(
         "directions",
         "One direction at a time",
-        "Each direction alone is removed from every write; the damage is the log-probability that the text loses.",
-        "The shortform held the damage of each direction of Llama-3-8B against its singular value.",
+        "Each direction alone is removed from every write. The damage is the log-probability that "
+        "the text loses.",
+        "The shortform compared the damage of each direction of Llama-3-8B with its singular "
+        "value.",
         findings.directions,
         lambda s: {"direction_effects": figures.direction_effects(s.ranking)},
     ),
     Section(
         "orders",
         "Other orders",
-        "The sweep again, with the directions added in other orders: by the damage of removing them, by a compromise of both (the mean "
-        "of the two places), at random, and the smallest first.",
-        "The shortform swept again in other orders of the directions.",
+        "The sweep is repeated with the directions in other orders: by the damage of removing "
+        "them, by a compromise of damage and singular value (the mean of the two places), at "
+        "random, and the smallest first.",
+        "The shortform repeated the sweep in other orders of the directions.",
         findings.orders,
         lambda s: {"race_of_orders": figures.race_of_orders(s.sweeps)},
     ),
     Section(
         "critical",
         "The critical rank",
-        "The smallest number of directions from which the text is at least as probable as from the clean model.",
-        "In Llama-3-8B the shortform found 1886, 3329, 2696 and 2518 of 4096 directions for its four prompts.",
+        "The critical rank is the smallest number of directions with which the text is at least as "
+        "probable as in the clean model.",
+        "In Llama-3-8B the shortform found "
+        "1886, 3329, 2696 and 2518 of 4096 directions for its four prompts.",
         findings.critical_ranks,
         lambda s: {"critical_rank": figures.margins(s.critical)},
     ),
     Section(
         "ridge",
         "Ridge instead of clipping",
-        "Every direction of every write is shrunk by s²/(s² + α), as ridge regression does, instead of being kept or dropped. The axis "
-        "counts Σ s²/(s² + α), the effective number of directions that are left.",
-        "The shortform wished for “something akin to L2 regularization when projecting away components”.",
+        "Instead of keeping or dropping a direction, this shrinks every write by s²/(s² + α) "
+        "along it, as in ridge regression. The axis is Σ s²/(s² + α), the effective number of "
+        "directions.",
+        "The shortform wished for “something akin to L2 regularization when projecting away "
+        "components”.",
         findings.ridge,
         lambda s: {"clip_and_ridge": figures.clip_and_ridge(s.sweep, s.ridge)},
     ),
     Section(
         "attribution",
         "Attribution in a Hessian eigenbasis",
-        "The probability <i>f</i> of the text as a function of the gains <i>w</i> of all directions (1: the model as it is; 0: no writes). "
-        "Each component of <i>w</i> along an eigenvector <i>u</i> of the Hessian is removed, and what that costs, "
-        "f(w) − f(w − u uᵀw), is held against the linear estimate (u·w)(u·∇f) and the quadratic one, linear − ½λ(u·w)²; and the same "
-        "for the singular directions themselves, the eigenvectors of the gradients’ second moment over all prompts and tokens, and "
-        "random directions.",
-        "The shortform wished to explain an output in a basis whose components are as independent as possible, and expected the linear "
-        "estimate to fail for large steps and the measured one to be right.",
+        "Let <i>f</i> be the probability of the text, as a function of the gains <i>w</i> of all "
+        "directions (1: the model as it is; 0: no writes). For each eigenvector <i>u</i> of the "
+        "Hessian, the part of <i>w</i> along <i>u</i> is removed. The cost, f(w) − f(w − u uᵀw), "
+        "is compared with the linear estimate (u·w)(u·∇f) and the quadratic one, linear − "
+        "½λ(u·w)². Three other bases are scored in the same way: the singular directions "
+        "themselves, the eigenvectors of the gradients’ second moment over all prompts and tokens, "
+        "and random directions.",
+        "The shortform wished to explain an output in a basis whose parts are as independent as "
+        "possible. It expected the linear estimate to fail for large steps and the measured one to "
+        "be right.",
         findings.attribution,
         lambda s: {
             "hessian_spectrum": figures.hessian_spectrum(s.attribution),
@@ -108,14 +127,17 @@ SECTIONS = (
 )
 
 
-def prompt_text(found: Study) -> str:
-    """A prompt and its continuation, as text."""
-    prompt, continuation = found.task.text()
-    return f'<p class="text" id="{file_name(found.name)}">{escape(prompt)}<b>{escape(continuation)}</b></p>'
+def prompt_text(study: Study) -> str:
+    """A prompt and its continuation, as HTML."""
+    prompt, continuation = study.task.text()
+    return (
+        f'<p class="text" id="{file_name(study.name)}">'
+        f"{escape(prompt)}<b>{escape(continuation)}</b></p>"
+    )
 
 
 def section(part: Section, studies: Sequence[Study]) -> str:
-    """One of `SECTIONS`, with the figures of every prompt."""
+    """One of `SECTIONS` as HTML, with the figures of every prompt."""
     plots = [
         plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()
     ]
@@ -125,47 +147,51 @@ def section(part: Section, studies: Sequence[Study]) -> str:
 
 
 def texts(studies: Sequence[Study]) -> str:
-    """What was written from inside the subspaces, beside the clean texts."""
+    """The texts from inside the subspaces, next to the clean texts."""
     top = heading(
         "texts",
         "Text from inside the subspace",
-        "Greedy text while every write is clipped to the critical rank and to fewer directions, from the same prompt, from another one, "
-        "and from no prompt, each at most as long as the continuation. Green is, token for token, what the clean model writes.",
-        "The shortform had Llama-3-8B write from inside these subspaces.",
+        "Greedy text while every write is clipped to the critical rank or to fewer directions. It "
+        "starts from the same prompt, from another one and from no prompt, and is at most as long "
+        "as the continuation. Green text equals the clean model's text in every token.",
+        "The shortform let Llama-3-8B write from inside these subspaces.",
         findings.texts(studies),
     )
     return top + "\n".join(_written(s) for s in studies)
 
 
-def _written(found: Study) -> str:
-    heads = "".join(f"<th>{escape(text.start)}</th>" for text in found.texts)
+def _written(study: Study) -> str:
+    heads = "".join(f"<th>{escape(text.start)}</th>" for text in study.texts)
     prompts = "".join(
-        f'<td class="start">{escape(text.tasks[0].text()[0])}</td>' for text in found.texts
+        f'<td class="start">{escape(text.tasks[0].text()[0])}</td>' for text in study.texts
     )
-    rows = [f"<tr><th>{escape(found.name)}</th>{heads}</tr><tr><th>prompt</th>{prompts}</tr>"]
-    for i, rank in enumerate(found.texts[0].ranks):
+    rows = [f"<tr><th>{escape(study.name)}</th>{heads}</tr><tr><th>prompt</th>{prompts}</tr>"]
+    for i, rank in enumerate(study.texts[0].ranks):
         cells = "".join(
-            f"<td{' class=same' if i and findings.is_clean(text, i) else ''}><div>{escape(text.tasks[i].text()[1])}</div></td>"
-            for text in found.texts
+            f"<td{' class=same' if i and findings.is_clean(text, i) else ''}>"
+            f"<div>{escape(text.tasks[i].text()[1])}</div></td>"
+            for text in study.texts
         )
         label = (
             "clean"
             if rank is None
-            else f"k = {rank}{' (critical)' if rank == found.critical.rank else ''}"
+            else f"k = {rank}{' (critical)' if rank == study.critical.rank else ''}"
         )
         rows.append(f"<tr><th>{label}</th>{cells}</tr>")
     return f'<table class="written">{"".join(rows)}</table>'
 
 
 def several(comparison: Comparison) -> str:
-    """The subspaces of several prompts, held against each other and against chance."""
+    """The subspaces of several prompts, compared with each other and with random ones."""
     top = heading(
         "prompts",
         "The subspaces of several prompts",
-        "The subspaces of the critical ranks: how many dimensions each pair shares (‖AᵀB‖²) beside what random subspaces of the same "
-        "ranks share, and the spectrum of all bases side by side. Two subspaces whose ranks sum to more than the dimension share "
-        "directions by necessity, random ones too.",
-        "The shortform found the subspaces of its four prompts to overlap as random ones do, to about 1 %.",
+        "The subspaces of the critical ranks: how many dimensions each pair shares (‖AᵀB‖²), "
+        "compared with random subspaces of the same ranks, and the spectrum of all bases side by "
+        "side. If the ranks of two subspaces sum to more than the dimension, they must share "
+        "directions, even if they are random.",
+        "The shortform found that the subspaces of its four prompts overlap as random ones do, to "
+        "about 1 %.",
         findings.several(comparison),
     )
     plots = {

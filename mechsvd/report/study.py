@@ -1,4 +1,4 @@
-"""The shortform's experiment on one prompt, in its order, and what several prompts have in common."""
+"""The shortform's experiment on one prompt, in its order, and the comparison of prompts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,17 +33,18 @@ from mechsvd.model.sites import COMPONENTS, Model
 from mechsvd.model.tasks import Task
 
 BY_SIZE = "singular value"  # the name of the first order
-SWEEPS = 6  # of all directions for each task: five orders, and the ranking
-FEWER = (0.75, 0.5, 0.25)  # of the critical rank: what else is written from
+SWEEPS = 6  # over all directions, per task: five orders, and the ranking
+FEWER = (0.75, 0.5, 0.25)  # shares of the critical rank that also write texts
 
 
 @dataclass(frozen=True)
 class Text:
-    """What was written from one start, by the clean model and from inside several subspaces.
+    """Texts from one start, by the clean model and from inside several subspaces.
 
     Attributes:
-        start: whose prompt it goes on from.
-        ranks: how many directions were kept; None for the clean model.
+        start: name of the start, such as the prompt that the text continues.
+        ranks: number of kept directions; None for the clean model.
+        tasks: one per rank: the start with its text.
     """
 
     start: str
@@ -53,7 +54,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Study:
-    """All that was found for one prompt."""
+    """All results for one prompt."""
 
     name: str
     task: Task
@@ -74,13 +75,13 @@ class Study:
 
     @property
     def subspace(self) -> Subspace:
-        """The critical rank's subspace; all directions where no rank gives the text."""
+        """The subspace of the critical rank; all directions if there is none."""
         return self.pooled.subspace(_rank_or_all(self.critical, self.pooled))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The subspaces of several prompts, each at its critical rank, held against each other and against chance."""
+    """Subspaces of several prompts at their critical ranks, compared with random ones."""
 
     names: tuple[str, ...]
     overlap: Overlap
@@ -98,12 +99,12 @@ def study_task(
     *,
     others: Sequence[Task] = (),
 ) -> Study:
-    """Do everything for one task.
+    """Run the whole experiment for one task.
 
     Args:
-        starts: token ids to write on from, by the name of the start.
-        others: tasks whose gradients are collected too, for the basis of their second moment.
-        components: whose writes are collected and clipped.
+        starts: token ids that generated text continues, by name of the start.
+        others: tasks whose gradients are also in the second moment, which gives a basis.
+        components: whose writes are collected and clipped, attn or mlp.
     """
     options: RunOptions = {"components": components, "progress": progress}
     with open_session(model, **options):
@@ -111,8 +112,8 @@ def study_task(
         svd = decompose(writes)
         ranking = rank_directions(model, task, svd, **options)
         sweeps = {
-            order: sweep_rank(model, task, svd, order=o, **options)
-            for order, o in _orders(svd, ranking).items()
+            kind: sweep_rank(model, task, svd, order=order, **options)
+            for kind, order in _orders(svd, ranking).items()
         }
         critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
         layers = decompose(writes, per_layer=True)
@@ -128,8 +129,8 @@ def study_task(
 
 def compare(studies: Sequence[Study]) -> Comparison:
     """Compare the subspaces of at least two prompts, each at its critical rank."""
-    subspaces = [found.subspace for found in studies]
-    names = tuple(found.name for found in studies)
+    subspaces = [study.subspace for study in studies]
+    names = tuple(study.name for study in studies)
     pairs = combinations(zip(names, subspaces, strict=True), 2)
     angles = {(a, b): principal_angles(first, second) for (a, first), (b, second) in pairs}
     return Comparison(names, overlap(subspaces), pool(subspaces), angles)
@@ -153,14 +154,17 @@ def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:
 def _attribution(
     model: Model, task: Task, svd: Decomposition, tasks: Sequence[Task], options: RunOptions
 ) -> Attribution:
-    """The probability, attributed to the gains in the Hessian's basis and in three others, as many components in each."""
+    """Attribute the probability to the gains, in the Hessian basis and three others.
+
+    Each basis has the same number of directions.
+    """
     gradients = gradient_basis(collect_gradients(model, tasks, svd, **options)).directions
-    most = len(gradients) if len(gradients) <= DENSE else PAIRS
+    pairs = len(gradients) if len(gradients) <= DENSE else PAIRS
     bases = {
-        "singular directions": torch.eye(len(gradients))[:, :most],
-        "gradients": gradients[:, :most],
+        "singular directions": torch.eye(len(gradients))[:, :pairs],
+        "gradients": gradients[:, :pairs],
     }
-    return hessian_attribution(model, task, svd, pairs=most, bases=bases, **options)
+    return hessian_attribution(model, task, svd, pairs=pairs, bases=bases, **options)
 
 
 def _texts(
@@ -176,14 +180,9 @@ def _texts(
     )
     ranks = (None, critical, *fewer)
     edits = [None if rank is None else keep(svd.subspace(rank)) for rank in ranks]
-    found = []
+    texts = []
     for start, tokens in starts.items():
         room = min(length, model.cfg.n_ctx - len(tokens))
-        found.append(
-            Text(
-                start,
-                ranks,
-                tuple(generate_tasks(model, tokens, edits, max_new_tokens=room, **options)),
-            )
-        )
-    return tuple(found)
+        tasks = generate_tasks(model, tokens, edits, max_new_tokens=room, **options)
+        texts.append(Text(start, ranks, tuple(tasks)))
+    return tuple(texts)
