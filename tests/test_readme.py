@@ -35,7 +35,7 @@ def run_the_table(names):
         "my_hook": ("blocks.0.hook_attn_out", lambda x, hook: x),
     }
     table = README.split("| I have | I write |")[1].split("\n\n")[0]
-    calls = re.findall(r"^\| [^|`]+ \| `(.+)` \|$", table, re.MULTILINE)
+    calls = re.findall(r"^\| [^|]+ \| `(.+)` \|$", table, re.MULTILINE)
     assert len(calls) == table.count("\n") - 1 > 12
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a sweep of some layers, tokens without BOS
