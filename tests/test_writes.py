@@ -120,3 +120,17 @@ def test_the_table_and_the_printed_form(embedded, meaning):
     row = table[(table.layer == 2) & (table.component == "mlp") & (table.position == 3)].iloc[0]
     assert row.norm == pytest.approx(float(writes.values[5, 3].norm()), rel=1e-5)
     assert len(repr(writes).splitlines()) == 3
+
+
+def test_writes_are_kept_as_the_hook_saw_them_though_the_tensor_changes_afterwards(silent):
+    """A module may add the residual stream to its output in place, as some architectures do."""
+    model, task = tiny("Llama"), tiny_task()
+    expected = ms.collect_writes(model, task, layers=[0], components=["attn"]).values
+
+    def double_in_place(module, inputs, output):
+        (output[0] if isinstance(output, tuple) else output).mul_(2)
+
+    handle = model.blocks[0].attn.register_forward_hook(double_in_place)
+    writes = ms.collect_writes(model, task, layers=[0], components=["attn"], check=False)
+    handle.remove()
+    torch.testing.assert_close(writes.values, expected)
