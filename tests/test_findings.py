@@ -199,3 +199,27 @@ def test_without_a_critical_rank_nothing_is_claimed(studies):
     assert "Here this test cannot tell" in findings.several(whole)
     mixed = compare([without, second, first])
     assert "in the 1 of 3 pairs where neither is all or nothing" in findings.several(mixed)
+
+
+def test_a_rank_that_is_near_clean_by_chance_does_not_last(studies):
+    """Near at rank 2, far at 3, near from 4 on: it is 4 that lasts, and none where the last is far."""
+    sweep = studies[0].sweep
+    clean = sweep.measurement.clean_run.log_probs
+
+    def lasting(distances):
+        log_probs = (
+            clean.expand(len(distances), -1) - torch.tensor(distances)[:, None] / clean.shape[1]
+        )
+        columns = {name: getattr(sweep.measurement, name)[: len(distances)] for name in COLUMNS}
+        measurement = dataclasses.replace(sweep.measurement, **columns, log_probs=log_probs)
+        ranks = torch.arange(len(distances))
+        return findings.lasting_rank(
+            dataclasses.replace(sweep, ranks=ranks, measurement=measurement), 1.0
+        )
+
+    assert lasting([9.0, 5.0, 0.5, 3.0, 0.2, 0.1]) == 4
+    assert lasting([0.0, 0.0, 0.0]) == 0
+    assert lasting([0.0, 0.0, 2.0]) is None
+
+
+COLUMNS = ("is_greedy", "orig_deltas", "kept_deltas")

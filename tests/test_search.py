@@ -318,15 +318,15 @@ def test_the_subspace_of_a_critical_rank(embedded, meaning, meaning_svd):
     """Also where that is 0 or none, and along another order than that of the singular values."""
     found = ms.critical_rank(embedded, meaning, meaning_svd)
     assert torch.equal(found.subspace(meaning_svd).basis, meaning_svd.subspace(found.rank).basis)
-    backwards = ms.critical_rank(
-        embedded, meaning, meaning_svd, order=range(meaning_svd.rank - 1, -1, -1)
-    )
-    kept = ms.measure(embedded, meaning, ms.keep(backwards.subspace(meaning_svd)))
-    at = backwards.sweep.ranks.tolist().index(backwards.rank)
-    assert float(kept.log_prob) == pytest.approx(
-        float(backwards.sweep.measurement.log_prob[at]), abs=1e-4
-    )
-    assert 0 < backwards.rank != found.rank
+    order = ms.order_at_random(meaning_svd, seed=1)
+    other = ms.critical_rank(embedded, meaning, meaning_svd, order=order)
+    basis = other.subspace(meaning_svd).basis
+    assert torch.equal(basis, meaning_svd.directions[:, order[: other.rank]])
+    assert 0 < other.rank < meaning_svd.rank
+    kept = ms.measure(embedded, meaning, [ms.keep(basis)])
+    at = other.sweep.ranks.tolist().index(other.rank)
+    expected = float(other.sweep.measurement.log_prob[at])
+    assert float(kept.log_prob) == pytest.approx(expected, abs=1e-4)
     allowed = ms.critical_rank(embedded, meaning, meaning_svd, 1e4)
     assert allowed.rank == 0
     assert allowed.subspace(meaning_svd).rank == 0
