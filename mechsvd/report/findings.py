@@ -80,8 +80,7 @@ def spectrum(studies: Sequence[Study]) -> str:
     return (
         f"Here {few} of {_sizes(studies)} directions carry 90 % of the squared size of the writes; "
         f"direction 0 alone carries {_span(shares)} %. Of what these directions carry, "
-        f"{_listed(studies, owners)}. So they say more about this one site of "
-        f"{len(studies[0].writes.sites)} than about all sites."
+        f"{_listed(studies, owners)}, one site of {len(studies[0].writes.sites)}."
     )
 
 
