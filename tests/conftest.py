@@ -17,7 +17,6 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 REAL = ["embedded", *(["stories260k"] if STORIES.is_dir() else [])]  # trained models at hand
-embedded_only = pytest.mark.parametrize("real", ["embedded"], indirect=True)  # for slow tests
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,7 +87,7 @@ class Reference:
 
         self.model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float64, attn_implementation="eager"
-        ).eval()
+        ).requires_grad_(False)
         self.tokens, self.prompt_length = tokens, prompt_length
         layers = self.model.model.layers
         self.outputs = [

@@ -17,7 +17,7 @@ from mechsvd.attribution.objective import objective_over
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.session import open_session
 from mechsvd.model.evaluation import evaluation
-from tests.conftest import ACCEPTED, embedded_only, tiny, tiny_hf, tiny_task
+from tests.conftest import ACCEPTED, tiny, tiny_hf, tiny_task
 
 
 @pytest.fixture(scope="module")
@@ -399,11 +399,11 @@ def test_gates_of_real_models_agree_with_raw_modules(real_exact, real):
     torch.testing.assert_close((found.vectors * vectors[:, order]).sum(dim=0).abs(), ones)
     assert_table(found, f, ones, range(real.d_model), rounding=1e-6, product=lambda u: expected @ u)
     # and in single precision, where the residuals say how far an eigenvalue can be off
-    single = ms.hessian_attribution(real.model, real.task, real.svd)
-    exact = torch.linalg.eigvalsh(hessian(real_gains(raw, real.task, real.svd))(ones))
-    off = (single.eigenvalues[:, None] - exact).abs().min(dim=1).values
+    same = ms.Decomposition(svd.singular_values.float(), svd.directions.float(), svd.left.float())
+    single = ms.hessian_attribution(real.model, real.task, same)
+    off = (single.eigenvalues[:, None] - values).abs().min(dim=1).values
     assert (off[single.converged] <= 1e-3 * single.eigenvalues[single.converged].abs()).all()
-    assert single.converged.sum() >= real.d_model - 4
+    assert single.converged.sum() >= 60 / 64 * real.d_model
 
 
 def svd_of(model, task):
@@ -412,8 +412,15 @@ def svd_of(model, task):
 
 def test_all_weights_of_real_models_agree_with_raw_modules(real_exact, real):
     raw, double = real_exact
+    task, pairs, tolerance = real.task, 20, 1e-4
+    if real.name == "embedded":  # five times as many weights, so fewer pairs and a shorter text;
+        task = ms.Task(
+            tokens=task.tokens[: task.prompt_length + 4], prompt_length=task.prompt_length
+        )
+        pairs, tolerance = 3, 1e-3  # single precision rounds their products to some 6e-4
     for model in (double, real.model):
-        found = ms.hessian_attribution(model, real.task, "*", pairs=20)
+        options = {} if model is double else {"tolerance": tolerance}
+        found = ms.hessian_attribution(model, task, "*", pairs=pairs, **options)
         assert found.converged.all()
         assert len(found.vectors) == raw.num_parameters()
         names, point = real_weights(raw, found)
@@ -423,10 +430,10 @@ def test_all_weights_of_real_models_agree_with_raw_modules(real_exact, real):
             sizes = [math.prod(shape) for shape in shapes]
             pieces = zip(names, w.split(sizes), shapes, strict=True)
             return raw_log_prob(
-                raw, real.task, weights={name: piece.view(shape) for name, piece, shape in pieces}
+                raw, task, weights={name: piece.view(shape) for name, piece, shape in pieces}
             ).exp()
 
-        assert_table(found, f, point, range(20), rounding=1e-6 if model is double else 1e-5)
+        assert_table(found, f, point, range(pairs), rounding=1e-6 if model is double else 1e-5)
         if model is double:
             from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -441,7 +448,7 @@ def test_all_weights_of_real_models_agree_with_raw_modules(real_exact, real):
             operator = LinearOperator(
                 (len(point),) * 2, matvec=lambda v, p=product: p(v).numpy(), dtype=float
             )
-            values = sorted(eigsh(operator, 20, which="LM", tol=1e-6)[0], key=abs)[::-1]
+            values = sorted(eigsh(operator, pairs, which="LM", tol=1e-6)[0], key=abs)[::-1]
         np.testing.assert_allclose(found.eigenvalues.numpy(), values, rtol=1e-3)
 
 
@@ -611,7 +618,7 @@ def test_the_users_hooks_and_train_mode_take_part_and_stay(exact):
 
 
 def test_a_hook_that_hides_the_slope_is_noticed(real):
-    real.model.add_hook("blocks.3.hook_mlp_out", lambda x, hook: x.detach())
+    real.model.add_hook(f"blocks.{real.n_layers - 1}.hook_resid_pre", lambda x, hook: x.detach())
     options = {"pairs": 2, "path_steps": 4, "batched_hooks": True}
     try:
         with pytest.warns(UserWarning, match="something in it hides") as said:
@@ -622,7 +629,7 @@ def test_a_hook_that_hides_the_slope_is_noticed(real):
     rises = (
         r"f rises by 0\.02 along itself, but running the model says (-?\d\.\d+): something in it"
     )
-    assert abs(float(re.search(rises, hidden)[1]) - 0.02) > 0.002
+    assert abs(float(re.search(rises, hidden)[1]) - 0.02) > 0.004
 
 
 def test_an_improbable_text_stays_finite_where_float32_would_overflow(real):

@@ -1,5 +1,5 @@
 import dataclasses
-import json
+import math
 
 import numpy as np
 import pytest
@@ -191,8 +191,10 @@ def test_static_images_without_kaleido_or_chrome_say_what_to_install(
 
 
 def test_an_improbable_text_stays_drawable(embedded, meaning, meaning_svd):
-    figure = figures.surprise(ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0]))
-    assert json.loads(figure.to_json())["data"]
+    found = ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0])
+    (surprise,) = drawn(figures.surprise(found)).y
+    assert 50 < surprise < math.inf
+    assert surprise == pytest.approx(-float(found.measurement.log_prob))
 
 
 @pytest.fixture(scope="module")

@@ -308,7 +308,7 @@ def test_a_subspace_of_rank_0_compares_and_is_saved(meaning_svd, tmp_path):
     assert ms.random_subspace(4, 0).basis.shape == (4, 0)
     nothing.save(tmp_path / "nothing.safetensors")
     assert ms.Subspace.load(tmp_path / "nothing.safetensors").basis.shape == (128, 0)
-    assert "0" in repr(nothing)
+    assert "rank 0" in repr(nothing)
 
 
 def test_the_subspace_of_a_critical_rank(embedded, meaning, meaning_svd):
