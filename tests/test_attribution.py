@@ -618,7 +618,8 @@ def test_the_users_hooks_and_train_mode_take_part_and_stay(exact):
 
 
 def test_a_hook_that_hides_the_slope_is_noticed(real):
-    real.model.add_hook(f"blocks.{real.n_layers - 1}.hook_resid_pre", lambda x, hook: x.detach())
+    last = f"blocks.{real.n_layers - 1}.hook_resid_post"
+    real.model.add_hook(last, lambda x, hook: (x + x.detach()) / 2)  # half of the slope is seen
     options = {"pairs": 2, "path_steps": 4, "batched_hooks": True}
     try:
         with pytest.warns(UserWarning, match="something in it hides") as said:
@@ -629,7 +630,7 @@ def test_a_hook_that_hides_the_slope_is_noticed(real):
     rises = (
         r"f rises by 0\.02 along itself, but running the model says (-?\d\.\d+): something in it"
     )
-    assert abs(float(re.search(rises, hidden)[1]) - 0.02) > 0.004
+    assert float(re.search(rises, hidden)[1]) == pytest.approx(0.04, rel=0.02)
 
 
 def test_an_improbable_text_stays_finite_where_float32_would_overflow(real):

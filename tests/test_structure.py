@@ -79,7 +79,7 @@ def test_a_file_and_a_public_name_never_share_a_name():
 def test_everything_public_is_there_and_has_a_docstring():
     for name in ms.__all__:
         value = getattr(ms, name)
-        own = vars(value).get("__doc__") if hasattr(value, "__dict__") else None
+        own = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
         # a dataclass without a docstring is given its own signature as one
         assert name.isupper() or (own and not own.startswith(f"{name}(")), name
 
