@@ -1,9 +1,11 @@
 """Models for the tests: the embedded one, a real small one beside the project, and tiny random ones of many architectures."""
 
+import functools
 import logging
 import os
 import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ os.environ.setdefault(
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
+REAL = ["embedded", *(["stories260k"] if STORIES.is_dir() else [])]  # trained models at hand
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,41 +24,101 @@ def quiet():
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
+class Real(NamedTuple):
+    """A trained model, a task for it with the decomposition of its writes, and the directory of its weights."""
+
+    name: str
+    model: Any
+    prompt: str
+    task: Any
+    svd: Any
+    directory: Path
+
+    @property
+    def d_model(self):
+        return self.model.cfg.d_model
+
+    @property
+    def n_layers(self):
+        return self.model.cfg.n_layers
+
+
+@functools.cache
+def load_real(name):
+    import mechsvd as ms
+    from mechsvd.demo import WEIGHTS
+
+    directory, prompt, length = {
+        "embedded": (WEIGHTS, ms.SHORTFORM_PROMPTS["meaning"], 12),
+        "stories260k": (STORIES, "Once upon a time, there was", 20),
+    }[name]
+    model = ms.load_model(directory, device="cpu")
+    task = ms.Task.from_text(model, prompt, max_new_tokens=length)
+    svd = ms.decompose(ms.collect_writes(model, task))
+    return Real(name, model, prompt, task, svd, directory)
+
+
+@pytest.fixture(scope="module", params=REAL)
+def real(request):
+    """Each of the trained models: the embedded one always, and stories260k where it is."""
+    return load_real(request.param)
+
+
 @pytest.fixture(scope="session")
 def embedded():
-    import mechsvd as ms
-
-    return ms.load_model(device="cpu")
+    return load_real("embedded").model
 
 
 @pytest.fixture(scope="session")
-def stories():
-    import mechsvd as ms
-
-    if not STORIES.is_dir():
-        pytest.skip(f"the real model stories260k is not in {STORIES.parent}")
-    return ms.load_model(STORIES, device="cpu")
+def meaning():
+    return load_real("embedded").task
 
 
 @pytest.fixture(scope="session")
-def story_task(stories):
-    import mechsvd as ms
-
-    return ms.Task.from_text(stories, "Once upon a time, there was", max_new_tokens=20)
+def meaning_svd():
+    return load_real("embedded").svd
 
 
-@pytest.fixture(scope="session")
-def meaning(embedded):
-    import mechsvd as ms
+class Reference:
+    """A Llama in float64 whose attention and MLP outputs are seen, and replaced, at their output projections."""
 
-    return ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS["meaning"], max_new_tokens=12)
+    def __init__(self, directory, tokens, prompt_length):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float64, attn_implementation="eager"
+        ).requires_grad_(False)
+        self.tokens, self.prompt_length = tokens, prompt_length
+        layers = self.model.model.layers
+        self.outputs = [
+            module for layer in layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)
+        ]
+
+    def run(self, edit):
+        attempted, kept = [], []
+
+        def hook(module, inputs, output):
+            edited = edit(output)
+            attempted.append(output[0])
+            kept.append(edited[0])
+            return edited
+
+        handles = [module.register_forward_hook(hook) for module in self.outputs]
+        with torch.no_grad():
+            log_probs = self.model(self.tokens[None]).logits[0].log_softmax(-1)
+        for handle in handles:
+            handle.remove()
+        scored = [
+            log_probs[i - 1, self.tokens[i]].item()
+            for i in range(self.prompt_length, len(self.tokens))
+        ]
+        return sum(scored), torch.stack(attempted), torch.stack(kept)
 
 
-@pytest.fixture(scope="session")
-def meaning_svd(embedded, meaning):
-    import mechsvd as ms
-
-    return ms.decompose(ms.collect_writes(embedded, meaning))
+@pytest.fixture(scope="module")
+def reference(real):
+    """The same model without TransformerLens and without mechsvd, for the same task."""
+    return Reference(real.directory, real.task.tokens, real.task.prompt_length)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import mechsvd as ms
 from mechsvd.checks import about, once, warn
 from mechsvd.model.evaluation import OtherHooks
 from mechsvd.report.build import reproduce
+from tests.conftest import tiny, tiny_task
 
 
 def of_two_sites(model, task):
@@ -104,24 +105,21 @@ def test_warnings_about_one_of_several_begin_with_it():
 
 
 def test_a_run_over_several_prompts_says_what_is_common_once_and_of_what_the_rest_is(
-    stories, tmp_path, monkeypatch
+    tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
         OtherHooks, "one_row", False
     )  # one row per pass is slow, and tested elsewhere
-    prompts = {"short": "I believe", "long": "The secrets of the end"}
-    tasks = {
-        name: lambda text=text: ms.Task.from_text(stories, text, max_new_tokens=2)
-        for name, text in prompts.items()
-    }
-    hook = ("blocks.2.hook_resid_pre", lambda x, hook: x)
-    with stories.hooks(fwd_hooks=[hook]), warnings.catch_warnings(record=True) as said:
+    model, lengths = tiny("Llama"), {"short": 6, "long": 9}
+    tasks = {name: lambda length=length: tiny_task(length) for name, length in lengths.items()}
+    hook = ("blocks.1.hook_resid_pre", lambda x, hook: x)
+    with model.hooks(fwd_hooks=[hook]), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        reproduce(stories, tasks, tmp_path, components=["attn"], say=lambda _: None)
+        reproduce(model, tasks, tmp_path, components=["attn"], say=lambda _: None)
     texts = [str(w.message) for w in said]
     assert sum("already has hooks" in text for text in texts) == 1
     rest = [text for text in texts if "already has hooks" not in text]
-    assert {text.split(": ")[0] for text in rest} == {*prompts}
+    assert {text.split(": ")[0] for text in rest} == {*lengths}
     assert len(rest) == len({*rest})
 
 

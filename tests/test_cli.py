@@ -148,19 +148,33 @@ def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "folders"),
+    ("name", "content", "prompts"),
     [
-        ("prompts.txt", "I believe\n\nI think that\n", ["_all", "prompt-1", "prompt-2"]),
-        ("list.json", '["I believe", ["I think", " that"]]', ["_all", "prompt-1", "prompt-2"]),
-        ("prompts.json", '{"a": "I believe", "b-2": ["I think", " that"]}', ["_all", "a", "b-2"]),
+        ("prompts.txt", "I believe\n\nI think that\n", {"prompt-1": None, "prompt-2": None}),
+        ("list.json", '["I", ["I think", " that"]]', {"prompt-1": None, "prompt-2": " that"}),
+        ("p.json", '{"a": "I", "b-2": ["I think", " that"]}', {"a": None, "b-2": " that"}),
     ],
 )
-def test_prompts_from_a_file(tmp_path, silent, name, content, folders):
+def test_prompts_from_a_file_are_those_of_the_report(
+    tmp_path, embedded, monkeypatch, name, content, prompts
+):
+    """The report itself, with a folder for each name, is made in full by other tests."""
+    asked = []
+    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *given, **_: asked.append(given))
     (tmp_path / name).write_text(content)
     options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
     assert main(["reproduce", "--prompts", str(tmp_path / name), *options]) == 0
-    assert sorted(path.name for path in data(tmp_path).iterdir() if path.is_dir()) == folders
-    assert ms.Task.load(data(tmp_path) / folders[2] / "task.safetensors").text()[1]
+    ((model, tasks, out),) = asked
+    assert (model, out) == (embedded, tmp_path)
+    assert list(tasks) == list(prompts)
+    for key, continuation in prompts.items():
+        task = tasks[key]()
+        assert task.text()[0].startswith("<s>I")
+        if continuation is None:
+            assert len(task.continuation) == 2
+        else:
+            assert task.text() == ("<s>I think", continuation)
 
 
 @pytest.mark.parametrize(

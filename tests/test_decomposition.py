@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from mechsvd.linalg.decomposition import Decomposition, decompose
+from mechsvd.linalg.decomposition import decompose
 from mechsvd.linalg.svd import thin_svd
 from tests.test_subspace import orthonormal
 
@@ -168,4 +168,3 @@ def test_the_table_and_the_printed_form():
     assert list(table.columns) == ["direction", "singular_value", "cumulative_share"]
     assert table["cumulative_share"].iloc[-1] == pytest.approx(1)
     assert len(repr(svd).splitlines()) == 3
-    assert isinstance(svd, Decomposition)

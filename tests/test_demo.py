@@ -32,19 +32,23 @@ def test_what_the_language_writes_is_grammatical_and_what_it_does_not_is_not():
     assert not is_grammatical("Translate English to French:\n\ncheese => pain", "translation")
 
 
-def test_the_text_cannot_be_memorised_whole():
+@pytest.fixture(scope="module")
+def texts():
     rng = random.Random(1)
-    texts = [write(shape, rng)[0] for shape in SHAPES for _ in range(2000)]
-    assert len(set(texts)) > 0.99 * len(texts)
+    return {shape: [write(shape, rng)[0] for _ in range(2000)] for shape in SHAPES}
 
 
-def test_the_vocabulary_is_a_few_hundred_words_besides_the_dictionary():
-    rng = random.Random(2)
+def test_the_text_cannot_be_memorised_whole(texts):
+    everything = [text for written in texts.values() for text in written]
+    assert len(set(everything)) > 0.99 * len(everything) == 0.99 * 8000
+
+
+def test_the_vocabulary_is_a_few_hundred_words_besides_the_dictionary(texts):
     words = {
-        w
+        word
         for shape in SHAPES[:3]
-        for _ in range(2000)
-        for w in re.findall(r"[a-z']+", write(shape, rng)[0].lower())
+        for text in texts[shape]
+        for word in re.findall(r"[a-z']+", text.lower())
     }
     assert 300 < len(words) < 700
     assert len(DICTIONARY) > 200

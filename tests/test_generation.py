@@ -42,16 +42,18 @@ def test_the_text_is_that_of_a_plain_loop_without_a_cache(embedded, meaning_svd,
     )
 
 
-def test_a_real_model_too_from_a_prompt_and_from_nothing(stories, story_task):
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
-    for prompt in ("Once upon a time, there was", "The cat", ""):
-        for rank in (60, 40):
+def test_a_real_model_too_from_a_prompt_and_from_nothing(real):
+    for prompt in (real.prompt, "The cat", ""):
+        for rank in (real.d_model - 4, 40):
             (task,) = ms.generate_tasks(
-                stories, prompt, [ms.keep(svd.subspace(rank))], max_new_tokens=8
+                real.model, prompt, [ms.keep(real.svd.subspace(rank))], max_new_tokens=8
             )
-            kept = svd.directions[:, :rank]
+            kept = real.svd.directions[:, :rank]
             expected = slow_greedy(
-                stories, task.tokens[: task.prompt_length], lambda x, i, v=kept: v @ (v.T @ x), 8
+                real.model,
+                task.tokens[: task.prompt_length],
+                lambda x, i, v=kept: v @ (v.T @ x),
+                len(task.continuation),
             )
             assert task.tokens.tolist() == expected.tolist()
 
@@ -202,9 +204,11 @@ def test_bad_prompts_and_lengths_are_refused(embedded, meaning_svd, monkeypatch)
         ms.generate(embedded, "")
 
 
-def test_a_basis_of_another_model_is_refused(stories, meaning_svd):
-    with pytest.raises(ValueError, match="The edit's basis has d_model 128, but the model's is 64"):
-        ms.generate(stories, "Once", ms.keep(meaning_svd.subspace(4)))
+def test_a_basis_of_another_model_is_refused(meaning_svd):
+    with pytest.raises(ValueError, match="The edit's basis has d_model 128, but the model's is 32"):
+        ms.generate(
+            tiny("Llama"), tiny_task().tokens, ms.keep(meaning_svd.subspace(4)), max_new_tokens=5
+        )
 
 
 def test_an_exception_leaves_no_hook_and_the_mode(embedded):

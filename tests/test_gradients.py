@@ -23,9 +23,8 @@ def test_each_gradient_is_that_of_one_tokens_log_probability(silent):
     torch.testing.assert_close(found.values[:4].sum(dim=0), whole.slopes, rtol=1e-6, atol=1e-9)
 
 
-def test_the_basis_holds_the_eigenvectors_of_the_second_moment(stories, story_task):
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
-    gradients = ms.collect_gradients(stories, story_task, svd)
+def test_the_basis_holds_the_eigenvectors_of_the_second_moment(real):
+    gradients = ms.collect_gradients(real.model, real.task, real.svd)
     found = ms.gradient_basis(gradients)
     g = gradients.values.double()
     moment = g.T @ g / len(g)
@@ -37,27 +36,26 @@ def test_the_basis_holds_the_eigenvectors_of_the_second_moment(stories, story_ta
     torch.testing.assert_close(
         v.T @ moment @ v, values.diag(), rtol=1e-3, atol=1e-6 * float(values[0])
     )
-    assert found.rank == len(story_task.continuation)
+    assert found.rank == len(real.task.continuation)
     scored = ms.hessian_attribution(
-        stories, story_task, svd, objective="log_prob", bases={"gradients": found}
+        real.model, real.task, real.svd, objective="log_prob", bases={"gradients": found}
     ).bases["gradients"]
     assert len(scored) == found.rank
     # the gradient of the sum lies in the span of the gradients of its terms
     assert float(scored.slopes.norm()) == pytest.approx(float(g.sum(dim=0).norm()), rel=1e-4)
 
 
-def test_gradients_at_checkpoints_are_put_together(stories, story_task):
+def test_gradients_at_checkpoints_are_put_together(real):
     from copy import deepcopy
 
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
-    first = ms.collect_gradients(stories, story_task, svd)
-    moved = deepcopy(stories)
+    first = ms.collect_gradients(real.model, real.task, real.svd)
+    moved = deepcopy(real.model)
     with torch.no_grad():
         for weight in moved.parameters():
             weight.mul_(0.9)
     with pytest.raises(ValueError, match="come from different models"):
-        ms.collect_gradients(moved, story_task, svd)
-    second = ms.collect_gradients(moved, story_task, svd, check=False)
+        ms.collect_gradients(moved, real.task, real.svd)
+    second = ms.collect_gradients(moved, real.task, real.svd, check=False)
     assert "self-check skipped" in second.source.notes
     both = ms.gradient_basis([first, second])
     squares = torch.cat([first.values, second.values]).double().square().sum()
@@ -67,16 +65,17 @@ def test_gradients_at_checkpoints_are_put_together(stories, story_task):
     assert both.left.shape[1] == len(first) + len(second)
 
 
-def test_gradients_of_weights(stories, story_task):
-    found = ms.collect_gradients(stories, story_task, "blocks.2.mlp.*")
-    assert found.values.shape == (20, 3 * 172 * 64)
+def test_gradients_of_weights(real):
+    found = ms.collect_gradients(real.model, real.task, "blocks.2.mlp.*")
+    tokens, weights = len(real.task.continuation), 3 * real.model.cfg.d_mlp * real.d_model
+    assert found.values.shape == (tokens, weights)
     basis = ms.gradient_basis(found)
-    assert basis.directions.shape == (3 * 172 * 64, 20)
+    assert basis.directions.shape == (weights, tokens)
 
 
-def test_gradients_are_saved_and_loaded(stories, story_task, tmp_path):
+def test_gradients_are_saved_and_loaded(real, tmp_path):
     found = ms.collect_gradients(
-        stories, story_task, ms.find_sites(stories, layers=[1]), positions=[3]
+        real.model, real.task, ms.find_sites(real.model, layers=[1]), positions=[3]
     )
     found.save(tmp_path / "g.safetensors")
     loaded = ms.Gradients.load(tmp_path / "g.safetensors")
@@ -84,15 +83,16 @@ def test_gradients_are_saved_and_loaded(stories, story_task, tmp_path):
     assert (
         loaded.parts
         == found.parts
-        == (("blocks.1.hook_attn_out", (1, 64)), ("blocks.1.hook_mlp_out", (1, 64)))
+        == tuple((f"blocks.1.hook_{c}_out", (1, real.d_model)) for c in ("attn", "mlp"))
     )
     assert len(repr(loaded).splitlines()) == 3
     assert list(loaded.to_pandas()) == ["task", "token", "norm"]
 
 
-def test_gradients_of_different_w_are_not_mixed(stories, story_task):
+def test_gradients_of_different_w_are_not_mixed(real):
     norms = [
-        ms.collect_gradients(stories, story_task, f"blocks.{layer}.ln1.weight") for layer in (0, 1)
+        ms.collect_gradients(real.model, real.task, f"blocks.{layer}.ln1.weight")
+        for layer in (0, 1)
     ]
     with pytest.raises(ValueError, match="with respect to different w"):
         ms.gradient_basis(norms)

@@ -7,7 +7,7 @@ import mechsvd as ms
 from mechsvd.model.evaluation import other_hooks
 from mechsvd.model.identity import processing_state
 from mechsvd.model.selfcheck import require_sound
-from tests.conftest import STORIES, loop_log_prob, tiny_hf, tiny_task
+from tests.conftest import loop_log_prob, tiny_hf, tiny_task
 
 pytestmark = pytest.mark.older
 
@@ -65,16 +65,13 @@ def hooked(hf_model, tokenizer=None):
 
 
 @pytest.fixture(scope="module")
-def pair():
-    """The real small model, as both classes."""
-    if not STORIES.is_dir():
-        pytest.skip(f"the real model stories260k is not in {STORIES.parent}")
+def pair(real):
+    """A trained model as both classes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf_model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    return hooked(hf_model, AutoTokenizer.from_pretrained(STORIES)), ms.load_model(
-        STORIES, device="cpu"
-    )
+    hf_model = AutoModelForCausalLM.from_pretrained(real.directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(real.directory)
+    return hooked(hf_model, tokenizer), ms.load_model(real.directory, device="cpu")
 
 
 def test_tasks_writes_singular_values_and_sweeps_are_the_same(pair):
@@ -153,11 +150,7 @@ def test_attributions_are_the_same(pair, kind):
 
 
 def test_weights_that_a_processed_bridge_keeps_as_copies_are_refused(silent):
-    model = (
-        ms.load_model(STORIES, device="cpu")
-        if STORIES.is_dir()
-        else pytest.skip("the real model stories260k is missing")
-    )
+    model = ms.load_model(device="cpu")
     model.enable_compatibility_mode()
     task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=5)
     with pytest.raises(

@@ -5,7 +5,6 @@ import mechsvd as ms
 from mechsvd.experiments.ranking import Ranking
 from tests.conftest import loop_log_prob, tiny_hf, tiny_task
 from tests.conftest import tiny as bridge
-from tests.test_against_hugging_face import reference  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +25,19 @@ def test_every_effect_equals_that_of_a_loop(embedded, meaning, meaning_svd, rank
         assert float(ranking.effect[direction]) == pytest.approx(float(expected), abs=1e-3)
 
 
-def test_all_effects_on_a_real_model_agree_with_raw_modules_in_float64(
-    stories, story_task, reference
-):
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
-    clean, _, _ = reference.run(lambda x: x)
-    found = ms.rank_directions(stories, story_task, svd)
-    for direction in range(64):
-        v = svd.directions[:, direction].double()
-        log_prob, _, _ = reference.run(lambda x, v=v: x - (x @ v)[..., None] * v)
-        assert float(found.effect[direction]) == pytest.approx(clean - log_prob, abs=1e-3), (
-            direction
-        )
+@pytest.fixture(scope="module")
+def exact_effects(real, reference):
+    """The effect of every direction from raw modules in float64."""
+    clean, effects = reference.run(lambda x: x)[0], []
+    for v in real.svd.directions.double().T:
+        effects.append(clean - reference.run(lambda x, v=v: x - (x @ v)[..., None] * v)[0])
+    return torch.tensor(effects, dtype=torch.float64)
+
+
+def test_all_effects_on_a_real_model_agree_with_raw_modules_in_float64(real, exact_effects):
+    found = ms.rank_directions(real.model, real.task, real.svd)
+    assert len(found.effect) == real.d_model
+    torch.testing.assert_close(found.effect.double(), exact_effects, rtol=1e-6, atol=1e-3)
 
 
 def test_a_direction_that_alone_carries_the_answer_is_ranked_first(silent):
@@ -125,23 +125,14 @@ def test_the_table_the_printed_form_and_saving(ranking, tmp_path):
     assert torch.equal(Ranking.load(tmp_path / "r.safetensors").effect, ranking.effect)
 
 
-def test_the_noise_floor_is_of_the_size_of_the_errors(stories, story_task, reference):
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
-    found = ms.rank_directions(stories, story_task, svd)
-    clean, _, _ = reference.run(lambda x: x)
-    errors = []
-    for direction in range(64):
-        v = svd.directions[:, direction].double()
-        exact = clean - reference.run(lambda x, v=v: x - (x @ v)[..., None] * v)[0]
-        errors.append(abs(float(found.effect[direction]) - exact))
-    errors = torch.tensor(errors)
+def test_the_noise_floor_is_of_the_size_of_the_errors(real, exact_effects):
+    found = ms.rank_directions(real.model, real.task, real.svd)
+    errors = (found.effect.double() - exact_effects).abs()
     assert (errors <= found.noise_floor).float().mean() > 0.8
     assert found.noise_floor < 10 * float(errors.max())
 
 
-def test_a_compromise_with_a_ranking_of_other_directions_is_refused(
-    embedded, meaning, meaning_svd, ranking, stories, story_task
-):
+def test_a_compromise_with_a_ranking_of_other_directions_is_refused(embedded, ranking):
     task = ms.Task.from_text(embedded, ms.SHORTFORM_PROMPTS["launch"], max_new_tokens=12)
     other = ms.decompose(ms.collect_writes(embedded, task))
     with pytest.raises(ValueError, match="The ranking is of other directions"):

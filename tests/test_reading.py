@@ -56,12 +56,11 @@ def test_the_same_hooks_serve_a_second_text(llama):
     assert (first - at_once(llama, token)).abs().max() > 1e-3
 
 
-def test_real_models_read_in_chunks(embedded, stories):
-    for model in (embedded, stories):
-        tokens = ms.Task.from_text(model, "Once upon a time", max_new_tokens=8).tokens
-        hooks = ms.fwd_hooks(model, zero, positions=[6, 7])
-        chunks = in_chunks(model, tokens, [5, 2, len(tokens) - 7], hooks)
-        torch.testing.assert_close(chunks, at_once(model, tokens, hooks), rtol=0, atol=1e-3)
+def test_real_models_read_in_chunks(real):
+    tokens = real.task.tokens
+    hooks = ms.fwd_hooks(real.model, zero, positions=[6, 7])
+    chunks = in_chunks(real.model, tokens, [5, 2, len(tokens) - 7], hooks)
+    torch.testing.assert_close(chunks, at_once(real.model, tokens, hooks), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("window", [3, 4])

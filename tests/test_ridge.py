@@ -19,22 +19,19 @@ def test_each_row_is_one_run_with_every_write_shrunk(embedded, meaning, meaning_
         torch.testing.assert_close(log_probs.double(), expected, rtol=1e-4, atol=2e-4)
 
 
-def test_the_effective_number_is_the_trace_of_the_shrinkage(stories, story_task):
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
+def test_the_effective_number_is_the_trace_of_the_shrinkage(real):
     alphas = torch.tensor([0.0, 0.5, 40.0], dtype=torch.float64)
-    expected = [float(ms.shrink(svd, a).gains.double().sum()) for a in alphas.tolist()]
+    expected = [float(ms.shrink(real.svd, a).gains.double().sum()) for a in alphas.tolist()]
     torch.testing.assert_close(
-        effective_directions(svd, alphas), torch.tensor(expected).double(), rtol=1e-5, atol=0
+        effective_directions(real.svd, alphas), torch.tensor(expected).double(), rtol=1e-5, atol=0
     )
 
 
-def test_the_default_strengths_are_evenly_spaced_in_effective_directions(stories, story_task):
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
-    found = ms.sweep_ridge(stories, story_task, svd)
+def test_the_default_strengths_are_evenly_spaced_in_effective_directions(real):
+    found = ms.sweep_ridge(real.model, real.task, real.svd)
     assert len(found.alphas) == 64
-    torch.testing.assert_close(
-        found.effective_directions, torch.arange(1, 65).double(), rtol=0, atol=0.01
-    )
+    expected = torch.linspace(real.d_model / 64, real.d_model, 64).double()
+    torch.testing.assert_close(found.effective_directions, expected, rtol=0, atol=0.01)
     assert float(found.alphas[-1]) == 0
     assert float(found.measurement.log_prob[-1]) == pytest.approx(
         float(found.measurement.clean_run.log_prob), abs=1e-4
@@ -53,16 +50,15 @@ def test_the_default_strengths_are_evenly_spaced_in_effective_directions(stories
     assert (table.kept_delta <= table.orig_delta * 1.0001).all()
 
 
-def test_few_directions_are_swept_too(stories, story_task, silent):
-    svd = ms.decompose(ms.collect_writes(stories, story_task, layers=[0], positions=[0, 1, 2]))
-    found = ms.sweep_ridge(stories, story_task, svd, layers=[0])
+def test_few_directions_are_swept_too(real, silent):
+    svd = ms.decompose(ms.collect_writes(real.model, real.task, layers=[0], positions=[0, 1, 2]))
+    found = ms.sweep_ridge(real.model, real.task, svd, layers=[0])
     assert float(found.effective_directions[-1]) == pytest.approx(svd.rank)
     assert found.measurement.log_probs.isfinite().all()
 
 
-def test_a_ridge_sweep_is_saved_and_loaded(stories, story_task, tmp_path):
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
-    found = ms.sweep_ridge(stories, story_task, svd, [1.0, 0.0])
+def test_a_ridge_sweep_is_saved_and_loaded(real, tmp_path):
+    found = ms.sweep_ridge(real.model, real.task, real.svd, [1.0, 0.0])
     found.save(tmp_path / "ridge.safetensors")
     loaded = ms.RidgeSweep.load(tmp_path / "ridge.safetensors")
     assert loaded.to_pandas().equals(found.to_pandas())

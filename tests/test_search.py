@@ -8,7 +8,6 @@ import mechsvd as ms
 from mechsvd.experiments.search import LEAST, PROBES, _evenly, _next_ranks
 from tests.conftest import tiny as bridge
 from tests.conftest import tiny_hf
-from tests.test_against_hugging_face import reference  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +29,20 @@ def sweep_of(curve, ranks, clean=0.0):
     return ms.RankSweep(torch.tensor(ranks), torch.arange(512), measured)
 
 
-def test_the_critical_rank_of_a_real_model_agrees_with_raw_modules_in_float64(
-    stories, story_task, reference
-):
-    svd = ms.decompose(ms.collect_writes(stories, story_task))
+def test_the_critical_rank_of_a_real_model_agrees_with_raw_modules_in_float64(real, reference):
+    svd, ranks = real.svd, range(real.d_model + 1)
     clean, _, _ = reference.run(lambda x: x)
     log_probs = []
-    for rank in range(65):
+    for rank in ranks:
         kept = svd.directions[:, :rank].double()
         log_probs.append(reference.run(lambda x, p=kept @ kept.T: x @ p)[0])
     for tolerance in (0.0, 0.1, 1.0, 10.0):
-        expected = next(rank for rank in range(65) if log_probs[rank] >= clean - tolerance - 1e-5)
-        searched = ms.critical_rank(stories, story_task, svd, tolerance)
+        expected = next(rank for rank in ranks if log_probs[rank] >= clean - tolerance - 1e-5)
+        searched = ms.critical_rank(real.model, real.task, svd, tolerance)
         assert searched.rank == expected
         assert (
             searched.rank
-            == ms.critical_rank(stories, story_task, svd, tolerance, exhaustive=True).rank
+            == ms.critical_rank(real.model, real.task, svd, tolerance, exhaustive=True).rank
         )
         tried = searched.to_pandas()
         assert tried["log_prob"].tolist() == pytest.approx(
@@ -162,16 +159,16 @@ def test_margins_within_the_noise_count_and_are_marked_as_ties():
 
 
 @pytest.mark.parametrize("length", [3, 15, 40])
-def test_all_directions_of_the_whole_space_always_give_the_text(stories, length):
-    task = ms.Task.from_text(stories, "The cat", max_new_tokens=length)
-    svd = ms.decompose(ms.collect_writes(stories, task))
-    assert svd.rank == 64
-    by_effect = ms.order_by_effect(ms.rank_directions(stories, task, svd))
+def test_all_directions_of_the_whole_space_always_give_the_text(real, length):
+    task = ms.Task.from_text(real.model, real.prompt, max_new_tokens=length)
+    svd = ms.decompose(ms.collect_writes(real.model, task))
+    assert svd.rank == real.d_model
+    by_effect = ms.order_by_effect(ms.rank_directions(real.model, task, svd))
     for order in (None, by_effect, by_effect.flip(0)):
-        certain = ms.critical_rank(stories, task, svd, order=order, exhaustive=True)
+        certain = ms.critical_rank(real.model, task, svd, order=order, exhaustive=True)
         assert float(certain.margins[-1]) == 0
         assert certain.rank is not None
-        assert ms.critical_rank(stories, task, svd, order=order).rank is not None
+        assert ms.critical_rank(real.model, task, svd, order=order).rank is not None
 
 
 def test_when_no_probe_of_the_grid_reaches_the_bar_the_search_goes_on(
@@ -311,7 +308,7 @@ def test_a_subspace_of_rank_0_compares_and_is_saved(meaning_svd, tmp_path):
     assert ms.random_subspace(4, 0).basis.shape == (4, 0)
     nothing.save(tmp_path / "nothing.safetensors")
     assert ms.Subspace.load(tmp_path / "nothing.safetensors").basis.shape == (128, 0)
-    assert "0" in repr(nothing)
+    assert "rank 0" in repr(nothing)
 
 
 def test_the_subspace_of_a_critical_rank(embedded, meaning, meaning_svd):

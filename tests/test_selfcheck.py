@@ -175,7 +175,6 @@ def test_rows_part_wherever_the_first_edit_is(architecture, components, silent):
     torch.testing.assert_close(sweep.measurement.log_probs[0].double(), expected, rtol=0, atol=1e-4)
 
 
-def test_real_models_pass(embedded, stories):
-    for model in (embedded, stories):
-        assert require_sound(model)[0].block_error.max() < 1e-6
-        assert len(self_check(model).to_pandas()) == model.cfg.n_layers
+def test_real_models_pass(real):
+    assert require_sound(real.model)[0].block_error.max() < 1e-6
+    assert len(self_check(real.model).to_pandas()) == real.n_layers

@@ -78,7 +78,10 @@ def test_a_file_and_a_public_name_never_share_a_name():
 
 def test_everything_public_is_there_and_has_a_docstring():
     for name in ms.__all__:
-        assert getattr(ms, name).__doc__ or name.isupper(), name
+        value = getattr(ms, name)
+        own = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
+        # a dataclass without a docstring is given its own signature as one
+        assert name.isupper() or (own and not own.startswith(f"{name}(")), name
 
 
 def test_importing_leaves_the_heavy_libraries_alone():

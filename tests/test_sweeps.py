@@ -30,11 +30,8 @@ def test_at_full_rank_the_model_is_as_it_was(embedded, meaning, meaning_svd):
     )
 
 
-@pytest.mark.parametrize("model_name", ["embedded", "stories"])
-def test_the_sweep_equals_the_loop(request, model_name):
-    model = request.getfixturevalue(model_name)
-    task = ms.Task.from_text(model, "Once upon a time", max_new_tokens=15)
-    svd = ms.decompose(ms.collect_writes(model, task))
+def test_the_sweep_equals_the_loop(real):
+    model, task, svd = real.model, real.task, real.svd
     ranks = list(range(0, svd.rank + 1, 9))
     sweep = ms.sweep_rank(model, task, svd, ranks=ranks)
     for rank, log_probs in zip(ranks, sweep.measurement.log_probs, strict=True):
@@ -94,7 +91,26 @@ def test_directions_of_other_sites_than_are_swept_warn(embedded, meaning, silent
         ms.sweep_rank(embedded, meaning, layer, ranks=[1], layers=3)
 
 
-def test_kept_and_attempted_sizes_obey_pythagoras(embedded, meaning, meaning_svd):
+def test_what_is_kept_and_what_is_dropped_obey_pythagoras(embedded, meaning, meaning_svd):
+    for rank in (1, 40, 127):
+        subspace = meaning_svd.subspace(rank)
+        for layer in range(6):
+            for component in ("attn", "mlp"):  # alone, so that both edits meet the same write
+                measured = ms.measure(
+                    embedded,
+                    meaning,
+                    [ms.keep(subspace), ms.ablate(subspace)],
+                    layers=layer,
+                    components=component,
+                )
+                attempted, written = measured.orig_deltas[:, 0], measured.kept_deltas[:, 0]
+                torch.testing.assert_close(attempted[0], attempted[1], rtol=1e-6, atol=0)
+                torch.testing.assert_close(
+                    written.square().sum(), attempted[0].square(), rtol=1e-5, atol=0
+                )
+
+
+def test_nothing_kept_is_larger_than_what_was_attempted(embedded, meaning, meaning_svd):
     measured = ms.sweep_rank(embedded, meaning, meaning_svd).measurement
     assert (measured.kept_deltas <= measured.orig_deltas * (1 + 1e-5)).all()
 

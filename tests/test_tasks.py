@@ -45,11 +45,13 @@ def test_without_a_continuation_it_is_the_greedy_one(embedded):
     assert task.tokens.tolist() == tokens[0].tolist()
 
 
-def test_stories_begin_as_they_are_known_to(stories):
-    task = ms.Task.from_text(stories, "Once upon a time", max_new_tokens=30)
-    assert task.text()[1].startswith(
-        ", there was a little girl named Lily. She loved to play outside in the park."
-    )
+def test_texts_begin_as_they_are_known_to(real):
+    begins = {
+        "embedded": " to find joy, but my sister says the secrets of learning are joy",
+        "stories260k": " a little girl named Lily. She loved to play outside in the park.",
+    }
+    task = ms.Task.from_text(real.model, real.prompt, max_new_tokens=30)
+    assert task.text()[1].startswith(begins[real.name])
 
 
 def test_the_shortforms_prompts_are_ready_by_name():
