@@ -51,6 +51,8 @@ def test_tables_and_results_lie_beside_it(report):
             "surprise",
             "orig_delta",
             "kept_delta",
+            "kl_divergence",
+            "absolute_change",
         ]
         sweep = ms.RankSweep.load(data(report) / name / "sweep.safetensors")
         assert table["log_prob"].tolist() == pytest.approx(

@@ -154,6 +154,9 @@ ROWS = {
     "ms.hessian_attribution_of(lambda w: 2.0, torch.ones(2))": "ValueError: `function` must give a scalar tensor (no `.item()`), but gives float 2.0",
     "ms.collect_gradients(model, [], svd)": "ValueError: No tasks: the list is empty",
     "ms.collect_gradients(model, task, 3)": "TypeError: `over` must be a decomposition",
+    "ms.order_by_effect(ms.rank_directions(model, task, svd), by='size')": (
+        "ValueError: `by` is 'size', but must be 'effect', 'kl_divergence'"
+    ),
     "ms.gradient_basis(svd)": "TypeError: A Gradients is needed here, but this is Decomposition",
     "ms.gradient_basis([])": "ValueError: There are no gradients: the list is empty",
     "ms.sweep_ridge(model, task, svd, alphas=3)": "TypeError: `alphas` must be a list of numbers, but is 3",

@@ -173,6 +173,7 @@ def test_texts_of_several_edits_are_those_of_each_alone(hooked, svd, silent):
         assert task.tokens.tolist() == tokens[: len(task.tokens)].tolist()
 
 
+@pytest.mark.parametrize("hooked", ["in place on the stream", "torch's own hook"], indirect=True)
 def test_attributions_and_gradients_are_those_of_single_rows(hooked, svd, silent):
     task = tiny_task(seed=1)
     one = ms.hessian_attribution(hooked, task, svd, batch_size=1)

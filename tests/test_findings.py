@@ -222,4 +222,4 @@ def test_a_rank_that_is_near_clean_by_chance_does_not_last(studies):
     assert lasting([0.0, 0.0, 2.0]) is None
 
 
-COLUMNS = ("is_greedy", "orig_deltas", "kept_deltas")
+COLUMNS = ("is_greedy", "orig_deltas", "kept_deltas", "kl_divergences")

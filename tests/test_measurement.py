@@ -239,6 +239,8 @@ def test_tables_and_the_printed_form(llama):
         "surprise",
         "orig_delta",
         "kept_delta",
+        "kl_divergence",
+        "absolute_change",
     ]
     by_site = measured.sites_to_pandas()
     assert len(by_site) == 7 * 4

@@ -119,6 +119,8 @@ def test_the_table_the_printed_form_and_saving(ranking, tmp_path):
         "log_prob",
         "effect",
         "is_noise",
+        "kl_divergence",
+        "absolute_change",
     ]
     assert len(repr(ranking).splitlines()) == 3
     ranking.save(tmp_path / "r.safetensors")

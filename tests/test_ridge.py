@@ -45,6 +45,8 @@ def test_the_default_strengths_are_evenly_spaced_in_effective_directions(real):
         "surprise",
         "orig_delta",
         "kept_delta",
+        "kl_divergence",
+        "absolute_change",
     ]
     assert (table.alpha.diff().dropna() < 0).all()
     assert (table.kept_delta <= table.orig_delta * 1.0001).all()

@@ -17,6 +17,8 @@ def test_every_rank_from_none_to_all_by_default(embedded, meaning, meaning_svd):
         "surprise",
         "orig_delta",
         "kept_delta",
+        "kl_divergence",
+        "absolute_change",
     ]
     assert table["rank"].tolist() == list(range(meaning_svd.rank + 1))
     assert table["kept_delta"].iloc[0] == 0

@@ -1,9 +1,13 @@
 """What a type checker sees of the package from outside."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import mechsvd as ms
 
 SCRIPT = """
 from pathlib import Path
@@ -31,15 +35,13 @@ WRONG = {
 
 
 def check(script, folder):
-    config = folder / "mypy.ini"
-    heavy = "".join(
-        f"[mypy-{name}.*]\nfollow_imports = skip\n"
-        for name in ("torch", "jaxtyping", "numpy", "pandas", "plotly", "tqdm")
-    )
-    config.write_text(f"[mypy]\nignore_missing_imports = True\n{heavy}".replace("\\\n", "\n"))
+    """What mypy says; of other packages it sees nothing, which is faster."""
     (folder / "script.py").write_text(script)
-    command = [sys.executable, "-m", "mypy", "--config-file", str(config), "script.py"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+    flags = ["--no-site-packages", "--follow-imports=silent"]
+    flags += ["--ignore-missing-imports", "--config-file="]
+    paths = {**os.environ, "MYPYPATH": str(Path(ms.__file__).parents[1])}
+    command = [sys.executable, "-m", "mypy", *flags, "script.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=paths).stdout
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from mechsvd.checks import warn
 from mechsvd.edits.gates import Gate
 from mechsvd.edits.hooks import bind, require_fitting_edit
-from mechsvd.engine.measurement import score
+from mechsvd.engine.measurement import predict, score
 from mechsvd.engine.memory import is_out_of_memory
 from mechsvd.engine.session import Session, warn_other_sites
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
@@ -141,7 +141,7 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     def log_probs(rows: Tensor) -> Tensor:
         gate = Gate(basis, rows[:, : svd.rank], rows[:, -1] if has_rest else 0.0)
         hooks = [(site.hook_name, bind(gate, site, positions, rows=len(rows))) for site in sites]
-        return score(model, task, check, hooks, len(rows))[0]
+        return score(predict(model, task, check, hooks, len(rows)), task)[0]
 
     parts: tuple[Part, ...] = (
         ("gain", (svd.rank,)),
@@ -171,7 +171,7 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
     positions = list(session.positions(len(task.tokens)) or range(len(task.tokens)))
     stored: list[Tensor] = []
     with torch.no_grad():
-        score(
+        predict(
             model,
             task,
             check,
@@ -185,7 +185,7 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
             2, torch.tensor(positions, device=device), rows.view(-1, *clean.shape) - clean
         )
         hooks = [_added(site, shifts[:, i]) for i, site in enumerate(sites)]
-        return score(model, task, check, hooks, len(rows))[0]
+        return score(predict(model, task, check, hooks, len(rows)), task)[0]
 
     parts = tuple((site.hook_name, tuple(clean.shape[1:])) for site in sites)
     hooks = tuple(site.hook_name for site in sites)
@@ -263,7 +263,7 @@ class _Run(nn.Module):
         self.model, self.task, self.check = model, task, check
 
     def forward(self) -> Float[Tensor, " scored"]:
-        return score(self.model, self.task, self.check)[0][0]
+        return score(predict(self.model, self.task, self.check), self.task)[0][0]
 
 
 def _at(hooks: Sequence[str], positions: Sequence[int] | None) -> str:

@@ -38,7 +38,7 @@ def bytes_per_row(model: Model, task: Task) -> int:
     """
     cfg, length = model.cfg, len(task.tokens)
     widths = 16 * cfg.d_model + 4 * _d_mlp(model) + 3 * cfg.n_heads * length
-    return 4 * (length * widths + 3 * len(task.continuation) * cfg.d_vocab)
+    return 4 * (length * widths + 5 * len(task.continuation) * cfg.d_vocab)
 
 
 def run_batches(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from mechsvd.edits.gates import Gate
 from mechsvd.edits.hooks import bind
 from mechsvd.edits.maps import Edit, EditList, Stack, chain
 from mechsvd.engine.batches import rows_per_pass, run_batches
+from mechsvd.engine.metrics import kl_divergence
 from mechsvd.engine.noise import spread_by_rounding
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.fields import require_between, require_declared, require_length
@@ -43,6 +44,8 @@ class Measurement(Result):
         clean: the same for the model without an edit; None in the clean measurement itself.
         noise_floor: how much the clean log-probability changes by rounding noise, in nats; None
             if not measured.
+        kl_divergences: of clean ‖ edited at each scored position, in nats; None in files of
+            older versions.
     """
 
     log_probs: Float[Tensor, "edit scored"]
@@ -53,6 +56,7 @@ class Measurement(Result):
     clean: "Measurement | None" = None
     source: Provenance | None = None
     noise_floor: float | None = None
+    kl_divergences: Float[Tensor, "edit scored"] | None = None
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -70,8 +74,12 @@ class Measurement(Result):
 
     def __getitem__(self, edits: slice | Tensor) -> "Measurement":
         """Some of the edits, in the order of `edits`, with the same clean run."""
-        columns: dict[str, Any] = {name: getattr(self, name)[edits] for name in _BY_EDIT}
+        columns: dict[str, Any] = {name: getattr(self, name)[edits] for name in self._columns}
         return replace(self, **columns)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return _BY_EDIT if self.kl_divergences is None else (*_BY_EDIT, "kl_divergences")
 
     def __len__(self) -> int:
         """Number of edits."""
@@ -98,6 +106,25 @@ class Measurement(Result):
         return self.log_probs.sum(dim=-1, dtype=torch.float64)
 
     @property
+    def kl_divergence(self) -> Float[Tensor, " edit"]:
+        """Mean over the scored positions of the KL divergence of clean ‖ edited, in nats per token.
+
+        NaN where the measurement does not know it, as in files of older versions.
+        """
+        if self.kl_divergences is None:
+            return torch.full((len(self),), torch.nan, dtype=torch.float64)
+        return self.kl_divergences.mean(dim=-1, dtype=torch.float64)
+
+    @property
+    def absolute_change(self) -> Float[Tensor, " edit"]:
+        """Sum over tokens of the size of the change of their log-probability, in nats.
+
+        Unlike the change of `log_prob`, it does not cancel between tokens.
+        """
+        clean = self if self.clean is None else self.clean
+        return (self.log_probs - clean.log_probs).abs().sum(dim=-1, dtype=torch.float64)
+
+    @property
     def orig_delta(self) -> Float[Tensor, " edit"]:
         """Root-mean-square norm of an attempted write over sites and positions."""
         return self.orig_deltas.square().mean(dim=-1).sqrt()
@@ -108,7 +135,10 @@ class Measurement(Result):
         return self.kept_deltas.square().mean(dim=-1).sqrt()
 
     def to_pandas(self) -> Any:
-        """One row per edit: log_prob, probability, surprise, orig_delta, kept_delta."""
+        """One row per edit: log_prob, probability, surprise, orig_delta, kept_delta, …
+
+        The last columns are `kl_divergence` (nats per token) and `absolute_change` (nats).
+        """
         import pandas as pd
 
         columns = {
@@ -117,6 +147,8 @@ class Measurement(Result):
             "surprise": -self.log_prob,
             "orig_delta": self.orig_delta,
             "kept_delta": self.kept_delta,
+            "kl_divergence": self.kl_divergence,
+            "absolute_change": self.absolute_change,
         }
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
@@ -190,7 +222,7 @@ def measure(
 def concatenate(parts: Sequence[Measurement]) -> Measurement:
     """Join measurements of one task at the same sites, in order; the first gives the clean run."""
     columns: dict[str, Any] = {
-        name: torch.cat([getattr(part, name) for part in parts]) for name in _BY_EDIT
+        name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0]._columns
     }
     return replace(parts[0], **columns)
 
@@ -212,21 +244,32 @@ def estimate_seconds(model: Model, task: Task, edits: int) -> float:
 
 
 def score(
-    model: Model, task: Task, check: SelfCheck, hooks: Sequence[Hook] = (), rows: int = 1
+    predictions: Float[Tensor, "edit scored d_vocab"], task: Task
 ) -> tuple[Float[Tensor, "edit scored"], Bool[Tensor, "edit scored"]]:
+    """The log-probability of each continuation token, and whether it is the greedy one.
+
+    Args:
+        predictions: log-probabilities of all tokens; see `predict`.
+    """
+    target = task.continuation.to(predictions.device).expand(len(predictions), -1)
+    log_probs = predictions.gather(-1, target[..., None])[..., 0]
+    return log_probs, predictions.argmax(dim=-1) == target
+
+
+def predict(
+    model: Model, task: Task, check: SelfCheck, hooks: Sequence[Hook] = (), rows: int = 1
+) -> Float[Tensor, "edit scored d_vocab"]:
     """Run a task once with hooks that make `rows` rows of it.
 
     Gradients flow through it where they are enabled; see `evaluation`.
 
     Returns:
-        The log-probability of each continuation token in nats, and whether it is the greedy one.
+        The natural-log probability of every token at the scored positions, in nats.
     """
     tokens = task.tokens.to(next(model.parameters()).device)
     batch = tokens.expand(1 if check.shares_prefix else rows, -1)
     logits = run_model(model, batch, hooks, task.scored, cut_early=check.scores_alone)
-    log_probs = logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
-    target = tokens[task.prompt_length :].expand(rows, -1)
-    return log_probs.gather(-1, target[..., None])[..., 0], log_probs.argmax(dim=-1) == target
+    return logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
 
 
 def clean_noise(session: Session, task: Task) -> float:
@@ -241,10 +284,14 @@ def clean_noise(session: Session, task: Task) -> float:
 
 @dataclass(frozen=True)
 class _Setup:
-    """What the forward passes of one measurement have in common."""
+    """What the forward passes of one measurement have in common.
+
+    The first row of the first pass is the clean run; its predictions are kept for the others.
+    """
 
     session: Session
     task: Task
+    _clean: list[Tensor] = field(default_factory=list)
 
     @cached_property
     def positions(self) -> tuple[int, ...] | None:
@@ -271,9 +318,20 @@ class _Setup:
         hooks = [
             (site.hook_name, bind(rows, site, self.positions, observe, count)) for site in sites
         ]
-        scored, is_greedy = score(self.session.model, self.task, self.session.check, hooks, count)
+        predictions = predict(self.session.model, self.task, self.session.check, hooks, count)
+        if not self._clean:
+            self._clean.append(predictions[0])
+        scored, is_greedy = score(predictions, self.task)
+        divergences = kl_divergence(predictions, self._clean[0])
         orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
-        return Measurement(scored.cpu(), is_greedy.cpu(), orig_deltas, kept_deltas, sites)
+        return Measurement(
+            scored.cpu(),
+            is_greedy.cpu(),
+            orig_deltas,
+            kept_deltas,
+            sites,
+            kl_divergences=divergences.cpu(),
+        )
 
     def noise_floor(self, clean: Measurement) -> float:
         """How much the clean log-probability changes by rounding noise; see `measure`."""

@@ -1,6 +1,6 @@
 """Rank directions: what the text loses without each one, and orders that follow from it."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,7 +73,10 @@ class Ranking(Result):
         return self.measurement.source
 
     def to_pandas(self) -> Any:
-        """One row per direction: direction, singular_value, log_prob, effect, is_noise."""
+        """One row per direction: direction, singular_value, log_prob, effect, is_noise, …
+
+        The last columns are `kl_divergence` (nats per token) and `absolute_change` (nats).
+        """
         import pandas as pd
 
         return pd.DataFrame(
@@ -83,6 +86,8 @@ class Ranking(Result):
                 "log_prob": self.measurement.log_prob.numpy(),
                 "effect": self.effect.numpy(),
                 "is_noise": self.is_noise.numpy(),
+                "kl_divergence": self.measurement.kl_divergence.numpy(),
+                "absolute_change": self.measurement.absolute_change.numpy(),
             }
         )
 
@@ -130,10 +135,34 @@ def order_by_singular_value(svd: Decomposition) -> Int[Tensor, " rank"]:
     return torch.arange(svd.rank)
 
 
-def order_by_effect(ranking: Ranking) -> Int[Tensor, " rank"]:
-    """Order directions by falling damage; ties stay in the order of their singular values."""
+def order_by_effect(
+    ranking: Ranking, by: Literal["effect", "kl_divergence", "absolute_change"] = "effect"
+) -> Int[Tensor, " rank"]:
+    """Order directions by falling damage; ties stay in the order of their singular values.
+
+    The effect is signed and summed over tokens, so a direction that helps one token and harms
+    another comes late. The other two do not cancel.
+
+    Args:
+        by: the effect on the text's log-probability, as in the shortform; the KL divergence of
+            clean ‖ edited predictions; or the summed size of the change of each token's
+            log-probability.
+
+    Raises:
+        ValueError: another name, or a ranking of an older version that lacks the divergence.
+    """
     require_kind(ranking, Ranking)
-    return ranking.effect.argsort(descending=True, stable=True)
+    if by not in ("effect", "kl_divergence", "absolute_change"):
+        raise ValueError(
+            f"`by` is {by!r:.60}, but must be 'effect', 'kl_divergence' or 'absolute_change'."
+        )
+    damage = ranking.effect if by == "effect" else getattr(ranking.measurement, by)
+    if damage.isnan().all():
+        raise ValueError(
+            "The ranking is of an older version, without the KL divergence; "
+            "rank the directions again, or choose `by='absolute_change'`."
+        )
+    return damage.argsort(descending=True, stable=True)
 
 
 def order_by_compromise(
