@@ -320,7 +320,7 @@ class _Setup:
         ]
         predictions = predict(self.session.model, self.task, self.session.check, hooks, count)
         if not self._clean:
-            self._clean.append(predictions[0])
+            self._clean.append(predictions[0].clone())  # a view would keep the whole batch
         scored, is_greedy = score(predictions, self.task)
         divergences = kl_divergence(predictions, self._clean[0])
         orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
