@@ -19,7 +19,6 @@ from mechsvd.attribution.scores import (
     HESSIAN,
     RANDOM,
     Attribution,
-    attribution_of,
     score_directions,
 )
 from mechsvd.checks import is_number, is_whole, require_whole, with_options
@@ -257,12 +256,15 @@ def _attribute(
     )
     path, baseline = function.path_gradient(choices.path_steps), function.at_zero
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
-    bases = {HESSIAN: solution.vectors.to(function.point), **others, RANDOM: random}
-    scores = {
-        name: score_directions(curvature, basis, path, baseline) for name, basis in bases.items()
-    }
-    attribution = attribution_of(
-        scores, unit, solution.products, tolerance=float(choices.tolerance), **header
+    header = {**header, "tolerance": float(choices.tolerance)}
+
+    def score(vectors: Tensor, **more: Any) -> Attribution:
+        return score_directions(curvature, vectors, path, baseline, unit, **header, **more)
+
+    attribution = score(
+        solution.vectors.to(function.point),
+        products=solution.products,
+        beside=tuple((name, score(basis)) for name, basis in {**others, RANDOM: random}.items()),
     )
     warn_unconverged(attribution, max_products if entries > DENSE else None)
     warn_undefined(attribution, curvature, choices.path_steps)

@@ -1,8 +1,6 @@
 """Scores of directions of a vector w for a function of it: estimated and measured, in one table."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,10 +14,6 @@ from mechsvd.linalg.subspace import require_orthonormal, rounding
 from mechsvd.results import Provenance, Result, result
 
 HESSIAN, RANDOM = "Hessian", "random"  # names of the bases that are always scored
-_IN_UNITS = (
-    "eigenvalues", "residuals", "slopes", "integrated", "measured",
-    "value", "baseline", "path_error",
-)  # fmt: skip
 
 
 @result
@@ -220,33 +214,21 @@ class Attribution(Result):
         )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Scores of some directions of w, in the units of f; see `Attribution`."""
-
-    vectors: Float[Tensor, "entry direction"]
-    eigenvalues: Float[Tensor, " direction"]
-    residuals: Float[Tensor, " direction"]
-    projections: Float[Tensor, " direction"]
-    slopes: Float[Tensor, " direction"]
-    integrated: Float[Tensor, " direction"]
-    measured: Float[Tensor, " direction"]
-    value: float
-    baseline: float
-    path_error: float
-
-
 def score_directions(
     curvature: Curvature,
     vectors: Float[Tensor, "entry direction"],
     path: Float[Tensor, " entry"],
     baseline: float,
-) -> Scores:
+    unit: float = 1.0,
+    **header: Any,
+) -> Attribution:
     """Compute all scores of some directions, in float64 from values in the model's dtype.
 
     Args:
         path: the mean gradient on the path from 0.
         baseline: f(0).
+        unit: unit of f; everything measured in f is multiplied by it.
+        header: the fields that describe f, and what is known of the other bases.
     """
     w, f = curvature.w.detach(), curvature.function
     point, slope, path = (x.detach().cpu().double() for x in (w, curvature.gradient, path))
@@ -258,37 +240,17 @@ def score_directions(
     changes = torch.cat([torch.zeros_like(parts[:, :1]), parts], dim=1)
     values = f.at(lambda rows: w - changes[:, rows].mT, changes.shape[1]).cpu().double()
     value, removed = float(values[0]), values[1:]
-    return Scores(
+    integrated = projections * (path @ exact) * (1 if math.isfinite(baseline) else torch.nan)
+    return Attribution(
         vectors=vectors.cpu(),
-        eigenvalues=eigenvalues,
-        residuals=(product - exact * eigenvalues).norm(dim=0),
+        eigenvalues=eigenvalues * unit,
+        residuals=(product - exact * eigenvalues).norm(dim=0) * unit,
         projections=projections,
-        slopes=slope @ exact,
-        integrated=projections * (path @ exact) * (1 if math.isfinite(baseline) else torch.nan),
-        measured=value - removed,
-        value=value,
-        baseline=baseline,
-        path_error=abs(float(point @ path) - (value - baseline)),
+        slopes=slope @ exact * unit,
+        integrated=integrated * unit,
+        measured=(value - removed) * unit,
+        value=value * unit,
+        baseline=baseline * unit,
+        path_error=abs(float(point @ path) - (value - baseline)) * unit,
+        **header,
     )
-
-
-def attribution_of(
-    scores: Mapping[str, Scores], unit: float, products: int, **header: Any
-) -> Attribution:
-    """Make the attribution of the Hessian's scores, which holds those in other bases.
-
-    Args:
-        scores: by name of the basis; "Hessian" is one of them.
-        unit: unit of f; all scores are multiplied by it.
-        products: products used to find the Hessian's directions.
-        header: fields that describe f: objective, over, parts, tolerance, noise_floor, source.
-    """
-
-    def attribution(scores: Scores, **more: Any) -> Attribution:
-        columns = {field.name: getattr(scores, field.name) for field in fields(scores)}
-        return Attribution(
-            **columns | {name: columns[name] * unit for name in _IN_UNITS}, **header, **more
-        )
-
-    others = tuple((name, attribution(s)) for name, s in scores.items() if name != HESSIAN)
-    return attribution(scores[HESSIAN], products=products, beside=others)
