@@ -29,12 +29,30 @@ from mechsvd.attribution.gradients import (
 )
 from mechsvd.attribution.hessian import hessian_attribution, hessian_attribution_of
 from mechsvd.attribution.scores import Attribution
-from mechsvd.edits.gates import ablate, gate, keep, shrink
+from mechsvd.edits.baselines import Baseline
+from mechsvd.edits.bases import ablate, gate, keep, shrink
+from mechsvd.edits.exchange import from_transformer_lens, to_transformer_lens
 from mechsvd.edits.hooks import fwd_hooks
 from mechsvd.edits.maps import chain, shift
+from mechsvd.engine.ablations import donor_baseline, mean_baseline, resample_baseline
 from mechsvd.engine.measurement import Measurement, estimate_seconds, measure
+from mechsvd.engine.metrics import (
+    Metric,
+    absolute_change,
+    cross_entropy,
+    greedy_share,
+    kl_divergence,
+    log_prob,
+    logit_difference,
+)
+from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
-from mechsvd.experiments.criteria import drop_at_most, same_greedy_text
+from mechsvd.experiments.criteria import (
+    change_at_most,
+    drop_at_most,
+    kl_at_most,
+    same_greedy_text,
+)
 from mechsvd.experiments.generation import generate, generate_tasks
 from mechsvd.experiments.ranking import (
     Ranking,
@@ -71,21 +89,28 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     # models and tasks
     "load_model", "self_check", "SelfCheck", "find_sites", "Site", "Task", "SHORTFORM_PROMPTS",
     # writes and their directions
-    "collect_writes", "Writes", "decompose", "Decomposition", "span", "Subspace",
+    "collect_writes", "Writes", "decompose", "Decomposition", "weight_svd",
+    "span", "Subspace",
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
+    "Baseline", "mean_baseline", "resample_baseline", "donor_baseline",
+    # metrics
+    "Metric", "log_prob", "logit_difference", "kl_divergence", "absolute_change",
+    "cross_entropy", "greedy_share",
     # measurements
     "measure", "Measurement", "estimate_seconds", "sweep_rank", "RankSweep",
     "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
     "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
     # the critical rank, and text from inside a subspace
-    "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "same_greedy_text",
+    "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "kl_at_most",
+    "change_at_most", "same_greedy_text",
     "generate", "generate_tasks",
     # attribution in a Hessian eigenbasis, and in other bases
     "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients",
     "Gradients", "gradient_basis", "GradientBasis",
     # comparison of subspaces
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
+    "to_transformer_lens", "from_transformer_lens",
     # provenance and figures
     "Provenance", "figures",
 ]  # fmt: skip

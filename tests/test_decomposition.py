@@ -147,7 +147,7 @@ def test_nan_in_a_sample_is_refused_with_its_place():
         decompose(values)
     with pytest.raises(ValueError, match="non-empty"):
         decompose(torch.zeros(0, 3, 2))
-    with pytest.raises(ValueError, match="per_layer"):
+    with pytest.raises(ValueError, match="needs to know the sites"):
         decompose(torch.randn(2, 9, 3), per_layer=True)
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from mechsvd.edits.gates import Gate, ablate, gate, keep, shrink
+from mechsvd.edits.bases import ablate, gate, keep, shrink
+from mechsvd.edits.gates import Gate
 from mechsvd.edits.maps import chain, shift
 from mechsvd.linalg.decomposition import decompose
 from mechsvd.linalg.subspace import Subspace, complete

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.engine.metrics import kl_divergence
+from mechsvd.engine.metrics import divergences
 
 
 def predictions(model, task, edit=None):
@@ -50,8 +50,8 @@ def test_a_masked_token_has_no_part_in_it():
     logits = torch.tensor([[1.0, 2.0, -torch.inf]])
     clean, edited = logits.log_softmax(-1), (2 * logits).log_softmax(-1)[None]
     expected = (clean.exp() * (clean - edited))[..., :2].sum(-1)
-    torch.testing.assert_close(kl_divergence(edited, clean), expected)
-    assert float(kl_divergence(clean[None], clean)) == 0
+    torch.testing.assert_close(divergences(edited, clean), expected)
+    assert float(divergences(clean[None], clean)) == 0
 
 
 def test_the_tables_have_both(embedded, meaning, meaning_svd):

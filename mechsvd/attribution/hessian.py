@@ -24,6 +24,7 @@ from mechsvd.attribution.scores import (
 from mechsvd.checks import is_number, is_whole, require_whole, with_options
 from mechsvd.edits.gates import Basis, directions_of
 from mechsvd.engine.measurement import clean_noise
+from mechsvd.engine.metrics import AnyMetric, log_prob, metric_for
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.linalg.comparison import random_subspace
 from mechsvd.model.sites import Model
@@ -40,7 +41,8 @@ def hessian_attribution(
     task: Task,
     over: Over,
     *,
-    objective: Kind = "probability",
+    objective: Kind | None = None,
+    metric: AnyMetric | None = None,
     pairs: int | None = None,
     bases: Mapping[str, Basis | GradientBasis] | None = None,
     tolerance: float = 1e-4,
@@ -59,7 +61,9 @@ def hessian_attribution(
             for the rest that they do not span; w = 1 is the model as it is, w = 0 removes all
             writes. Sites: their writes; w minus the clean writes is added to every write.
             Patterns of weight names ("blocks.2.mlp.*", "*"): those weights.
-        objective: f, the probability of the whole continuation, or its natural logarithm in nats.
+        objective: f, the "probability" of the whole continuation (the default), or "log_prob", its
+            natural logarithm in nats.
+        metric: f, instead of `objective`: any metric that is differentiable; see `Metric`.
         pairs: number of eigenpairs, those with the largest |eigenvalue|. By default all, from the
             whole Hessian, if w has at most 2048 entries; otherwise 20, by Lanczos.
         bases: more bases to score, by name, besides the eigenvectors and random directions. Each
@@ -86,23 +90,31 @@ def hessian_attribution(
         ValueError: there are more pairs than entries, a basis has another size, the probability
             underflows, or f is not finite.
     """
-    if objective not in ("probability", "log_prob"):
+    if objective not in (None, "probability", "log_prob"):
         raise ValueError(f"`objective` is {objective!r}, but must be 'probability' or 'log_prob'.")
+    if objective and metric is not None:
+        raise ValueError("`objective` and `metric` are two functions; give one of them.")
     choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
     with open_session(model, [task], gradients=True, **options) as session:
         source = session.provenance()
         f = objective_over(session, task, over)
         clean = float(f.log_prob(f.point[None]).detach())
-        unit = 1.0 if objective == "log_prob" else _probability(clean)
-        relative_to = None if objective == "log_prob" else clean
+        if metric is None and objective != "log_prob":
+            chosen, name, unit = log_prob, "probability", _probability(clean)
+            values: Callable[[Tensor], Tensor] = f.log_prob
+            relative_to: float | None = clean
+        else:
+            chosen = metric_for(metric, model, task)
+            name, unit, relative_to = chosen.name, 1.0, None
+            values = f.log_prob if chosen is log_prob else f.metric(chosen)
         size = session.rows_per_pass(task)
         function = Function(
-            f.log_prob, f.point, size, session.halve(task), session.progress, relative_to
+            values, f.point, size, session.halve(task), session.progress, relative_to
         )
-        noise = clean_noise(session, task)
+        noise = clean_noise(session, task, chosen)
         source = replace(source, hooks=f.hooks, seed=int(choices.seed))
         header = {
-            "objective": objective,
+            "objective": name,
             "over": f.over,
             "parts": f.parts,
             "noise_floor": noise * unit,

@@ -1,4 +1,4 @@
-"""Log-probability of a task as a function of a vector w: gains, writes or weights."""
+"""The logits of a task as a function of a vector w: gains, writes or weights."""
 
 import hashlib
 import math
@@ -14,8 +14,8 @@ from torch.func import functional_call, vmap
 from mechsvd.checks import warn
 from mechsvd.edits.gates import Gate
 from mechsvd.edits.hooks import bind, require_fitting_edit
-from mechsvd.engine.measurement import predict, score
 from mechsvd.engine.memory import is_out_of_memory
+from mechsvd.engine.metrics import Metric, evaluate, predict, score
 from mechsvd.engine.session import Session, warn_other_sites
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.linalg.subspace import at_least_single, widest
@@ -29,11 +29,10 @@ Part = tuple[str, tuple[int, ...]]  # a piece of w: its name and its shape
 
 @dataclass(frozen=True)
 class Objective:
-    """Log-probability of a task as a function of w, and the w of the unchanged model.
+    """The logits of a task as a function of w, and the w of the unchanged model.
 
     Attributes:
-        log_probs: maps rows of w to the natural-log probability of each continuation token;
-            differentiable in the rows.
+        logits: maps rows of w to the logits at the scored positions; differentiable in the rows.
         point: w of the unchanged model.
         over: one line that says what w is. It is equal exactly for the same w, also in another
             task or checkpoint.
@@ -41,11 +40,27 @@ class Objective:
         hooks: names of the hook points where w acts.
     """
 
-    log_probs: Callable[[Float[Tensor, "row entry"]], Float[Tensor, "row scored"]]
+    logits: Callable[[Float[Tensor, "row entry"]], Float[Tensor, "row scored d_vocab"]]
+    task: Task
     point: Float[Tensor, " entry"]
     over: str
     parts: tuple[Part, ...]
     hooks: tuple[str, ...] = ()
+
+    def log_probs(self, rows: Float[Tensor, "row entry"]) -> Float[Tensor, "row scored"]:
+        """Natural-log probability of each continuation token, in nats."""
+        return score(self.logits(rows).log_softmax(dim=-1), self.task)[0]
+
+    def metric(self, metric: Metric) -> Callable[[Float[Tensor, "row entry"]], Tensor]:
+        """A metric as a function of rows of w, one number per row."""
+        with torch.no_grad():
+            clean = self.logits(self.point[None])[0]
+
+        def values(rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
+            row_values = evaluate(metric, self.logits(rows), clean, self.task)
+            return row_values.to(widest(row_values.device))
+
+        return values
 
     def log_prob(self, rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
         """Log-probability of the whole continuation, one per row."""
@@ -138,10 +153,10 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     sites, positions = session.sites, session.positions(len(task.tokens))
     warn_other_sites(svd, sites)
 
-    def log_probs(rows: Tensor) -> Tensor:
+    def logits(rows: Tensor) -> Tensor:
         gate = Gate(basis, rows[:, : svd.rank], rows[:, -1] if has_rest else 0.0)
         hooks = [(site.hook_name, bind(gate, site, positions, rows=len(rows))) for site in sites]
-        return score(predict(model, task, check, hooks, len(rows)), task)[0]
+        return predict(model, task, check, hooks, len(rows))
 
     parts: tuple[Part, ...] = (
         ("gain", (svd.rank,)),
@@ -152,7 +167,7 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     content = svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     digest = hashlib.sha256(content).hexdigest()[:8]
     over = f"gains of {svd.rank} directions ({digest}) at {_at(hooks, positions)}"
-    return Objective(log_probs, point, over, parts, hooks)
+    return Objective(logits, task, point, over, parts, hooks)
 
 
 def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Objective:
@@ -179,17 +194,18 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
         )
     clean = torch.stack(stored)[:, positions].to(device, dtype)
 
-    def log_probs(rows: Tensor) -> Tensor:
+    def logits(rows: Tensor) -> Tensor:
         shifts = rows.new_zeros(len(rows), len(sites), len(task.tokens), clean.shape[-1])
         shifts = shifts.index_copy(
             2, torch.tensor(positions, device=device), rows.view(-1, *clean.shape) - clean
         )
         hooks = [_added(site, shifts[:, i]) for i, site in enumerate(sites)]
-        return score(predict(model, task, check, hooks, len(rows)), task)[0]
+        return predict(model, task, check, hooks, len(rows))
 
     parts = tuple((site.hook_name, tuple(clean.shape[1:])) for site in sites)
     hooks = tuple(site.hook_name for site in sites)
-    return Objective(log_probs, clean.flatten(), f"writes at {_at(hooks, positions)}", parts, hooks)
+    over = f"writes at {_at(hooks, positions)}"
+    return Objective(logits, task, clean.flatten(), over, parts, hooks)
 
 
 def _added(site: Site, shifts: Float[Tensor, "row pos d_model"]) -> Hook:
@@ -209,7 +225,7 @@ def _over_weights(session: Session, task: Task, patterns: Sequence[str]) -> Obje
     run = _Run(session.model, task, session.check)
     sizes = [weight.numel() for _, weight in weights.values()]
 
-    def log_probs(w: Tensor) -> Tensor:
+    def logits(w: Tensor) -> Tensor:
         pieces = zip(weights.values(), w.split(sizes), strict=True)
         replaced = {
             f"model.{name}": piece.view_as(weight).to(weight.dtype)
@@ -223,7 +239,7 @@ def _over_weights(session: Session, task: Task, patterns: Sequence[str]) -> Obje
     point = torch.cat([weight.detach().flatten() for _, weight in weights.values()]).to(dtype)
     _require_used(session.model, weights, run)
     parts = tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items())
-    return Objective(batched(log_probs), point, f"weights {', '.join(weights)}", parts)
+    return Objective(batched(logits), task, point, f"weights {', '.join(weights)}", parts)
 
 
 def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run: nn.Module) -> None:
@@ -237,7 +253,8 @@ def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run:
     replaced = {
         f"model.{path}": pieces[name] for name, (paths, _) in weights.items() for path in paths
     }
-    total = functional_call(run, replaced, (), tie_weights=False).sum()
+    # of the log-probabilities, since logits alone do not show a shift that softmax takes out
+    total = functional_call(run, replaced, (), tie_weights=False).log_softmax(dim=-1).sum()
     slopes = (
         torch.autograd.grad(total, list(pieces.values()), allow_unused=True)
         if total.requires_grad
@@ -256,14 +273,14 @@ def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run:
 
 
 class _Run(nn.Module):
-    """A module that scores a task; `functional_call` can replace its weights."""
+    """A module that runs a task; `functional_call` can replace its weights."""
 
     def __init__(self, model: Any, task: Task, check: SelfCheck):
         super().__init__()
         self.model, self.task, self.check = model, task, check
 
-    def forward(self) -> Float[Tensor, " scored"]:
-        return score(predict(self.model, self.task, self.check), self.task)[0][0]
+    def forward(self) -> Float[Tensor, "scored d_vocab"]:
+        return predict(self.model, self.task, self.check)[0]
 
 
 def _at(hooks: Sequence[str], positions: Sequence[int] | None) -> str:

@@ -1,6 +1,5 @@
 """The gate: a gain per direction of a basis, and one gain for the rest. Most edits are gates."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.linalg.subspace import Subspace, at_least_single, complete, require_orthonormal
 from mechsvd.results import Provenance
@@ -19,13 +19,15 @@ Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"]
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """The linear edit x → V diag(g) Vᵀx + rest·(x − VVᵀx), or a stack of them.
+    """The affine edit x → m + V diag(g) Vᵀ(x − m) + rest·(I − VVᵀ)(x − m), or a stack of them.
+
+    m is the baseline: 0 by default, or a point for each site and position.
 
     With a leading axis in `gains` it is a stack: edit i acts on row i of "edit pos d_model".
     A single row, "1 pos d_model", is shared by all edits. `gate[rows]` selects edits, and
     `len(gate)` counts them. Build one with `gate`, which checks its input.
 
-    It is computed as r·x + V_S diag(g_S − r) V_Sᵀx. S holds the directions whose gain differs
+    It is computed as r·x + (1 − r)·m + V_S diag(g_S − r) (V_Sᵀx − V_Sᵀm). S holds the directions whose gain differs
     from r, so removing one direction costs a dot product. r is `rest`; when the basis spans
     everything, it is whichever of `rest` and 1 gives the smaller S. With gradients, r is `rest`
     and S holds all directions, because a gain equal to r has a slope too. `rest` may be a tensor,
@@ -36,6 +38,7 @@ class Gate:
     gains: Float[Tensor, "*edit rank"]
     rest: float | Float[Tensor, "*edit"] = 0.0
     source: Provenance | None = None
+    baseline: Baseline | None = None
 
     def __call__(
         self, x: Float[Tensor, "... d_model"], hook: Any = None
@@ -43,12 +46,20 @@ class Gate:
         """Edit the writes `x`: a new tensor in the dtype of `x`, computed in float32 or wider."""
         plan, wide = self._plan, x.to(at_least_single(x.dtype))
         columns, delta = plan.columns.to(wide), plan.delta.to(wide)
-        # with columns per row, the transposed product is ten times as fast on a CPU for few rows
-        product = (columns.mT @ wide.mT).mT if columns.ndim > 2 else wide @ columns
+        product = _coordinates(wide, columns)
+        point = None if self.baseline is None else self.baseline.at(hook, wide)
+        if point is not None:
+            product = product - _coordinates(point, columns)
         coordinates = product.mul(delta)
+        if plan.is_constant(1):
+            return _add_product(wide, coordinates, columns).to(x.dtype)
         if plan.is_constant(0):
-            return (coordinates @ columns.mT).to(x.dtype)
-        base = wide if plan.is_constant(1) else wide * plan.constant
+            if point is None:
+                return (coordinates @ columns.mT).to(x.dtype)
+            return _add_product(point, coordinates, columns).to(x.dtype)
+        base = wide * plan.constant
+        if point is not None:
+            base = base + (1 - plan.constant) * point
         return _add_product(base, coordinates, columns).to(x.dtype)
 
     def __repr__(self) -> str:
@@ -60,20 +71,25 @@ class Gate:
             else "times one gain per edit"
         )
         origin = self.source.model if self.source else "bare tensors"
+        about = "" if self.baseline is None else f", about the {self.baseline.kind}"
         return (
             f"A {stack} over {rank} directions in {d_model} dimensions\n"
-            f"  the rest {rest}\n  from {origin}"
+            f"  the rest {rest}{about}\n  from {origin}"
         )
 
     def __getitem__(self, rows: Any) -> "Gate":
         """Some edits of a stack, in the order of `rows`."""
         rest = self.rest[rows] if isinstance(self.rest, Tensor) else self.rest
-        return Gate(self.basis, self.gains[rows], rest, self.source)
+        baseline = self.baseline
+        if baseline is not None and self.is_stack:
+            baseline = baseline.rows(rows)
+        return Gate(self.basis, self.gains[rows], rest, self.source, baseline)
 
     def to(self, device: torch.device) -> "Gate":
         """The gate on another device."""
         rest = self.rest.to(device) if isinstance(self.rest, Tensor) else self.rest
-        return Gate(self.basis.to(device), self.gains.to(device), rest, self.source)
+        baseline = self.baseline and self.baseline.to(device)
+        return Gate(self.basis.to(device), self.gains.to(device), rest, self.source, baseline)
 
     def __len__(self) -> int:
         """Number of edits in the stack."""
@@ -178,16 +194,24 @@ def _for_writes(rest: float | Tensor) -> Any:
     return rest[..., None, None] if isinstance(rest, Tensor) else rest
 
 
+def _coordinates(x: Tensor, columns: Tensor) -> Tensor:
+    # with columns per row, the transposed product is ten times as fast on a CPU for few rows
+    return (columns.mT @ x.mT).mT if columns.ndim > 2 else x @ columns
+
+
 def _add_product(
     base: Tensor, coordinates: Tensor, columns: Tensor
 ) -> Float[Tensor, "*edit pos d_model"]:
     """Compute base + coordinates Vᵀ.
 
-    It takes one pass over the result where rows share V and each has its own base, or V is one
-    column.
+    It takes one pass over the result where rows share V and each has its own base, or all have
+    one, or V is one column.
     """
     if columns.shape[-1] == 0:
         return base.expand(*coordinates.shape[:-1], -1).clone()
+    if columns.ndim == 2 and base.numel() == base.shape[-1]:  # a point for all positions
+        flat = torch.addmm(base.reshape(1, -1), coordinates.flatten(0, -2), columns.mT)
+        return flat.view(*coordinates.shape[:-1], -1)
     if columns.ndim > 2 and columns.shape[-1] == 1:
         return torch.addcmul(base, coordinates, columns.mT)
     if columns.ndim > 2 or base.shape[:-1] != coordinates.shape[:-1]:
@@ -198,28 +222,13 @@ def _add_product(
     return flat.view(base.shape)
 
 
-def gate(
+def gate_of(
     basis: Basis,
     gains: Float[Tensor, "*edit gain"] | Sequence[float],
     rest: float | int | Float[Tensor, "*rest"] = 0.0,
+    baseline: Baseline | None = None,
 ) -> Gate:
-    """Give each direction its gain, and everything outside the basis the gain `rest`.
-
-    `rest` is 0 by default, so `gate(basis, ones)` keeps the subspace. With `rest=1`, gains of 1
-    change nothing.
-
-    Args:
-        basis: orthonormal directions as columns, a subspace, or the directions of a decomposition.
-        gains: one per direction; with a leading axis, a stack of edits.
-        rest: gain of what the basis does not span; a tensor gives one per edit.
-
-    Raises:
-        ValueError: a basis that is not orthonormal, gains of another length, NaN or inf.
-
-    Example:
-        >>> gate(torch.eye(2), torch.tensor([1.0, 0.5]))(torch.tensor([[4.0, 4.0]]))
-        tensor([[4., 2.]])
-    """
+    """The gate over one basis, with its input checked; see `mechsvd.gate`."""
     directions, source = directions_of(basis)
     rank, gains = directions.shape[1], torch.as_tensor(gains)
     if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
@@ -234,43 +243,14 @@ def gate(
             f"`rest` has shape {list(rest.shape)}, but must be one number per edit, "
             f"{list(gains.shape[:-1])}."
         )
+    require_baseline(baseline, len(directions), source)
     return Gate(
         directions,
         gains.to(directions),
         rest.to(directions) if isinstance(rest, Tensor) else float(rest),
         source,
+        baseline,
     )
-
-
-def keep(subspace: Basis) -> Gate:
-    """Keep what lies in the subspace and drop the rest: the projection x → VVᵀx."""
-    directions, _ = directions_of(subspace)
-    return gate(subspace, directions.new_ones(directions.shape[1]), rest=0.0)
-
-
-def ablate(subspace: Basis) -> Gate:
-    """Remove what lies in the subspace (zero ablation) and keep the rest: x → x − VVᵀx."""
-    directions, _ = directions_of(subspace)
-    return gate(subspace, directions.new_zeros(directions.shape[1]), rest=1.0)
-
-
-def shrink(svd: Decomposition, alpha: float) -> Gate:
-    """Shrink each direction by s²/(s² + alpha), as ridge regression does, instead of clipping.
-
-    Args:
-        svd: the directions and their singular values.
-        alpha: strength in squared units of the residual stream. 0 keeps every direction of the
-            decomposition unchanged, and drops what it did not see.
-
-    Raises:
-        ValueError: `alpha` is negative or not finite.
-
-    Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed.,
-        eq. 3.47.
-    """
-    if not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"`alpha` is {alpha}, but must be finite and at least 0.")
-    return gate(svd, ridge_gains(svd.singular_values, torch.tensor(alpha)), rest=0.0)
 
 
 def ridge_gains(
@@ -300,13 +280,16 @@ def directions_of(basis: Basis) -> tuple[Float[Tensor, "d_model rank"], Provenan
     return basis, None
 
 
-def cheapest_gate(svd: Decomposition, gains: Float[Tensor, "edit rank"]) -> Gate:
+def cheapest_gate(
+    svd: Decomposition, gains: Float[Tensor, "edit rank"], baseline: Baseline | None = None
+) -> Gate:
     """A stack that drops what the basis does not span, computed on the smaller side.
 
     When most directions are kept, the basis is completed: keeping k directions is then removing
     the other d − k.
     """
     if 2 * svd.rank <= svd.d_model:
-        return Gate(svd.directions, gains, 0.0, svd.source)
+        return Gate(svd.directions, gains, 0.0, svd.source, baseline)
     unseen = gains.new_zeros(len(gains), svd.d_model - svd.rank)
-    return Gate(complete(svd.directions), torch.cat([gains, unseen], dim=1), 0.0, svd.source)
+    completed = torch.cat([gains, unseen], dim=1)
+    return Gate(complete(svd.directions), completed, 0.0, svd.source, baseline)

@@ -9,8 +9,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import once, with_options
-from mechsvd.edits.gates import Gate
-from mechsvd.edits.maps import Edit, EditError, EditList, gates_of, require_same_shape
+from mechsvd.edits.bases import GateStack
+from mechsvd.edits.maps import (
+    Edit,
+    EditError,
+    EditList,
+    for_task,
+    gates_of,
+    require_same_shape,
+    require_sites,
+)
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.reading import Reading
 from mechsvd.model.sites import (
@@ -22,6 +30,7 @@ from mechsvd.model.sites import (
     valid_positions,
     where_of,
 )
+from mechsvd.model.tasks import Task
 from mechsvd.results import Provenance, require_same_model
 
 Observer = Callable[[Site, Tensor, Tensor], None]  # site, attempted write, kept write
@@ -49,7 +58,7 @@ def fwd_hooks(
         comes first, which reads how much of the text is cached.
 
     Raises:
-        KeyError: an unknown layer or component.
+        KeyError: an unknown layer or component, or one that a basis or baseline lacks.
         TypeError: an edit that cannot be called, or positions that are not whole numbers.
         ValueError: an edit over another `d_model` or of another model, a stack of edits, or a
             position below 0.
@@ -57,12 +66,13 @@ def fwd_hooks(
     where = where_of(options)
     sites = find_sites(model, where.layers, where.components, where.missing)
     positions = valid_positions(where.positions)
-    if isinstance(edit, Gate) and edit.is_stack:
+    if isinstance(edit, GateStack) and edit.is_stack:
         raise ValueError(
             f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, "
             "or measure all by `measure`."
         )
     require_fitting_edit(model, edit, provenance_of(model) if check and gates_of(edit) else None)
+    require_sites(edit, sites)
     return hooks_at(model, edit, sites, positions)
 
 
@@ -78,7 +88,8 @@ def hooks_at(
     Raises:
         ValueError: positions, but the first layer has no attention.
     """
-    if positions is None:
+    by_position = any(g.baseline is not None and g.baseline.by_position for g in gates_of(edit))
+    if positions is None and not by_position:
         return [(site.hook_name, bind(edit, site, observe=observe)) for site in sites]
     reading = Reading(model, sites[0].layer)
     hooks = [
@@ -87,7 +98,7 @@ def hooks_at(
     return [reading.hook, *hooks]
 
 
-def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) -> None:
+def require_fitting_edit(model: Model, edit: Any, source: Provenance | None) -> None:
     """Refuse an edit that cannot be called, or whose basis does not fit the model.
 
     Args:
@@ -97,7 +108,7 @@ def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) ->
         TypeError: not a function.
         ValueError: a basis of another `d_model` or of another model.
     """
-    if not callable(edit):
+    if not callable(edit) and not isinstance(edit, GateStack):
         raise TypeError(
             f"An edit must be a function of the writes, but this is {type(edit).__name__}; "
             "make one by `mechsvd.keep`."
@@ -109,18 +120,40 @@ def require_fitting_edit(model: Model, edit: Edit, source: Provenance | None) ->
                 f"but the model's is {model.cfg.d_model}."
             )
         require_same_model(gate.source, source, "The basis and the model")
+        if gate.baseline is not None:
+            require_same_model(gate.baseline.source, source, "The baseline and the model")
 
 
-def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | EditList:
+def as_stack(
+    model: Model,
+    edits: Any,
+    source: Provenance | None,
+    sites: Sequence[Site] = (),
+    task: Task | None = None,
+) -> GateStack | EditList:
     """Turn a gate, a stack or a list of edits into a stack that fits the model, on its device.
 
+    Args:
+        source: as in `require_fitting_edit`.
+        sites: where the edits act.
+        task: the text that is edited, whose baselines are taken; None if it is not known.
+
     Raises:
-        TypeError, ValueError: as `require_fitting_edit`; no edits; a stack in a list.
+        TypeError, KeyError, ValueError: as `require_fitting_edit` and `require_sites`; no edits; a
+            stack in a list.
     """
-    if isinstance(edits, Gate):
+    stack = _stacked(model, edits, source)
+    require_sites(stack, sites)
+    fitted: GateStack | EditList = stack if task is None else for_task(stack, task)
+    return fitted
+
+
+def _stacked(model: Model, edits: Any, source: Provenance | None) -> GateStack | EditList:
+    if isinstance(edits, GateStack):
         require_fitting_edit(model, edits, source)
         device = next(model.parameters()).device
-        return (edits if edits.is_stack else edits[None]).to(device)
+        stack: GateStack = edits if edits.is_stack else edits[None]  # type: ignore[index]
+        return stack.to(device)
     edits = once(edits)
     if not isinstance(edits, Sequence) or not edits:
         what = "is empty" if isinstance(edits, Sequence) else f"is {type(edits).__name__}"
@@ -129,7 +162,7 @@ def as_stack(model: Model, edits: Any, source: Provenance | None) -> Gate | Edit
         )
     for edit in edits:
         require_fitting_edit(model, edit, source)
-        if isinstance(edit, Gate) and edit.is_stack:
+        if isinstance(edit, GateStack) and edit.is_stack:
             raise ValueError(
                 "A stack of gates cannot be one of a list of edits: pass the stack alone, "
                 "or its members `stack[i]`."
@@ -165,12 +198,12 @@ def bind(
         if x.ndim == 2:  # OPT's MLP sees [batch·pos, d_model]
             shape = (reading.rows, reading.length, x.shape[-1]) if reading else (1, *x.shape)
             return hook_function(x.reshape(shape), hook).flatten(0, 1)
-        edited = _run(edit, x, SitePoint(site, hook), rows)
+        start = reading.start(site) if reading else 0
+        edited = _run(edit, x, SitePoint(site, hook, start), rows)
         if positions is None:
             if observe:
                 observe(site, x, edited)
             return edited
-        start = reading.start(site) if reading else 0
         mask = mask_of(start, x.shape[1], x.device)
         if observe:
             observe(site, x[:, mask], edited[:, mask])
@@ -183,10 +216,13 @@ class SitePoint:
     """TransformerLens's hook point under the name that `find_sites` gives it.
 
     The name differs between versions; everything else is passed on from the point.
+
+    Attributes:
+        start: the position in the text where the run begins.
     """
 
-    def __init__(self, site: Site, point: Any):
-        self.name = site.hook_name
+    def __init__(self, site: Site, point: Any, start: int = 0):
+        self.name, self.start = site.name, start
         self._site, self._point = site, point
 
     def layer(self) -> int:

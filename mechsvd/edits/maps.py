@@ -1,14 +1,17 @@
 """Edits: pure maps on writes. Shifts, chains, and lists of any edits; most edits are gates."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.edits.bases import SiteGates, SiteRemovals
 from mechsvd.edits.gates import Gate
+from mechsvd.model.sites import Site
+from mechsvd.model.tasks import Task
 
 Edit = Callable[..., Tensor]  # edit(x) and, as a TransformerLens hook, edit(x, hook=hook_point)
 
@@ -108,8 +111,54 @@ def require_same_shape(
     return edited
 
 
-def gates_of(edit: Edit) -> list[Gate]:
-    """The gates in an edit, so that their bases can be compared with a model."""
-    if isinstance(edit, Chain):
+def gates_of(edit: Any) -> list[Gate]:
+    """The gates in an edit or a stack, so that their bases can be compared with a model."""
+    if isinstance(edit, Chain | EditList):
         return [gate for part in edit.edits for gate in gates_of(part)]
+    if isinstance(edit, SiteGates | SiteRemovals):
+        return list(edit.gates)
     return [edit] if isinstance(edit, Gate) else []
+
+
+def for_task(edit: Any, task: Task) -> Any:
+    """An edit or a stack with the baselines of one text.
+
+    Raises:
+        ValueError: a baseline has no points for it.
+    """
+    if isinstance(edit, Gate):
+        if edit.baseline is None:
+            return edit
+        return replace(edit, baseline=edit.baseline.for_task(task))
+    if isinstance(edit, SiteGates):
+        return replace(edit, gates=tuple(for_task(gate, task) for gate in edit.gates))
+    if isinstance(edit, Chain | EditList | SiteRemovals):
+        parts = edit.edits
+        fitted: Any = (
+            for_task(parts, task)
+            if isinstance(parts, SiteGates)
+            else tuple(for_task(part, task) for part in parts)
+        )
+        return type(edit)(fitted)
+    return edit
+
+
+def require_sites(edit: Any, sites: Sequence[Site]) -> None:
+    """Refuse an edit whose bases or baselines lack a site.
+
+    Raises:
+        KeyError: naming the site.
+    """
+    if isinstance(edit, Chain | EditList):
+        for part in edit.edits:
+            require_sites(part, sites)
+    index = getattr(getattr(edit, "edits", edit), "index", None)
+    if isinstance(index, dict) and (lacking := [site for site in sites if site.name not in index]):
+        raise KeyError(
+            f"No basis is of layer {lacking[0]} ({lacking[0].name}), one of {len(lacking)} sites "
+            "without one; decompose the writes of all sites that you edit, or choose `layers` and "
+            "`components`."
+        )
+    for gate in gates_of(edit):
+        if gate.baseline is not None:
+            gate.baseline.require_sites(sites)

@@ -12,18 +12,26 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import warn, with_options
-from mechsvd.edits.gates import Gate
+from mechsvd.edits.bases import GateStack
 from mechsvd.edits.hooks import bind
-from mechsvd.edits.maps import Edit, EditList, Stack, chain
+from mechsvd.edits.maps import Edit, EditList, Stack, chain, gates_of
 from mechsvd.engine.batches import rows_per_pass, run_batches
-from mechsvd.engine.metrics import kl_divergence
+from mechsvd.engine.metrics import (
+    READY,
+    AnyMetric,
+    Metric,
+    divergences,
+    evaluate,
+    log_prob,
+    metric_for,
+    predict,
+    score,
+)
 from mechsvd.engine.noise import spread_by_rounding
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.subspace import at_least_single
-from mechsvd.model.runs import run_model
-from mechsvd.model.selfcheck import SelfCheck
-from mechsvd.model.sites import Hook, Model, Site, Where
+from mechsvd.model.sites import Model, Site, Where
 from mechsvd.model.tasks import Task
 from mechsvd.results import Provenance, Result, result
 
@@ -42,10 +50,13 @@ class Measurement(Result):
             and of the kept write (what the edit let through), at each site, in the units of the
             residual stream.
         clean: the same for the model without an edit; None in the clean measurement itself.
-        noise_floor: how much the clean log-probability changes by rounding noise, in nats; None
-            if not measured.
+        noise_floor: how much the clean metric changes by rounding noise, in its unit; None if not
+            measured. It says what is reproducible, not what is significant.
         kl_divergences: of clean ‖ edited at each scored position, in nats; None in files of
             older versions.
+        scores: the metric of each edit; None where it is a column that is there anyway.
+        metric, unit: the metric's name and its unit.
+        better: whether "more" or "less" of the metric is better.
     """
 
     log_probs: Float[Tensor, "edit scored"]
@@ -57,6 +68,10 @@ class Measurement(Result):
     source: Provenance | None = None
     noise_floor: float | None = None
     kl_divergences: Float[Tensor, "edit scored"] | None = None
+    scores: Float[Tensor, " edit"] | None = None
+    metric: str = log_prob.name
+    unit: str = log_prob.unit
+    better: str = log_prob.better
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -68,6 +83,10 @@ class Measurement(Result):
             )
 
     def _require_values(self) -> None:
+        if self.better not in ("more", "less"):
+            raise ValueError(f"`better` is {self.better!r:.40}, but must be 'more' or 'less'.")
+        if self.scores is None and self.metric not in READY:
+            raise ValueError(f"`scores` are missing for the metric {self.metric!r:.40}.")
         # NaN where an edit made the model overflow
         require_between(self, ["log_probs"], -float("inf"), 0)
         require_between(self, ["orig_deltas", "kept_deltas", "noise_floor"], 0)
@@ -79,7 +98,8 @@ class Measurement(Result):
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        return _BY_EDIT if self.kl_divergences is None else (*_BY_EDIT, "kl_divergences")
+        optional = ("kl_divergences", "scores")
+        return (*_BY_EDIT, *(name for name in optional if getattr(self, name) is not None))
 
     def __len__(self) -> int:
         """Number of edits."""
@@ -125,6 +145,34 @@ class Measurement(Result):
         return (self.log_probs - clean.log_probs).abs().sum(dim=-1, dtype=torch.float64)
 
     @property
+    def cross_entropy(self) -> Float[Tensor, " edit"]:
+        """Mean surprise of the continuation's tokens, in nats per token."""
+        return -self.log_prob / self.log_probs.shape[1]
+
+    @property
+    def greedy_share(self) -> Float[Tensor, " edit"]:
+        """Share of the continuation's tokens that are the most probable ones."""
+        return self.is_greedy.double().mean(dim=-1)
+
+    @property
+    def value(self) -> Float[Tensor, " edit"]:
+        """The metric of each edit, in its unit; the log-probability by default."""
+        if self.scores is not None:
+            return self.scores.double()
+        values: Tensor = getattr(self, READY[self.metric].column or "")
+        return values
+
+    @property
+    def effect(self) -> Float[Tensor, " edit"]:
+        """How much each edit costs in the metric, in its unit; damage is positive.
+
+        It is clean − edited where more of the metric is better, and edited − clean where less is.
+        A divergence is 0 in the clean run, so its effect is its value.
+        """
+        sign = 1 if self.better == "more" else -1
+        return sign * (self.clean_run.value - self.value)
+
+    @property
     def orig_delta(self) -> Float[Tensor, " edit"]:
         """Root-mean-square norm of an attempted write over sites and positions."""
         return self.orig_deltas.square().mean(dim=-1).sqrt()
@@ -137,7 +185,8 @@ class Measurement(Result):
     def to_pandas(self) -> Any:
         """One row per edit: log_prob, probability, surprise, orig_delta, kept_delta, …
 
-        The last columns are `kl_divergence` (nats per token) and `absolute_change` (nats).
+        The last columns are `kl_divergence` (nats per token), `absolute_change` (nats), and the
+        metric under its own name if it is another one.
         """
         import pandas as pd
 
@@ -149,6 +198,7 @@ class Measurement(Result):
             "kept_delta": self.kept_delta,
             "kl_divergence": self.kl_divergence,
             "absolute_change": self.absolute_change,
+            self.metric: self.value,
         }
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
@@ -168,11 +218,12 @@ class Measurement(Result):
         )
 
     def __repr__(self) -> str:
-        low, high = float(self.log_prob.min()), float(self.log_prob.max())
-        clean = f"{float(self.clean.log_prob):.4f} nats clean, " if self.clean else ""
+        low, high = float(self.value.min()), float(self.value.max())
+        clean = f"{float(self.clean.value):.4f} {self.unit} clean, " if self.clean else ""
+        what = "log-probability" if self.metric == log_prob.name else f"`{self.metric}`"
         return (
             f"Measurement of {len(self)} edits at {len(self.sites)} sites\n"
-            f"  log-probability of {self.log_probs.shape[1]} tokens: "
+            f"  {what} of {self.log_probs.shape[1]} tokens: "
             f"{clean}{low:.4f} to {high:.4f} edited\n"
             f"  on {self._origin()}"
         )
@@ -182,8 +233,9 @@ class Measurement(Result):
 def measure(
     model: Model,
     task: Task,
-    edits: Gate | Sequence[Edit],
+    edits: GateStack | Sequence[Edit],
     *,
+    metric: AnyMetric | None = None,
     noise_floor: bool = False,
     **options: Unpack[RunOptions],
 ) -> Measurement:
@@ -196,24 +248,26 @@ def measure(
     Args:
         edits: a stack of gates over one basis (fastest), or any edits, each applied to its own
             row.
-        noise_floor: measure it too, by one more pass. It is the spread of the clean
-            log-probability, in nats, over two batch sizes and over random changes of the entries
-            of the writes, by up to eight times the precision of the model's dtype.
+        metric: what `value` and `effect` are; see `Metric`. By default the log-probability of the
+            continuation.
+        noise_floor: measure it too, by one more pass. It is the spread of the clean metric over
+            two batch sizes and over random changes of the entries of the writes, by up to eight
+            times the precision of the model's dtype.
         options: see `RunOptions` (layers, components, positions, batch_size, …). Deltas are over
             the edited positions.
 
     Raises:
         TypeError: not a task, or not edits.
         ValueError: a task that does not fit the model, a basis of another `d_model` or model, an
-            edit that changes shapes.
+            edit that changes shapes, a metric that returns anything but one finite number per edit.
         MemoryError: one edit alone does not fit.
     """
     with open_session(model, [task], **options) as session:
-        stack = session.stack(edits)
-        setup = _Setup(session, task)
+        stack = session.stack(edits, task)
+        setup = _Setup(session, task, metric_for(metric, model, task))
         rows = _run_all(setup, stack, session.progress)
         floor = setup.noise_floor(rows[:1]) if noise_floor else None
-        source = session.provenance(session.sites)
+        source = session.provenance(session.sites, *_baseline_notes(stack, task))
     edited, clean = rows[1:], rows[:1]
     _warn_not_finite(edited)
     return replace(edited, clean=replace(clean, source=source), source=source, noise_floor=floor)
@@ -243,41 +297,9 @@ def estimate_seconds(model: Model, task: Task, edits: int) -> float:
     return edits * per_edit + passes * max(0.0, seconds_one - per_edit)
 
 
-def score(
-    predictions: Float[Tensor, "edit scored d_vocab"], task: Task
-) -> tuple[Float[Tensor, "edit scored"], Bool[Tensor, "edit scored"]]:
-    """The log-probability of each continuation token, and whether it is the greedy one.
-
-    Args:
-        predictions: log-probabilities of all tokens; see `predict`.
-    """
-    target = task.continuation.to(predictions.device).expand(len(predictions), -1)
-    log_probs = predictions.gather(-1, target[..., None])[..., 0]
-    return log_probs, predictions.argmax(dim=-1) == target
-
-
-def predict(
-    model: Model, task: Task, check: SelfCheck, hooks: Sequence[Hook] = (), rows: int = 1
-) -> Float[Tensor, "edit scored d_vocab"]:
-    """Run a task once with hooks that make `rows` rows of it.
-
-    Gradients flow through it where they are enabled; see `evaluation`.
-
-    Returns:
-        The natural-log probability of every token at the scored positions, in nats.
-    """
-    tokens = task.tokens.to(next(model.parameters()).device)
-    batch = tokens.expand(1 if check.shares_prefix else rows, -1)
-    logits = run_model(model, batch, hooks, task.scored, cut_early=check.scores_alone)
-    return logits.to(at_least_single(logits.dtype)).log_softmax(dim=-1)
-
-
-def clean_noise(session: Session, task: Task) -> float:
-    """How much the clean log-probability changes by rounding noise at all sites, in nats.
-
-    See `measure`.
-    """
-    setup = _Setup(replace(session, where=Where(missing="skip")), task)
+def clean_noise(session: Session, task: Task, metric: Metric = log_prob) -> float:
+    """How much the clean metric changes by rounding noise at all sites; see `measure`."""
+    setup = _Setup(replace(session, where=Where(missing="skip")), task, metric)
     with torch.no_grad():
         return setup.noise_floor(setup.forward(chain(), 1))
 
@@ -286,11 +308,12 @@ def clean_noise(session: Session, task: Task) -> float:
 class _Setup:
     """What the forward passes of one measurement have in common.
 
-    The first row of the first pass is the clean run; its predictions are kept for the others.
+    The first row of the first pass is the clean run; its logits are kept for the others.
     """
 
     session: Session
     task: Task
+    metric: Metric
     _clean: list[Tensor] = field(default_factory=list)
 
     @cached_property
@@ -318,11 +341,16 @@ class _Setup:
         hooks = [
             (site.hook_name, bind(rows, site, self.positions, observe, count)) for site in sites
         ]
-        predictions = predict(self.session.model, self.task, self.session.check, hooks, count)
-        if not self._clean:
-            self._clean.append(predictions[0].clone())  # a view would keep the whole batch
+        logits = predict(self.session.model, self.task, self.session.check, hooks, count)
+        predictions = logits.log_softmax(dim=-1)
+        if not self._clean:  # clones, since a view would keep the whole batch
+            self._clean.extend([logits[0].clone(), predictions[0].clone()])
+        clean_logits, clean = self._clean
         scored, is_greedy = score(predictions, self.task)
-        divergences = kl_divergence(predictions, self._clean[0])
+        metric = self.metric
+        scores = None
+        if metric.column is None:
+            scores = evaluate(metric, logits, clean_logits, self.task).detach().cpu()
         orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
         return Measurement(
             scored.cpu(),
@@ -330,24 +358,28 @@ class _Setup:
             orig_deltas,
             kept_deltas,
             sites,
-            kl_divergences=divergences.cpu(),
+            kl_divergences=divergences(predictions, clean).cpu(),
+            scores=scores,
+            metric=metric.name,
+            unit=metric.unit,
+            better=metric.better,
         )
 
     def noise_floor(self, clean: Measurement) -> float:
-        """How much the clean log-probability changes by rounding noise; see `measure`."""
+        """How much the clean metric changes by rounding noise; see `measure`."""
 
-        def log_probs(perturbed: Stack) -> Tensor:
+        def values(perturbed: Stack) -> Tensor:
             parts = [clean, *self.run(perturbed, torch.arange(len(perturbed)))]
-            return concatenate(parts).log_prob
+            return concatenate(parts).value
 
-        return spread_by_rounding(log_probs, next(self.session.model.parameters()).dtype)
+        return spread_by_rounding(values, next(self.session.model.parameters()).dtype)
 
 
 @dataclass(frozen=True)
 class _CleanFirst:
     """A stack of edits with the clean run as its first row."""
 
-    edits: Gate | EditList
+    edits: GateStack | EditList
 
     def __len__(self) -> int:
         return 1 + len(self.edits)
@@ -368,13 +400,13 @@ class _AfterClean:
         return torch.cat([x[:1], self.edits(x if len(x) == 1 else x[1:], hook=hook).to(x)])
 
 
-def _run_all(setup: _Setup, edits: Gate | EditList, progress: bool | None) -> Measurement:
+def _run_all(setup: _Setup, edits: GateStack | EditList, progress: bool | None) -> Measurement:
     """Run all edits, those of similar cost together; the results are in the order given.
 
     Row 0 is the clean run. An edit that changes nothing gets a copy of it.
     """
     order = torch.arange(len(edits))
-    if isinstance(edits, Gate):
+    if isinstance(edits, GateStack):
         order = edits.order_by_cost().cpu()
         order = order[~edits.changes_nothing.cpu()[order]]
     parts = setup.run(
@@ -390,6 +422,11 @@ def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]
         torch.linalg.vector_norm(writes, dim=(-2, -1), dtype=at_least_single(writes.dtype))
         / writes.shape[1] ** 0.5
     )
+
+
+def _baseline_notes(stack: GateStack | EditList, task: Task) -> tuple[str, ...]:
+    baselines = (gate.baseline for gate in gates_of(stack))
+    return tuple(sorted({baseline.note(task) for baseline in baselines if baseline is not None}))
 
 
 def _warn_not_finite(edited: Measurement) -> None:

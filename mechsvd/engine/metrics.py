@@ -1,13 +1,155 @@
-"""Metrics: how much of a run is left, from the log-probabilities of its tokens."""
+"""Metrics: one number per edit, from the logits at the scored positions."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsvd.checks import is_whole
+from mechsvd.linalg.subspace import at_least_single
+from mechsvd.model.runs import run_model
+from mechsvd.model.selfcheck import SelfCheck
+from mechsvd.model.sites import Hook, Model
+from mechsvd.model.tasks import Task, require_known
+from mechsvd.model.tokenization import one_token
 
-def kl_divergence(
-    edited: Float[Tensor, "edit scored d_vocab"], clean: Float[Tensor, "scored d_vocab"]
-) -> Float[Tensor, "edit scored"]:
+Logits = Float[Tensor, "edit scored d_vocab"]
+Clean = Float[Tensor, "scored d_vocab"]
+Function = Callable[[Logits, Clean, Task], Float[Tensor, " edit"]]
+Tokens = str | int | Sequence[str] | Sequence[int]  # one or several, as text or as ids
+# columns of the tables that are no metrics
+_TAKEN = {
+    *("direction", "singular_value", "effect", "is_noise", "rank", "alpha", "gain", "edit"),
+    *("effective_directions", "probability", "surprise", "orig_delta", "kept_delta", "task"),
+    *("layer", "component", "margin", "reached", "is_tie", "random"),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric with its name and unit; any function of the same arguments serves as one.
+
+    Attributes:
+        name: of the column in tables.
+        unit: of the value; empty if it has none.
+        function: of the logits at the scored positions under each edit, "edit scored d_vocab", of
+            the clean ones, "scored d_vocab", and of the task; one number per edit.
+        better: whether more or less of it is better. The effect is damage: clean − edited where
+            more is better, and edited − clean where less is, as for a divergence, which is 0 clean.
+        column: of a measurement, with the same value at no cost; None if it has none.
+        fit: makes the function for a model and task, where it depends on them.
+    """
+
+    name: str
+    unit: str
+    function: Function
+    better: Literal["more", "less"] = "more"
+    column: str | None = None
+    fit: Callable[[Model, Task], Function] | None = None
+
+    def __call__(self, logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
+        """The value of each edit."""
+        return self.function(logits, clean, task)
+
+
+AnyMetric = Metric | Function
+
+
+def metric_for(metric: Any, model: Model, task: Task) -> Metric:
+    """A metric ready for one task; a function becomes one, under its own name.
+
+    Raises:
+        TypeError: it is not a function.
+        ValueError: its name is taken, or it does not fit the task.
+    """
+    if metric is None:
+        return log_prob
+    if not callable(metric):
+        raise TypeError(
+            f"`metric` must be a function of logits, clean logits and task, but is {metric!r:.40}; "
+            "see `mechsvd.kl_divergence` and `mechsvd.logit_difference`."
+        )
+    if not isinstance(metric, Metric):
+        name = getattr(metric, "__name__", "metric").replace("<lambda>", "metric")
+        if name in _TAKEN | READY.keys():
+            raise ValueError(
+                f"A metric cannot be named `{name}`, a column that the tables have; rename it."
+            )
+        metric = Metric(name, "", metric)
+    return metric if metric.fit is None else replace(metric, function=metric.fit(model, task))
+
+
+def evaluate(metric: Metric, logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
+    """The metric of each edit, checked; differentiable where the metric is.
+
+    Raises:
+        TypeError: it returns no tensor of floats.
+        ValueError: it returns another shape, or NaN or inf for finite logits, or changes what it
+            was given in place.
+    """
+    before = None if clean.is_inference() else (clean._version, logits._version)
+    values = metric(logits, clean, task)
+    if before is not None and before != (clean._version, logits._version):
+        raise ValueError(
+            f"The metric `{metric.name}` changed its logits in place; compute with new tensors."
+        )
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(
+            f"The metric `{metric.name}` returned {kind}, but must return a tensor of floats."
+        )
+    if values.shape != logits.shape[:1]:
+        raise ValueError(
+            f"The metric `{metric.name}` returned shape {list(values.shape)} for "
+            f"{len(logits)} edits; it must return one number for each, [edit]."
+        )
+    wrong = ~values.isfinite()
+    if wrong.any() and logits[wrong].isfinite().all():
+        raise ValueError(
+            f"The metric `{metric.name}` returned {values[wrong][0].item()} for finite logits; "
+            "it must return finite numbers."
+        )
+    return values
+
+
+def predict(
+    model: Model,
+    task: Task,
+    check: SelfCheck,
+    hooks: Sequence[Hook] = (),
+    rows: int = 1,
+) -> Logits:
+    """Run a task once with hooks that make `rows` rows of it.
+
+    Gradients flow through it where they are enabled; see `evaluation`.
+
+    Returns:
+        The logits of every token at the scored positions, in float32 or wider.
+    """
+    tokens = task.tokens.to(next(model.parameters()).device)
+    batch = tokens.expand(1 if check.shares_prefix else rows, -1)
+    logits = run_model(model, batch, hooks, task.scored, cut_early=check.scores_alone)
+    return logits.to(at_least_single(logits.dtype))
+
+
+def score(
+    predictions: Logits, task: Task
+) -> tuple[Float[Tensor, "edit scored"], Bool[Tensor, "edit scored"]]:
+    """The log-probability of each continuation token, and whether it is the most probable one.
+
+    Args:
+        predictions: log-probabilities of all tokens.
+    """
+    target = _target(task, predictions)
+    log_probs = predictions.gather(-1, target[..., None])[..., 0]
+    return log_probs, predictions.argmax(dim=-1) == target
+
+
+def divergences(edited: Logits, clean: Clean) -> Float[Tensor, "edit scored"]:
     """The KL divergence of clean ‖ edited at each scored position, in nats.
 
     It is 0 where the predictions are the same, and never cancels over tokens.
@@ -18,3 +160,126 @@ def kl_divergence(
     probabilities = clean.exp()
     terms = probabilities * (clean - edited)
     return torch.where(probabilities > 0, terms, 0.0).sum(dim=-1)  # a masked token has p = 0
+
+
+def token_log_probs(logits: Logits, task: Task) -> Float[Tensor, "edit scored"]:
+    """The log-probability of each continuation token, in nats, from logits."""
+    chosen = logits.gather(-1, _target(task, logits)[..., None])[..., 0]
+    return chosen - logits.logsumexp(dim=-1)
+
+
+def _log_prob(logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
+    return token_log_probs(logits, task).sum(dim=-1)
+
+
+def _kl_divergence(logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
+    return divergences(logits.log_softmax(dim=-1), clean.log_softmax(dim=-1)).mean(dim=-1)
+
+
+def _absolute_change(logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
+    change = token_log_probs(logits, task) - token_log_probs(clean[None], task)
+    return change.abs().sum(dim=-1)
+
+
+def _cross_entropy(logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
+    return -token_log_probs(logits, task).mean(dim=-1)
+
+
+def _greedy_share(logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
+    return (logits.argmax(dim=-1) == _target(task, logits)).to(logits).mean(dim=-1)
+
+
+log_prob = Metric("log_prob", "nats", _log_prob, column="log_prob")
+# Mean over the scored positions of the KL divergence of clean ‖ edited; never negative.
+kl_divergence = Metric(
+    "kl_divergence", "nats per token", _kl_divergence, "less", column="kl_divergence"
+)
+# Sum over tokens of the size of the change of their log-probability; tokens do not cancel.
+absolute_change = Metric("absolute_change", "nats", _absolute_change, "less", "absolute_change")
+cross_entropy = Metric("cross_entropy", "nats per token", _cross_entropy, "less", "cross_entropy")
+# The share of continuation tokens that are the most probable ones; it has no slope.
+greedy_share = Metric("greedy_share", "of the tokens", _greedy_share, column="greedy_share")
+READY = {m.name: m for m in (log_prob, kl_divergence, absolute_change, cross_entropy, greedy_share)}
+
+
+def logit_difference(right: Tokens | None = None, wrong: Tokens | None = None) -> Metric:
+    """The metric of a choice: the logit of the right token minus that of the wrong one.
+
+    It is read at the first scored position, where the answer begins, in logits. Of several tokens
+    on one side, the mean logit counts.
+
+    Args:
+        right, wrong: a text of one token (with its space, " Mary"), a token id, or several. By
+            default, those of the task; see `Task.from_choice`.
+
+    Raises:
+        ValueError, TypeError: when it meets the model: a text of several tokens, an id that the
+            model does not have, or a task without a choice.
+
+    Reference: Wang et al., Interpretability in the wild, 2022, arXiv:2211.00593.
+    """
+    if (right is None) != (wrong is None):
+        raise ValueError(
+            "`logit_difference` needs both `right` and `wrong`, or neither, for those of the task."
+        )
+    return Metric(
+        "logit_difference",
+        "logits",
+        partial(_difference, right, wrong),
+        fit=lambda model, task: partial(
+            _difference, _ids(model, task, right, "right"), _ids(model, task, wrong, "wrong")
+        ),
+    )
+
+
+def _difference(
+    right: Any, wrong: Any, logits: Logits, clean: Clean, task: Task
+) -> Float[Tensor, " edit"]:
+    first = logits[:, 0]
+    means = [
+        first[:, _plain_ids(tokens, chosen, name)].mean(dim=-1)
+        for tokens, chosen, name in ((right, task.right, "right"), (wrong, task.wrong, "wrong"))
+    ]
+    return means[0] - means[1]
+
+
+def _plain_ids(tokens: Any, chosen: tuple[int, ...], name: str) -> list[int]:
+    ids = list(chosen) if tokens is None else _several(tokens)
+    if not ids or any(isinstance(token, str) for token in ids):
+        raise ValueError(
+            f"`{name}` must be token ids where there is no model to read texts, but is {tokens!r}; "
+            "pass the metric to `measure`."
+        )
+    return ids
+
+
+def _ids(model: Model, task: Task, tokens: Any, name: str) -> Int[Tensor, " token"]:
+    if tokens is None:
+        ids = list(getattr(task, name))
+        if not ids:
+            raise ValueError(
+                "The task has no choice: make it by `Task.from_choice(model, prompt, right, "
+                "wrong)`, or pass `logit_difference(right, wrong)`."
+            )
+    else:
+        start = task.tokens[: task.prompt_length].tolist()
+        ids = [
+            one_token(model, start, token, name) if isinstance(token, str) else token
+            for token in _several(tokens)
+        ]
+    if not ids:
+        raise ValueError(f"`{name}` of a logit difference is empty; give at least one token.")
+    if wrong := [token for token in ids if not is_whole(token, 0)]:
+        raise TypeError(f"`{name}` must be a text or token ids, but holds {wrong[0]!r:.40}.")
+    require_known(model, torch.tensor(ids))
+    return torch.tensor(ids)
+
+
+def _several(tokens: Any) -> list[Any]:
+    if isinstance(tokens, Tensor):
+        tokens = tokens.tolist()
+    return [*tokens] if isinstance(tokens, Iterable) and not isinstance(tokens, str) else [tokens]
+
+
+def _target(task: Task, logits: Logits) -> Int[Tensor, "edit scored"]:
+    return task.continuation.to(logits.device).expand(len(logits), -1)

@@ -1,4 +1,4 @@
-"""Noise floor: how much a log-probability changes under rounding-size perturbations."""
+"""Noise floor: how much a metric changes under rounding-size perturbations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ UNITS = 8.0  # of rounding: what a product of many terms loses
 
 
 def spread_by_rounding(
-    log_probs: Callable[[Stack], Float[Tensor, " row"]], dtype: torch.dtype
+    values_under: Callable[[Stack], Float[Tensor, " row"]], dtype: torch.dtype
 ) -> float:
-    """The spread of a log-probability, in nats, under `NOISE_ROWS` small changes of the writes.
+    """The spread of a metric under `NOISE_ROWS` small changes of the writes.
 
     A float64 model may compute parts in float32, as transformers' norms do, where such small
     changes vanish. They are then repeated at float32 size.
 
     Args:
-        log_probs: returns the log-probabilities under such edits, after the clean ones.
+        values_under: returns the metric under such edits, after the clean values.
         dtype: of the model; its precision sets the size of the changes.
     """
-    values = log_probs(_Perturbations(torch.finfo(dtype).eps))
+    values = values_under(_Perturbations(torch.finfo(dtype).eps))
     if values.max() == values.min():
-        values = log_probs(_Perturbations(torch.finfo(torch.float32).eps))
+        values = values_under(_Perturbations(torch.finfo(torch.float32).eps))
     return float(values.max() - values.min())
 
 

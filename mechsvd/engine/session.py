@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from mechsvd.checks import require_whole, warn
-from mechsvd.edits.gates import Gate
+from mechsvd.edits.bases import GateStack, is_several
 from mechsvd.edits.hooks import as_stack
 from mechsvd.edits.maps import EditList
 from mechsvd.engine.batches import halving, rows_per_pass
@@ -52,9 +52,11 @@ class MeasureOptions(RunOptions, total=False):
     """The options of `measure`, and of the calls that use it.
 
     Attributes:
+        metric: what is measured; see `Metric`.
         noise_floor: measure it too; see `measure`.
     """
 
+    metric: Any
     noise_floor: bool
 
 
@@ -103,11 +105,11 @@ class Session:
         """The function that halves the rows of a pass when memory runs out."""
         return halving(self.model, task)
 
-    def provenance(self, sites: Sequence[Site] = ()) -> Provenance:
+    def provenance(self, sites: Sequence[Site] = (), *notes: str) -> Provenance:
         """The model, its state, the tokens of the tasks, and which user hooks took part."""
         tokens = tuple(tuple(task.tokens.tolist()) for task in self.tasks)
         return provenance_of(
-            self.model, tokens, tuple(sites), (*self.notes, *self.other_hooks.notes)
+            self.model, tokens, tuple(sites), (*self.notes, *self.other_hooks.notes, *notes)
         )
 
     @property
@@ -115,9 +117,9 @@ class Session:
         """The model that directions must come from; None where that is not checked."""
         return self.provenance() if self.options.get("check", True) else None
 
-    def stack(self, edits: Any) -> Gate | EditList:
+    def stack(self, edits: Any, task: Task | None = None) -> GateStack | EditList:
         """Edits as a stack that fits the model, on its device; see `as_stack`."""
-        return as_stack(self.model, edits, self.required_source)
+        return as_stack(self.model, edits, self.required_source, self.sites, task)
 
 
 @contextmanager
@@ -156,11 +158,13 @@ def open_session(
         yield Session(model, tuple(tasks), where, check, other_hooks, notes, options)
 
 
-def warn_other_sites(svd: Decomposition, sites: Sequence[Site]) -> None:
+def warn_other_sites(svd: Decomposition | Sequence[Decomposition], sites: Sequence[Site]) -> None:
     """Warn when the edited sites are not those whose writes were decomposed."""
-    if svd.source and {site.hook_name for site in sites} != set(svd.source.hooks):
+    bases = svd if is_several(svd) else [svd]
+    hooks = {name for one in bases if one.source for name in one.source.hooks}  # type: ignore[union-attr]
+    if hooks and {site.name for site in sites} != hooks:
         warn(
             f"{len(sites)} sites are edited, but the directions were computed from "
-            f"{len(svd.source.hooks)} sites; pass the same `layers` and `components` as to "
+            f"{len(hooks)} sites; pass the same `layers` and `components` as to "
             "`collect_writes`, unless you mean it."
         )

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mechsvd.checks import is_number
 from mechsvd.engine.measurement import Measurement
-
-NATS = "nats"  # the unit of the noise floor
+from mechsvd.engine.metrics import absolute_change, kl_divergence, log_prob
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,8 @@ class Criterion:
     Attributes:
         name: the threshold in words.
         unit: of the margin.
+        metric: the metric that it is about; None if it is about none. The noise floor of a
+            measurement is that of its metric.
         margin: a function of a measurement that returns how far each edit is above (≥ 0) or below
             the threshold.
     """
@@ -27,6 +28,7 @@ class Criterion:
     name: str
     unit: str
     margin: Callable[[Measurement], Float[Tensor, " edit"]]
+    metric: str | None = None
 
     def __call__(self, measured: Measurement) -> Any:
         """How far each edit is above (≥ 0) or below the threshold."""
@@ -44,20 +46,63 @@ def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
     Raises:
         ValueError: a drop below 0, or not finite.
     """
-    if not is_number(nats, 0):
-        raise ValueError(
-            f"A drop of {nats!r:.40} nats cannot be allowed: "
-            "`drop_at_most` takes a number, 0 or more."
-        )
+    _require_amount("A drop of {} nats", nats, "drop_at_most")
 
     def margin(measurement: Measurement) -> Float[Tensor, " edit"]:
         if each_token:
             return (measurement.log_probs - measurement.clean_run.log_probs).amin(dim=-1) + nats
         return measurement.log_prob - measurement.clean_run.log_prob + nats
 
-    return Criterion(
-        f"a drop of at most {nats:g} nats" + (" at each token" if each_token else ""), NATS, margin
-    )
+    name = f"a drop of at most {nats:g} nats" + (" at each token" if each_token else "")
+    return Criterion(name, "nats", margin, log_prob.name)
+
+
+def kl_at_most(nats: float) -> Criterion:
+    """The threshold that the KL divergence of clean ‖ edited is at most `nats` per token.
+
+    Unlike a drop of the log-probability, it does not cancel between tokens.
+
+    Raises:
+        ValueError: a divergence below 0, or not finite.
+    """
+    _require_amount("A divergence of {} nats", nats, "kl_at_most")
+    name = f"a KL divergence of at most {nats:g} nats per token"
+    return Criterion(name, kl_divergence.unit, lambda m: nats - m.kl_divergence, kl_divergence.name)
+
+
+def change_at_most(nats: float) -> Criterion:
+    """The threshold that the tokens' log-probabilities change by at most `nats` in total.
+
+    The sizes of the changes are summed, so they do not cancel.
+
+    Raises:
+        ValueError: a change below 0, or not finite.
+    """
+    _require_amount("A change of {} nats", nats, "change_at_most")
+    name = f"an absolute change of at most {nats:g} nats"
+    return Criterion(name, "nats", lambda m: nats - m.absolute_change, absolute_change.name)
+
+
+def effect_at_most(amount: float, metric: str, unit: str) -> Criterion:
+    """The threshold that an edit costs at most `amount` in the metric that was measured.
+
+    Args:
+        metric, unit: the metric's name and unit.
+
+    Raises:
+        ValueError: an amount below 0, or not finite.
+    """
+    _require_amount("An effect of {}", amount, "effect_at_most")
+    name = f"an effect on {metric} of at most {amount:g} {unit}".rstrip()
+    return Criterion(name, unit, lambda m: amount - m.effect, metric)
+
+
+def _require_amount(what: str, amount: object, call: str) -> None:
+    if not is_number(amount, 0):
+        raise ValueError(
+            f"{what.format(repr(amount)[:40])} cannot be allowed: "
+            f"`{call}` takes a number, 0 or more."
+        )
 
 
 def _greedy_margin(measurement: Measurement) -> Float[Tensor, " edit"]:

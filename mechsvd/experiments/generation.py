@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import is_number, require_whole, warn, with_options
-from mechsvd.edits.gates import Gate
+from mechsvd.edits.bases import GateStack
 from mechsvd.edits.hooks import hooks_at
 from mechsvd.edits.maps import Edit, chain
 from mechsvd.engine.batches import run_batches
@@ -61,7 +61,7 @@ def generate(
     Raises:
         TypeError, ValueError: as `generate_tasks`.
     """
-    is_list = isinstance(edit, list | tuple) or (isinstance(edit, Gate) and edit.is_stack)
+    is_list = isinstance(edit, list | tuple) or (isinstance(edit, GateStack) and edit.is_stack)
     tasks = generate_tasks(model, prompt, edit if is_list else [edit], **options)
     texts = [
         (prompt if isinstance(prompt, str) else task.text()[0]) + _continuation_text(model, task)
@@ -74,7 +74,7 @@ def generate(
 def generate_tasks(
     model: Model,
     prompt: Prompt,
-    edits: Gate | Sequence[Edit | None],
+    edits: GateStack | Sequence[Edit | None],
     *,
     max_new_tokens: int = 60,
     temperature: float = 0.0,

@@ -1,5 +1,6 @@
 """Rank directions: what the text loses without each one, and orders that follow from it."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import with_options
+from mechsvd.edits.baselines import Baseline, require_baseline
+from mechsvd.edits.bases import SiteRemovals, is_several, site_gates
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.measurement import Measurement, measure
+from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.session import RunOptions, warn_other_sites
 from mechsvd.fields import (
     require_between,
@@ -18,7 +22,7 @@ from mechsvd.fields import (
     require_finite,
     require_length,
 )
-from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.linalg.decomposition import Decomposition, require_decompositions
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
 from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
@@ -31,41 +35,80 @@ class Ranking(Result):
     Attributes:
         singular_values: in the units of the residual stream.
         measurement: row j has direction j removed from every write.
+        bases: with one basis per site or layer, the name of each; a direction is then removed at
+            the sites of its basis only. Empty for a single basis.
+        sizes: number of directions of each of these bases.
     """
 
     singular_values: Float[Tensor, " rank"]
     measurement: Measurement
+    bases: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_declared(self)
         require_length(self, "measurement", len(self.singular_values), "direction")
+        require_length(self, "sizes", len(self.bases), "basis")
+        if self.sizes and sum(self.sizes) != len(self.singular_values):
+            raise ValueError(
+                f"`sizes` must sum to the {len(self.singular_values)} directions, "
+                f"but sum to {sum(self.sizes)}."
+            )
 
     def _require_values(self) -> None:
         require_finite(self, "singular_values")
         require_between(self, ["singular_values"], 0)
-        require_falling(self, "singular_values")
+        if not self.bases:
+            require_falling(self, "singular_values")
 
     @property
     def effect(self) -> Float[Tensor, " rank"]:
-        """Clean minus edited log-probability in nats; damage is positive."""
-        return self.measurement.clean_run.log_prob - self.measurement.log_prob
+        """What each removal costs in the metric, in its unit; damage is positive.
+
+        By default, clean minus edited log-probability in nats: signed, and summed over tokens,
+        which may cancel.
+        """
+        return self.measurement.effect
 
     @property
     def noise_floor(self) -> float:
-        """How much batch size and rounding change the clean log-probability, in nats."""
+        """How much batch size and rounding change the clean metric, in its unit."""
         return self.measurement.noise_floor or 0.0
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each direction: its number, after that of its basis if there are several."""
+        if not self.bases:
+            return tuple(str(j) for j in range(len(self.singular_values)))
+        return tuple(
+            f"{name}: {j}"
+            for name, size in zip(self.bases, self.sizes, strict=True)
+            for j in range(size)
+        )
+
+    @property
     def is_noise(self) -> Bool[Tensor, " rank"]:
-        """Which effects are within the noise floor."""
+        """Which effects are within the noise floor: rounding alone can give them.
+
+        An effect above it is reproducible, not for that significant.
+        """
         return self.effect.abs() <= self.noise_floor
 
     @property
     def rank_correlation(self) -> float:
-        """Spearman's correlation of effect and singular value; NaN below two directions."""
+        """Spearman's correlation of the signed effect and singular value; see `correlation`."""
+        return self.correlation("effect")
+
+    def correlation(self, by: str = "kl_divergence") -> float:
+        """Spearman's correlation of the damage and the singular value; NaN below two directions.
+
+        Args:
+            by: as in `order_by_effect`, or "size" for the size of the signed effect.
+        """
         from scipy.stats import spearmanr
 
-        return float(spearmanr(self.singular_values.numpy(), self.effect.numpy()).statistic)
+        damage = self.effect.abs() if by == "size" else damage_by(self, by)
+        return float(spearmanr(self.singular_values.numpy(), damage.numpy()).statistic)
 
     @property
     def source(self) -> Provenance | None:
@@ -75,36 +118,49 @@ class Ranking(Result):
     def to_pandas(self) -> Any:
         """One row per direction: direction, singular_value, log_prob, effect, is_noise, …
 
-        The last columns are `kl_divergence` (nats per token) and `absolute_change` (nats).
+        The last columns are `kl_divergence` (nats per token), `absolute_change` (nats), and the
+        metric under its own name if it is another one. With several bases, the first column is
+        `basis`, and directions count within it.
         """
         import pandas as pd
 
-        return pd.DataFrame(
-            {
-                "direction": range(len(self.singular_values)),
-                "singular_value": self.singular_values.numpy(),
-                "log_prob": self.measurement.log_prob.numpy(),
-                "effect": self.effect.numpy(),
-                "is_noise": self.is_noise.numpy(),
-                "kl_divergence": self.measurement.kl_divergence.numpy(),
-                "absolute_change": self.measurement.absolute_change.numpy(),
-            }
-        )
+        sizes = self.sizes or (len(self.singular_values),)
+        columns: dict[str, Any] = {
+            "direction": [j for size in sizes for j in range(size)],
+            "singular_value": self.singular_values.numpy(),
+            "log_prob": self.measurement.log_prob.numpy(),
+            "effect": self.effect.numpy(),
+            "is_noise": self.is_noise.numpy(),
+            "kl_divergence": self.measurement.kl_divergence.numpy(),
+            "absolute_change": self.measurement.absolute_change.numpy(),
+            self.measurement.metric: self.measurement.value.numpy(),
+        }
+        table = pd.DataFrame(columns)
+        if self.bases:
+            names = [n for n, size in zip(self.bases, sizes, strict=True) for _ in range(size)]
+            table.insert(0, "basis", names)
+        return table
 
     def __repr__(self) -> str:
         worst, noise_count = int(self.effect.argmax()), int(self.is_noise.sum())
         return (
             f"Ranking of {len(self.singular_values)} directions, each removed alone: "
-            f"direction {worst} does most damage\n"
-            f"  {float(self.effect[worst]):.4g} nats; {noise_count} effects within the noise floor "
-            f"of {self.noise_floor:.1e} nats\n"
+            f"direction {self.names[worst]} does most damage\n"
+            f"  {float(self.effect[worst]):.4g} {self.measurement.unit}; {noise_count} effects within the noise floor "
+            f"of {self.noise_floor:.1e} {self.measurement.unit}\n"
             f"  on {self._origin()}"
         )
 
 
 @with_options(RunOptions)
 def rank_directions(
-    model: Model, task: Task, svd: Decomposition, **options: Unpack[RunOptions]
+    model: Model,
+    task: Task,
+    svd: Decomposition | Sequence[Decomposition],
+    *,
+    metric: AnyMetric | None = None,
+    baseline: Baseline | None = None,
+    **options: Unpack[RunOptions],
 ) -> Ranking:
     """Remove each direction alone from every write, and measure what the continuation loses.
 
@@ -112,67 +168,98 @@ def rank_directions(
     batch, each at the cost of one dot product per write.
 
     Args:
+        svd: the directions; or one decomposition per layer or site, where each direction is
+            removed at the sites of its own basis only.
+        metric: what the effect is measured in; the log-probability by default. See `Metric`.
+        baseline: what a removed part is replaced by, 0 by default (zero ablation); see `gate`.
         options: see `RunOptions` (layers, components, positions, batch_size, progress, …).
 
     Returns:
-        One row per direction, in the order of the decomposition.
+        One row per direction, in the order of the decomposition, or of the bases one after the
+        other.
 
     Raises:
-        TypeError, ValueError: as `measure`; or a decomposition without directions.
+        TypeError, KeyError, ValueError: as `measure`; or a decomposition without directions.
     """
-    require_decomposition(svd)
-    gains = 1 - torch.eye(svd.rank, dtype=svd.directions.dtype, device=svd.directions.device)
-    measurement = measure(
-        model, task, Gate(svd.directions, gains, 1.0, svd.source), noise_floor=True, **options
+    bases = require_decompositions(svd)
+    require_baseline(baseline, bases[0].d_model, bases[0].source)
+    several = is_several(svd)
+    gates = []
+    for one in bases:
+        size = () if several else (one.rank, one.rank)
+        gains = 1 - torch.eye(*size) if size else torch.ones(one.rank)
+        gates.append(Gate(one.directions, gains.to(one.directions), 1.0, one.source, baseline))
+    stack = SiteRemovals(site_gates(bases, gates)) if several else gates[0]
+    measurement = measure(model, task, stack, metric=metric, noise_floor=True, **options)
+    warn_other_sites(bases, measurement.sites)
+    values = torch.cat([one.singular_values for one in bases]).cpu()
+    if not several:
+        return Ranking(values, measurement)
+    names = tuple(
+        f"layer {one.layer}" + (f" {one.component}" if one.component else "") for one in bases
     )
-    warn_other_sites(svd, measurement.sites)
-    return Ranking(svd.singular_values.cpu(), measurement)
+    return Ranking(values, measurement, names, tuple(one.rank for one in bases))
 
 
-def order_by_singular_value(svd: Decomposition) -> Int[Tensor, " rank"]:
-    """Order directions by falling singular value, as in the decomposition."""
-    require_decomposition(svd)
-    return torch.arange(svd.rank)
-
-
-def order_by_effect(
-    ranking: Ranking, by: Literal["effect", "kl_divergence", "absolute_change"] = "effect"
+def order_by_singular_value(
+    svd: Decomposition | Sequence[Decomposition],
 ) -> Int[Tensor, " rank"]:
+    """Order directions by falling singular value, as in the decomposition.
+
+    The directions of several bases are numbered one after the other.
+    """
+    values = torch.cat([one.singular_values for one in require_decompositions(svd)]).cpu()
+    return values.argsort(descending=True, stable=True)
+
+
+By = Literal["effect", "kl_divergence", "absolute_change"]
+
+
+def order_by_effect(ranking: Ranking, by: By = "effect") -> Int[Tensor, " rank"]:
     """Order directions by falling damage; ties stay in the order of their singular values.
 
     The effect is signed and summed over tokens, so a direction that helps one token and harms
     another comes late. The other two do not cancel.
 
     Args:
-        by: the effect on the text's log-probability, as in the shortform; the KL divergence of
-            clean ‖ edited predictions; or the summed size of the change of each token's
-            log-probability.
+        by: the effect in the ranking's metric, by default on the text's log-probability, as in the
+            shortform; the KL divergence of clean ‖ edited predictions; or the summed size of the
+            change of each token's log-probability.
 
     Raises:
         ValueError: another name, or a ranking of an older version that lacks the divergence.
     """
     require_kind(ranking, Ranking)
+    return damage_by(ranking, by).argsort(descending=True, stable=True)
+
+
+def damage_by(ranking: Ranking, by: str) -> Float[Tensor, " rank"]:
+    """The damage of each direction, by one of the names that `order_by_effect` takes."""
     if by not in ("effect", "kl_divergence", "absolute_change"):
         raise ValueError(
             f"`by` is {by!r:.60}, but must be 'effect', 'kl_divergence' or 'absolute_change'."
         )
-    damage = ranking.effect if by == "effect" else getattr(ranking.measurement, by)
+    damage: Tensor = ranking.effect if by == "effect" else getattr(ranking.measurement, by)
     if damage.isnan().all():
         raise ValueError(
             "The ranking is of an older version, without the KL divergence; "
             "rank the directions again, or choose `by='absolute_change'`."
         )
-    return damage.argsort(descending=True, stable=True)
+    return damage
 
 
 def order_by_compromise(
-    svd: Decomposition, ranking: Ranking, weight: float = 0.5
+    svd: Decomposition | Sequence[Decomposition],
+    ranking: Ranking,
+    weight: float = 0.5,
+    by: By = "effect",
 ) -> Int[Tensor, " rank"]:
     """Order directions by the weighted mean of their places in the two orders.
 
     Args:
         weight: of the place by effect, 0 to 1; the place by singular value gets the rest. Ties go
             to the larger singular value.
+        by: the effect; see `order_by_effect`.
 
     Raises:
         ValueError: a weight outside 0 to 1, or a ranking of other directions.
@@ -182,23 +269,27 @@ def order_by_compromise(
         raise ValueError(
             f"`weight` is {weight}, but must be from 0 (singular value alone) to 1 (effect alone)."
         )
-    if len(ranking.singular_values) != svd.rank:
+    bases = require_decompositions(svd)
+    values = torch.cat([one.singular_values for one in bases]).cpu()
+    if len(ranking.singular_values) != len(values):
         raise ValueError(
             f"The ranking is of {len(ranking.singular_values)} directions, "
-            f"but the decomposition has {svd.rank}."
+            f"but the decomposition has {len(values)}."
         )
-    require_same_model(svd.source, ranking.source, "The decomposition and the ranking")
-    if not torch.allclose(svd.singular_values.cpu(), ranking.singular_values):
+    require_same_model(bases[0].source, ranking.source, "The decomposition and the ranking")
+    if not torch.allclose(values, ranking.singular_values):
         raise ValueError(
             "The ranking is of other directions, with other singular values; "
             "rank those of this decomposition."
         )
-    by_effect = order_by_effect(ranking).argsort().double()
-    by_singular_value = torch.arange(svd.rank).double()
+    by_effect = order_by_effect(ranking, by).argsort().double()
+    by_singular_value = order_by_singular_value(svd).argsort().double()
     return (weight * by_effect + (1 - weight) * by_singular_value).argsort(stable=True)
 
 
-def order_at_random(svd: Decomposition, seed: int = 0) -> Int[Tensor, " rank"]:
+def order_at_random(
+    svd: Decomposition | Sequence[Decomposition], seed: int = 0
+) -> Int[Tensor, " rank"]:
     """A seeded random order, as a baseline for the others."""
-    require_decomposition(svd)
-    return torch.randperm(svd.rank, generator=torch.Generator().manual_seed(seed))
+    count = sum(one.rank for one in require_decompositions(svd))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import with_options
+from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import cheapest_gate, ridge_gains
 from mechsvd.engine.measurement import Measurement, measure
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
@@ -77,6 +78,8 @@ def sweep_ridge(
     task: Task,
     svd: Decomposition,
     alphas: Iterable[float] | Float[Tensor, " edit"] | None = None,
+    *,
+    baseline: Baseline | None = None,
     **options: Unpack[MeasureOptions],
 ) -> RidgeSweep:
     """Shrink every write by `shrink(svd, alpha)` while the model runs, for each `alpha`.
@@ -85,7 +88,8 @@ def sweep_ridge(
         alphas: strengths. By default 64, with evenly spaced effective numbers of directions; the
             last one is 0, which keeps all that the decomposition saw. What it did not see is
             dropped, as in `sweep_rank`.
-        options: see `MeasureOptions` (layers, components, positions, batch_size, progress, …).
+        baseline: the point that writes shrink towards, 0 by default; see `gate`.
+        options: see `MeasureOptions` (metric, layers, components, positions, batch_size, …).
 
     Raises:
         TypeError: strengths that are not numbers.
@@ -94,7 +98,9 @@ def sweep_ridge(
     require_decomposition(svd)
     strengths = _evenly_spaced(svd) if alphas is None else _valid_alphas(alphas)
     gains = ridge_gains(svd.singular_values, strengths.to(svd.singular_values.device))
-    measurement = measure(model, task, cheapest_gate(svd, gains.to(svd.directions)), **options)
+    require_baseline(baseline, svd.d_model, svd.source)
+    stack = cheapest_gate(svd, gains.to(svd.directions), baseline)
+    measurement = measure(model, task, stack, **options)
     warn_other_sites(svd, measurement.sites)
     return RidgeSweep(strengths, effective_directions(svd, strengths), measurement, svd.source)
 

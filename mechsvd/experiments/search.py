@@ -1,6 +1,6 @@
 """The critical rank: a search with few probes of a curve that need not be monotone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,13 +11,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import once, with_options
+from mechsvd.edits.baselines import Baseline
 from mechsvd.engine.measurement import Measurement, concatenate
+from mechsvd.engine.metrics import READY, AnyMetric, Metric, log_prob, metric_for
 from mechsvd.engine.noise import NOISE_ROWS
 from mechsvd.engine.session import RunOptions, open_session
-from mechsvd.experiments.criteria import NATS, Criterion, drop_at_most
+from mechsvd.experiments.criteria import Criterion, drop_at_most, effect_at_most
 from mechsvd.experiments.sweeps import RankSweep, sweep_rank
 from mechsvd.fields import require_between, require_declared, require_length
-from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.linalg.decomposition import Decomposition, require_decompositions
 from mechsvd.linalg.subspace import Subspace
 from mechsvd.model.sites import Model, require_model, where_of
 from mechsvd.model.tasks import Task
@@ -32,11 +34,13 @@ LEAST = 48  # or this many, if that is more
 class CriticalRank(Result):
     """The smallest rank tried whose directions give the text, and all ranks tried.
 
+    The smallest rank may be a lucky crossing, where tokens cancel; `lasting_rank` is none.
+
     Attributes:
         sweep: the ranks that were tried, rising.
         margins: how far each rank is above (≥ 0) or below the threshold, in `unit`.
         noise_floor: margins down to minus this count as reaching the threshold; 0 for a threshold
-            that is not in nats.
+            on another quantity than the metric that was measured.
         evaluations: number of rows run through the model, including the clean ones and those for
             the noise floor.
         criterion: the threshold's name.
@@ -48,7 +52,7 @@ class CriticalRank(Result):
     noise_floor: float
     evaluations: int
     criterion: str
-    unit: str = NATS
+    unit: str = "nats"
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -77,9 +81,18 @@ class CriticalRank(Result):
         return int(self.sweep.ranks[self.reached][0]) if self.reached.any() else None
 
     @property
+    def lasting_rank(self) -> int | None:
+        """The smallest rank tried from which it and all larger ones tried reach the threshold.
+
+        None if the largest rank tried does not.
+        """
+        lasting = self.reached.flip(0).long().cumprod(0).flip(0).bool()
+        return int(self.sweep.ranks[lasting][0]) if lasting.any() else None
+
+    @property
     def is_certain(self) -> bool:
         """Whether every smaller rank was tried."""
-        smaller = torch.arange((len(self.sweep.order) if self.rank is None else self.rank) + 1)
+        smaller = torch.arange((self.sweep.full_rank if self.rank is None else self.rank) + 1)
         return torch.equal(self.sweep.ranks[: len(smaller)], smaller)
 
     @property
@@ -89,22 +102,28 @@ class CriticalRank(Result):
         ranks = self.sweep.ranks.tolist()
         return tuple((ranks[i], ranks[i + 1]) for i in changes)
 
-    def subspace(self, svd: Decomposition) -> Subspace:
+    def subspace(self, svd: Decomposition | Sequence[Decomposition]) -> Any:
         """The span of the directions that the critical rank keeps, in the order of the sweep.
 
         It has rank 0 if no direction is needed.
+
+        Returns:
+            A `Subspace`; of several bases, a tuple of them, which `keep` takes.
 
         Raises:
             ValueError: no rank tried reaches the threshold, or a decomposition of other
                 directions.
         """
-        require_decomposition(svd)
-        if len(self.sweep.order) != svd.rank:
+        bases = require_decompositions(svd)
+        sizes = tuple(one.rank for one in bases)
+        if sizes != (self.sweep.sizes or (len(self.sweep.order),)):
             raise ValueError(
                 f"The search was over {len(self.sweep.order)} directions, "
-                f"but the decomposition has {svd.rank}."
+                f"but the decomposition has {sum(sizes)}."
             )
-        require_same_model(self.sweep.basis_source, svd.source, "The search and the decomposition")
+        require_same_model(
+            self.sweep.basis_source, bases[0].source, "The search and the decomposition"
+        )
         if self.rank is None:
             advice = "" if self.is_certain else "try every rank by `exhaustive=True`, "
             raise ValueError(
@@ -112,7 +131,11 @@ class CriticalRank(Result):
                 f"so there is no subspace; allow a `tolerance`, {advice}"
                 "or keep all directions by `svd.subspace(svd.rank)`."
             )
-        return Subspace(svd.directions[:, self.sweep.order[: self.rank]], svd.source)
+        subspaces = []
+        for one, own in zip(bases, self.sweep.order.argsort().split(list(sizes)), strict=True):
+            kept = own.argsort()[: self.rank].to(one.directions.device)
+            subspaces.append(Subspace(one.directions[:, kept], one.source))
+        return tuple(subspaces) if isinstance(svd, list | tuple) else subspaces[0]
 
     @property
     def source(self) -> Provenance | None:
@@ -121,7 +144,8 @@ class CriticalRank(Result):
 
     def to_pandas(self) -> Any:
         """One row per rank tried: rank, log_prob, margin, reached, is_tie (within the noise)."""
-        table = self.sweep.to_pandas()[["rank", "log_prob"]]
+        columns = dict.fromkeys(["rank", "log_prob", self.sweep.measurement.metric])
+        table = self.sweep.to_pandas()[[*columns]]
         return table.assign(
             margin=self.margins.numpy(), reached=self.reached.numpy(), is_tie=self.is_tie.numpy()
         )
@@ -133,9 +157,14 @@ class CriticalRank(Result):
             if self.is_certain
             else "`exhaustive=True` tries every rank"
         )
+        lasting = (
+            "no tried rank lasts"
+            if self.lasting_rank is None
+            else f"lasting rank {self.lasting_rank}"
+        )
         return (
-            f"Critical rank {which} of {len(self.sweep.order)} directions, for {self.criterion}\n"
-            f"  {len(self.crossings)} crossing(s) at {self.evaluations} evaluations; {certain}\n"
+            f"Critical rank {which} of {self.sweep.full_rank} directions, for {self.criterion}\n"
+            f"  {lasting}; {len(self.crossings)} crossing(s) at {self.evaluations} evaluations; {certain}\n"
             f"  on {self._origin()}"
         )
 
@@ -144,12 +173,14 @@ class CriticalRank(Result):
 def critical_rank(
     model: Model,
     task: Task,
-    svd: Decomposition,
+    svd: Decomposition | Sequence[Decomposition],
     tolerance: float = 0.0,
     *,
     criterion: Callable[[Measurement], Float[Tensor, " edit"]] | None = None,
     order: Any = None,
     exhaustive: bool = False,
+    metric: AnyMetric | None = None,
+    baseline: Baseline | None = None,
     **options: Unpack[RunOptions],
 ) -> CriticalRank:
     """Find the fewest directions from which the clipped model still gives the continuation.
@@ -161,11 +192,15 @@ def critical_rank(
     more. The result is a crossing, and the smallest one seen.
 
     Args:
-        tolerance: how much log-probability the whole continuation may lose, in nats.
-        criterion: another threshold, in place of `tolerance`: `drop_at_most`, `same_greedy_text`,
-            or any function of a measurement.
+        svd: as in `sweep_rank`.
+        tolerance: how much an edit may cost in the metric, in its unit; by default, how much
+            log-probability the whole continuation may lose, in nats.
+        criterion: another threshold, in place of `tolerance`: `drop_at_most`, `kl_at_most`,
+            `change_at_most`, `same_greedy_text`, or any function of a measurement.
         order: in which the directions are kept; see `sweep_rank`.
-        exhaustive: try every rank, for a certain answer.
+        exhaustive: try every rank, for a certain answer, also for the lasting rank.
+        metric: see `Metric`; by default that of the criterion.
+        baseline: what the rest of a write is replaced by; see `gate`.
         options: see `RunOptions` (layers, components, positions, batch_size, progress, …).
 
     Raises:
@@ -173,16 +208,30 @@ def critical_rank(
             does not reach.
     """
     require_model(model)
-    require_decomposition(svd)
-    threshold, search = _threshold(tolerance, criterion), None
+    bases = require_decompositions(svd)
+    full = max(one.rank for one in bases)
+    if metric is None:
+        metric = READY.get(getattr(criterion, "metric", None) or "")
+    measured = metric_for(metric, model, task)
+    threshold, search = _threshold(tolerance, criterion, measured), None
     order, where = once(order), where_of(options)
     # each round needs them again, so a generator is read here
     options["layers"], options["positions"] = where.layers, where.positions
-    ranks = [*range(svd.rank + 1)] if exhaustive else _evenly(0, svd.rank, PROBES + 1)
+    ranks = [*range(full + 1)] if exhaustive else _evenly(0, full, PROBES + 1)
     with open_session(model, **options):
         while ranks:
             is_first = search is None
-            sweep = sweep_rank(model, task, svd, ranks, order, noise_floor=is_first, **options)
+            sweep = sweep_rank(
+                model,
+                task,
+                svd,
+                ranks,
+                order,
+                baseline=baseline,
+                metric=metric,
+                noise_floor=is_first,
+                **options,
+            )
             # each round runs the clean model too
             evaluations = len(ranks) + 1 + (search.evaluations if search else NOISE_ROWS)
             sweep = _join(search.sweep, sweep) if search else sweep
@@ -204,19 +253,20 @@ def critical_rank_of(
 
     Args:
         tolerance, criterion: as in `critical_rank`.
-        noise_floor: how far below a threshold in nats still counts as reaching it; by default
-            what the sweep measured, or 0.
+        noise_floor: how far below the threshold still counts as reaching it; by default what the
+            sweep measured for the threshold's metric, or 0.
 
     Raises:
         ValueError: two thresholds; a threshold that the clean model itself does not reach.
     """
     require_kind(sweep, RankSweep)
-    threshold = _threshold(tolerance, criterion)
+    measured = sweep.measurement
+    threshold = _threshold(tolerance, criterion, measured)
     rising = sweep.ranks.argsort(stable=True)
     measurement = sweep.measurement[rising]
     clean = measurement.clean_run
     floor = measurement.noise_floor if noise_floor is None else float(noise_floor)
-    floor = floor or 0.0 if threshold.unit == NATS else 0.0
+    floor = floor or 0.0 if threshold.metric == _name(measurement) else 0.0
     clean_margin = float(_margins(threshold, replace(clean, clean=clean))[0])
     if not clean_margin >= -floor:  # NaN fails too
         raise ValueError(
@@ -235,9 +285,20 @@ def critical_rank_of(
     )
 
 
-def _threshold(tolerance: float, criterion: Callable[[Measurement], Tensor] | None) -> Criterion:
+def _name(measured: Metric | Measurement) -> str:
+    return measured.metric if isinstance(measured, Measurement) else measured.name
+
+
+def _threshold(
+    tolerance: float,
+    criterion: Callable[[Measurement], Tensor] | None,
+    measured: Metric | Measurement,
+) -> Criterion:
     if criterion is None:
-        return drop_at_most(tolerance)
+        name = _name(measured)
+        if name == log_prob.name:
+            return drop_at_most(tolerance)
+        return effect_at_most(tolerance, name, measured.unit)
     if tolerance:
         raise ValueError("`tolerance` and `criterion` are two thresholds; give one of them.")
     if not callable(criterion):
@@ -271,7 +332,7 @@ def _margins(threshold: Criterion, measurement: Measurement) -> Float[Tensor, " 
 
 def _next_ranks(search: CriticalRank) -> list[int]:
     """The ranks to try next: near the first that reaches the threshold, then elsewhere below."""
-    ranks, full, candidates = search.sweep.ranks.tolist(), len(search.sweep.order), list[int]()
+    ranks, full, candidates = search.sweep.ranks.tolist(), search.sweep.full_rank, list[int]()
     first = full if search.rank is None else search.rank
     below = max((rank for rank in ranks if rank < first), default=first)
     if search.rank is not None and first - below > 1:

@@ -1,6 +1,6 @@
 """Rank sweeps: keep the first k directions of every write, for every k, in any order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import whole_numbers, with_options
+from mechsvd.edits.baselines import Baseline, require_baseline
+from mechsvd.edits.bases import is_several, site_gates
 from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.measurement import Measurement, measure
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.fields import require_between, require_declared, require_length
-from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.linalg.decomposition import Decomposition, joint_source, require_decompositions
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
 from mechsvd.results import Provenance, Result, result
@@ -24,27 +26,41 @@ class RankSweep(Result):
     """What is left of a task in the first k directions, for several k.
 
     Attributes:
-        ranks: the numbers of directions kept.
-        order: the order in which directions are added; the first k of it are kept.
+        ranks: the numbers of directions kept; with one basis per site, of each basis.
+        order: the order in which directions are added; the first k of it are kept. With one basis
+            per site, it names the directions of all bases one after the other, and the first k of
+            each basis are kept.
         measurement: one row per rank, and the clean run.
         basis_source: the writes that the directions come from.
+        sizes: number of directions of each basis; empty for a single one.
     """
 
     ranks: Int[Tensor, " edit"]
     order: Int[Tensor, " rank"]
     measurement: Measurement
     basis_source: Provenance | None = None
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_declared(self)
         require_length(self, "measurement", len(self.ranks), "rank")
+        if self.sizes and sum(self.sizes) != len(self.order):
+            raise ValueError(
+                f"`sizes` must sum to the {len(self.order)} directions of `order`, "
+                f"but sum to {sum(self.sizes)}."
+            )
 
     def _require_values(self) -> None:
-        require_between(self, ["ranks"], 0, len(self.order))
+        require_between(self, ["ranks"], 0, self.full_rank)
         if not torch.equal(self.order.sort().values, torch.arange(len(self.order))):
             raise ValueError(
                 f"`order` must name each of the {len(self.order)} directions once, but does not."
             )
+
+    @property
+    def full_rank(self) -> int:
+        """The rank that keeps every direction."""
+        return max(self.sizes, default=len(self.order))
 
     def to_pandas(self) -> Any:
         """One row per rank: rank, log_prob, probability, surprise, orig_delta, kept_delta."""
@@ -65,9 +81,10 @@ class RankSweep(Result):
 
     def __repr__(self) -> str:
         ranks = f"{int(self.ranks.min())} to {int(self.ranks.max())}"
+        bases = f" of each of {len(self.sizes)} bases" if self.sizes else ""
         return (
-            f"RankSweep over {len(self.ranks)} ranks, {ranks} of {len(self.order)} directions\n"
-            + "\n".join(repr(self.measurement).splitlines()[1:])
+            f"RankSweep over {len(self.ranks)} ranks, {ranks} of {self.full_rank} directions"
+            f"{bases}\n" + "\n".join(repr(self.measurement).splitlines()[1:])
         )
 
 
@@ -75,55 +92,69 @@ class RankSweep(Result):
 def sweep_rank(
     model: Model,
     task: Task,
-    svd: Decomposition,
+    svd: Decomposition | Sequence[Decomposition],
     ranks: Iterable[int] | Int[Tensor, " edit"] | None = None,
     order: Iterable[int] | Int[Tensor, " rank"] | None = None,
+    *,
+    baseline: Baseline | None = None,
     **options: Unpack[MeasureOptions],
 ) -> RankSweep:
     """Clip every write to the first k directions while the model runs, for each k.
 
     Args:
+        svd: the directions; or one decomposition per layer or site
+            (`decompose(writes, per="site")`), where each write keeps the first k of its own basis.
         ranks: numbers of directions to keep; 0 to all of them by default.
         order: a permutation of the directions; the first ones are kept first. By default, by
             falling singular value.
-        options: see `MeasureOptions` (layers, components, positions, batch_size, progress, …).
+        baseline: what the rest of a write is replaced by, 0 by default; see `gate`.
+        options: see `MeasureOptions` (metric, layers, components, positions, batch_size, …).
 
     Returns:
         One row per rank, in the order of `ranks`. At full rank, what the decomposition did not
         see is still clipped.
 
     Raises:
+        KeyError: a site without a basis or a baseline.
         ValueError: a rank below 0 or above the number of directions, or an order that is not a
             permutation.
     """
-    require_decomposition(svd)
-    chosen = _valid_ranks(svd, ranks)
-    permutation = _valid_order(svd, order)
-    place = permutation.argsort()  # of each direction in the order
-    gains = (place[None, :] < chosen[:, None]).to(svd.directions)
-    measurement = measure(model, task, cheapest_gate(svd, gains), **options)
-    warn_other_sites(svd, measurement.sites)
-    return RankSweep(chosen, permutation, measurement, svd.source)
+    bases = require_decompositions(svd)
+    sizes = tuple(one.rank for one in bases)
+    chosen = _valid_ranks(max(sizes), ranks)
+    permutation = _valid_order(sum(sizes), order)
+    require_baseline(baseline, bases[0].d_model, bases[0].source)
+    gates, places = [], permutation.argsort()  # of each direction in the order
+    for one, own in zip(bases, places.split(list(sizes)), strict=True):
+        within = own.argsort().argsort()  # its place among the directions of its basis
+        gains = (within[None, :] < chosen[:, None]).to(one.directions)
+        gates.append(cheapest_gate(one, gains, baseline))
+    edits = site_gates(bases, gates) if is_several(svd) else gates[0]
+    measurement = measure(model, task, edits, **options)
+    warn_other_sites(bases, measurement.sites)
+    return RankSweep(
+        chosen, permutation, measurement, joint_source(bases), sizes if is_several(svd) else ()
+    )
 
 
-def _valid_ranks(svd: Decomposition, ranks: Any) -> Int[Tensor, " edit"]:
-    chosen = torch.arange(svd.rank + 1) if ranks is None else whole_numbers("ranks", ranks)
-    if chosen.min() < 0 or chosen.max() > svd.rank:
-        wrong = chosen[(chosen < 0) | (chosen > svd.rank)].tolist()
+def _valid_ranks(most: int, ranks: Any) -> Int[Tensor, " edit"]:
+    chosen = torch.arange(most + 1) if ranks is None else whole_numbers("ranks", ranks)
+    if chosen.min() < 0 or chosen.max() > most:
+        wrong = chosen[(chosen < 0) | (chosen > most)].tolist()
         raise ValueError(
-            f"`ranks` holds {wrong[:5]}, but the decomposition has {svd.rank} directions; "
-            f"choose 0 to {svd.rank}."
+            f"`ranks` holds {wrong[:5]}, but the decomposition has {most} directions; "
+            f"choose 0 to {most}."
         )
     return chosen
 
 
-def _valid_order(svd: Decomposition, order: Any) -> Int[Tensor, " rank"]:
+def _valid_order(count: int, order: Any) -> Int[Tensor, " rank"]:
     if order is None:
-        return torch.arange(svd.rank)
+        return torch.arange(count)
     permutation = whole_numbers("order", order)
-    if not torch.equal(permutation.sort().values, torch.arange(svd.rank)):
+    if not torch.equal(permutation.sort().values, torch.arange(count)):
         raise ValueError(
-            f"`order` must name each of the {svd.rank} directions once, 0 to {svd.rank - 1}, "
+            f"`order` must name each of the {count} directions once, 0 to {count - 1}, "
             "but does not."
         )
     return permutation

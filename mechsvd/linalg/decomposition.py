@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.checks import is_whole, warn
@@ -17,6 +17,9 @@ from mechsvd.fields import require_between, require_declared, require_falling, r
 from mechsvd.linalg.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
 from mechsvd.linalg.svd import numerical_rank, thin_svd
 from mechsvd.results import Provenance, Result, result, with_notes
+
+Scale = Literal["site", "norm"]
+SCALES = {"site": "the root mean square of their site", "norm": "the root of their norm"}
 
 
 @result
@@ -28,7 +31,7 @@ class Decomposition(Result):
         directions: right singular vectors as orthonormal columns; in each, the entry largest in
             size is positive.
         left: left singular vectors: how much of each direction each write holds, with sign.
-        layer: the layer of the writes, or None when pooled over all layers.
+        layer, component: of the writes; None when pooled over several.
         source: the model and tokens that the writes came from.
     """
 
@@ -37,6 +40,7 @@ class Decomposition(Result):
     left: Float[Tensor, "site pos rank"]
     layer: int | None = None
     source: Provenance | None = None
+    component: str | None = None
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -109,6 +113,7 @@ class Decomposition(Result):
 
     def __repr__(self) -> str:
         where = "pooled over layers" if self.layer is None else f"layer {self.layer}"
+        where += f" {self.component}" if self.component else ""
         top = ", ".join(f"{s:.3g}" for s in self.singular_values[:4].tolist())
         return (
             f"Decomposition of {self.left.shape[0]} sites × {self.left.shape[1]} positions, "
@@ -133,32 +138,62 @@ class Sample(Protocol):
 
 @overload
 def decompose(
-    writes: Sample | Tensor, *, per_layer: Literal[False] = False, center: bool = False
+    writes: Sample | Tensor,
+    *,
+    per: Literal["pool"] = "pool",
+    per_layer: Literal[False] = False,
+    center: bool = False,
+    scale: Scale | None = None,
 ) -> Decomposition: ...
 @overload
 def decompose(
-    writes: Sample | Tensor, *, per_layer: Literal[True], center: bool = False
+    writes: Sample | Tensor,
+    *,
+    per: Literal["layer", "site"],
+    per_layer: bool = False,
+    center: bool = False,
+    scale: Scale | None = None,
+) -> tuple[Decomposition, ...]: ...
+@overload
+def decompose(
+    writes: Sample | Tensor,
+    *,
+    per: Literal["pool", "layer"] = "pool",
+    per_layer: Literal[True],
+    center: bool = False,
+    scale: Scale | None = None,
 ) -> tuple[Decomposition, ...]: ...
 def decompose(
-    writes: Sample | Tensor, *, per_layer: bool = False, center: bool = False
+    writes: Sample | Tensor,
+    *,
+    per: Literal["pool", "layer", "site"] = "pool",
+    per_layer: bool = False,
+    center: bool = False,
+    scale: Scale | None = None,
 ) -> Decomposition | tuple[Decomposition, ...]:
-    """Take the SVD of all writes, pooled over layers or one per layer.
+    """Take the SVD of all writes, pooled over all sites, or one per layer or per site.
 
-    Pooled and per layer are the same batched function. As in the shortform, nothing is centred by
-    default. Directions below the numerical rank are left out, so there are never more directions
-    than writes.
+    All are the same batched function. As in the shortform, nothing is centred by default.
+    Directions below the numerical rank are left out, so there are never more directions than
+    writes.
 
     Args:
         writes: what `collect_writes` gives, or a bare tensor "site pos d_model".
-        per_layer: one decomposition per layer, each over the sites of that layer.
+        per: "pool", or one decomposition per "layer" (over its sites) or per "site". Calls that
+            take a decomposition take the tuple too, and give each write the basis of its site.
+        per_layer: the same as `per="layer"`.
         center: subtract the mean write of each sample first. Only the directions change: an edit
             still acts on whole writes, so clipping to centred directions clips the mean too.
+        scale: divide the writes first, so that a large site or token does not own the first
+            directions: "site" by the root mean square over all writes of the site, "norm" by the
+            root of their own norm. The singular values are then those of the divided writes.
 
     Returns:
-        A `Decomposition`; with `per_layer`, a tuple of them in the order of the layers.
+        A `Decomposition`; or a tuple of them in the order of layers or sites.
 
     Raises:
-        ValueError: no writes, NaN or inf among them, or `per_layer` for a bare tensor.
+        ValueError: no writes, NaN or inf among them, another `per` or `scale`, or a bare tensor
+            where layers must be known.
 
     Example:
         >>> decompose(torch.diag(torch.tensor([3.0, 2.0]))[None]).singular_values
@@ -167,21 +202,56 @@ def decompose(
     values: Any = writes if isinstance(writes, Tensor) else getattr(writes, "values", None)
     source: Provenance | None = getattr(writes, "source", None)
     _require_sample(values)
-    if not per_layer:
+    kind = "layer" if per_layer and per == "pool" else per
+    if kind not in ("pool", "layer", "site") or (per_layer and kind != "layer"):
+        raise ValueError(f"`per` is {per!r:.40}, but must be 'pool', 'layer' or 'site'.")
+    values, source = _scaled(values, source, scale)
+    if kind == "pool":
         pooled = decompose_groups(values[None], (None,), center, source)
         _warn_unseen([values], pooled)
         return pooled[0]
-    at, layers = _site_layers(writes), _site_layers(writes).unique().tolist()
-    groups = [values[at == layer] for layer in layers]
-    if len({len(group) for group in groups}) > 1:  # a hybrid model: some layers have fewer sites
+    sites = _sites_of(writes, kind)
+    names = [(s.layer, None if kind == "layer" else s.name) for s in sites]
+    groups = {name: [i for i, other in enumerate(names) if other == name] for name in names}
+    samples = [values[chosen] for chosen in groups.values()]
+    layers = tuple(layer for layer, _ in groups)
+    if len({len(sample) for sample in samples}) > 1:  # a hybrid: some layers have fewer sites
         svds = tuple(
-            decompose_groups(g[None], (n,), center, source)[0]
-            for g, n in zip(groups, layers, strict=True)
+            decompose_groups(sample[None], (layer,), center, source)[0]
+            for sample, layer in zip(samples, layers, strict=True)
         )
     else:
-        svds = decompose_groups(torch.stack(groups), tuple(layers), center, source)
-    _warn_unseen(groups, svds)
+        svds = decompose_groups(torch.stack(samples), layers, center, source)
+    svds = tuple(
+        _of_sites(svd, [sites[i] for i in chosen], kind)
+        for svd, chosen in zip(svds, groups.values(), strict=True)
+    )
+    _warn_unseen(samples, svds)
     return svds
+
+
+def _scaled(
+    values: Float[Tensor, "site pos d_model"], source: Provenance | None, scale: Scale | None
+) -> tuple[Float[Tensor, "site pos d_model"], Provenance | None]:
+    if scale is None:
+        return values, source
+    exact = values.double() if values.device.type != "mps" else values.float()
+    norms = exact.norm(dim=-1, keepdim=True)
+    if scale == "site":
+        sizes = norms.square().mean(dim=1, keepdim=True).sqrt()
+    elif scale == "norm":
+        sizes = norms.sqrt()
+    else:
+        raise ValueError(f"`scale` is {scale!r:.40}, but must be 'site', 'norm' or None.")
+    # a write of zero stays zero
+    scaled = (exact / torch.where(sizes > 0, sizes, 1.0)).to(at_least_single(values.dtype))
+    return scaled, source and with_notes(source, f"writes divided by {SCALES[scale]}")
+
+
+def _of_sites(svd: Decomposition, sites: Sequence[Any], kind: str) -> Decomposition:
+    source = svd.source and replace(svd.source, hooks=tuple(site.name for site in sites))
+    component = sites[0].component if kind == "site" else None
+    return replace(svd, source=source, component=component)
 
 
 def require_decomposition(svd: Any) -> None:
@@ -190,16 +260,41 @@ def require_decomposition(svd: Any) -> None:
     Raises:
         TypeError, ValueError: saying what it is.
     """
-    if not isinstance(svd, Decomposition):
+    if isinstance(svd, list | tuple):
         raise TypeError(
-            f"`svd` must be a Decomposition, but is {type(svd).__name__}; "
-            "of a `per_layer` tuple, take one and its layer."
+            f"`svd` must be one Decomposition here, but is {len(svd)} of them; take one of them."
         )
-    if svd.rank == 0:
+    require_decompositions(svd)
+
+
+def require_decompositions(svd: Any) -> tuple[Decomposition, ...]:
+    """Take one decomposition, or one per layer or site, as a tuple.
+
+    Raises:
+        TypeError, ValueError: anything else, or no directions at all.
+    """
+    bases = tuple(svd) if isinstance(svd, list | tuple) else (svd,)
+    for one in bases:
+        if not isinstance(one, Decomposition):
+            raise TypeError(
+                "`svd` must be a Decomposition, or a list with one per layer or site, "
+                f"but {'holds' if bases != (svd,) else 'is'} {type(one).__name__}."
+            )
+    if not any(one.rank for one in bases):
+        what = "This decomposition has" if bases else "The list is empty, so there are"
         raise ValueError(
-            "This decomposition has no directions (its writes were all zero), "
-            "so there is nothing to measure."
+            f"{what} no directions (its writes were all zero), so there is nothing to measure."
+            if bases
+            else f"{what} no directions to measure."
         )
+    return bases
+
+
+def joint_source(bases: Sequence[Decomposition]) -> Provenance | None:
+    """The provenance of several decompositions of one model: that of the first, with all sites."""
+    source = bases[0].source
+    names = [name for one in bases if one.source for name in one.source.hooks]
+    return source and replace(source, hooks=tuple(dict.fromkeys(names)))
 
 
 def decompose_groups(
@@ -224,16 +319,8 @@ def decompose_groups(
             t.to(device=device, dtype=dtype)
             for t in (sizes[:rank], directions[:, :rank] * sign, left)
         )
-        svds.append(Decomposition(sizes, directions, left, layer, _of_layer(source, layer)))
+        svds.append(Decomposition(sizes, directions, left, layer, source))
     return tuple(svds)
-
-
-def _of_layer(source: Provenance | None, layer: int | None) -> Provenance | None:
-    if source is None or layer is None:
-        return source
-    return replace(
-        source, hooks=tuple(name for name in source.hooks if name.startswith(f"blocks.{layer}."))
-    )
 
 
 def _warn_unseen(groups: Sequence[Tensor], svds: Sequence[Decomposition]) -> None:
@@ -244,8 +331,9 @@ def _warn_unseen(groups: Sequence[Tensor], svds: Sequence[Decomposition]) -> Non
     if not few:
         return
     ranks, d_model = sorted({svd.rank for svd in few}), few[0].d_model
-    where = "" if few[0].layer is None else f" in each of {len(few)} layers"
-    whose = "the decomposition" if few[0].layer is None else "each layer's decomposition"
+    kind = "site" if few[0].component else "layer"
+    where = "" if few[0].layer is None else f" in each of {len(few)} {kind}s"
+    whose = "the decomposition" if few[0].layer is None else f"each {kind}'s decomposition"
     directions = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     warn(
         f"{min(sizes)} writes{where} for {d_model} dimensions: {whose} has {directions} "
@@ -272,10 +360,11 @@ def _require_sample(values: Any) -> None:
         )
 
 
-def _site_layers(writes: Any) -> Int[Tensor, " site"]:
+def _sites_of(writes: Any, kind: str) -> Sequence[Any]:
     if not hasattr(writes, "sites"):
         raise ValueError(
-            "`per_layer` needs to know the layers: "
+            f"`per={kind!r}` needs to know the sites: "
             "pass what `collect_writes` gives, not a bare tensor."
         )
-    return torch.tensor([site.layer for site in writes.sites])
+    sites: Sequence[Any] = writes.sites
+    return sites

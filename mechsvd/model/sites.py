@@ -57,14 +57,19 @@ class Site:
                 f"No site {self}: layers count from 0, and components are {list(COMPONENTS)}."
             )
 
+    @property
+    def name(self) -> str:
+        """What tells the site from all others: its hook name."""
+        return self.hook_name
+
     def __str__(self) -> str:
         return f"{self.layer} {self.component}"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Site) and self.hook_name == other.hook_name
+        return isinstance(other, Site) and self.name == other.name
 
     def __hash__(self) -> int:
-        return hash(self.hook_name)
+        return hash(self.name)
 
 
 def require_model(model: Any) -> None:

@@ -15,6 +15,7 @@ from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tokenization import (
     continuation_tokens,
     fit_context,
+    one_token,
     pieces_of,
     prompt_tokens,
     require_text,
@@ -41,6 +42,7 @@ class Task(Result):
         tokens: prompt and continuation, with BOS if the model has one.
         prompt_length: number of tokens before the first scored one.
         pieces: the text of each token, for display; empty when made from bare tokens.
+        right, wrong: tokens that a logit difference compares; empty where there is no choice.
 
     Raises:
         TypeError: the tokens are not whole numbers.
@@ -50,6 +52,8 @@ class Task(Result):
     tokens: Int[Tensor, " pos"]
     prompt_length: int
     pieces: tuple[str, ...] = ()
+    right: tuple[int, ...] = ()
+    wrong: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, Tensor):
@@ -91,7 +95,7 @@ class Task(Result):
             )
 
     def _require_values(self) -> None:
-        require_between(self, ["tokens"], 0)
+        require_between(self, ["tokens", "right", "wrong"], 0)
 
     @classmethod
     def from_text(
@@ -135,6 +139,51 @@ class Task(Result):
             _greedy(model, prompt_ids, max_new_tokens) if scored is None else scored
         )
         return cls(torch.tensor(ids), len(prompt_ids), pieces_of(model, ids))
+
+    @classmethod
+    def from_choice(
+        cls,
+        model: Model,
+        prompt: str,
+        right: str | Sequence[str],
+        wrong: str | Sequence[str],
+        *,
+        prepend_bos: bool | None = None,
+        truncate: Literal["left"] | None = None,
+    ) -> "Task":
+        """Make the task of a choice between single tokens, for `logit_difference`.
+
+        The continuation that is scored is the (first) right token.
+
+        Args:
+            right, wrong: texts of one token each, spaces included (" Mary"); one or several.
+            prepend_bos, truncate: as in `from_text`.
+
+        Raises:
+            TypeError: a text is not a string.
+            ValueError: a text is empty or of several tokens, a token is on both sides, or the
+                prompt does not fit.
+        """
+        start = fit_context(model, prompt_tokens(model, prompt, prepend_bos), 1, truncate)
+        sides = {"right": right, "wrong": wrong}
+        ids = {
+            name: tuple(
+                one_token(model, start, text, name)
+                for text in ([texts] if isinstance(texts, str) else texts)
+            )
+            for name, texts in sides.items()
+        }
+        for name in sides:
+            if not ids[name]:
+                raise ValueError(f"`{name}` is empty; give at least one text of one token.")
+        if both := {*ids["right"]} & {*ids["wrong"]}:
+            raise ValueError(
+                f"Tokens {sorted(both)} are both right and wrong, so they cancel; leave them out."
+            )
+        tokens = [*start, ids["right"][0]]
+        return cls(
+            torch.tensor(tokens), len(start), pieces_of(model, tokens), ids["right"], ids["wrong"]
+        )
 
     @property
     def continuation(self) -> Int[Tensor, " scored"]:

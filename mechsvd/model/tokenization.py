@@ -78,6 +78,29 @@ def continuation_tokens(model: Model, prompt: str, continuation: str) -> list[in
     )
 
 
+def one_token(model: Model, prompt_ids: Sequence[int], text: str, name: str) -> int:
+    """The token of a text that follows a prompt.
+
+    Raises:
+        ValueError: it has several tokens, or none.
+    """
+    require_text(name, text)
+    if model.tokenizer is None:
+        raise ValueError(
+            f"The model has no tokenizer to read `{name}` = {text!r}; give the token id."
+        )
+    prompt = model.tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    ids = continuation_tokens(model, prompt, text)
+    if len(ids) != 1:
+        pieces = [model.tokenizer.decode([i]) for i in ids]
+        raise ValueError(
+            f"`{name}` must be one token, but {text!r} has {len(ids)}: {pieces}; choose a text of "
+            f"one token (mind its space), or give the id of the first that differs, such as "
+            f"{ids[0]}."
+        )
+    return ids[0]
+
+
 def fit_context(
     model: Model, prompt_ids: list[int], new_tokens: int, truncate: str | None
 ) -> list[int]:

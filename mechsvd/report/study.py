@@ -11,7 +11,7 @@ from mechsvd.attribution.curvature import DENSE
 from mechsvd.attribution.gradients import collect_gradients, gradient_basis
 from mechsvd.attribution.hessian import PAIRS, hessian_attribution
 from mechsvd.attribution.scores import Attribution
-from mechsvd.edits.gates import keep
+from mechsvd.edits.bases import keep
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.generation import generate_tasks

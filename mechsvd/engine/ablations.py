@@ -1,0 +1,141 @@
+"""Baselines from writes: their mean, another text's, or a donor's, to replace what is ablated."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from mechsvd.checks import require_whole, with_options
+from mechsvd.edits.baselines import Baseline
+from mechsvd.engine.session import RunOptions
+from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.model.sites import Model
+from mechsvd.model.tasks import Task
+from mechsvd.results import require_kind
+
+
+def mean_baseline(writes: Writes, by: Literal["site", "position"] = "site") -> Baseline:
+    """The mean write of each site, for mean ablation.
+
+    A mean of the text that is measured knows that text; the measurement's provenance says so.
+
+    Args:
+        writes: of one or many texts.
+        by: one mean per site, or one per site and position (over the texts that reach it).
+
+    Raises:
+        TypeError: not writes.
+        ValueError: another `by`; or by position, but positions were left out.
+    """
+    require_kind(writes, Writes)
+    if by == "site":
+        values = writes.values.double().mean(dim=1, keepdim=True)
+        return _baseline(values[None], writes, "mean of each site")
+    if by != "position":
+        raise ValueError(f"`by` is {by!r:.40}, but must be 'site' or 'position'.")
+    texts = _by_text(writes)
+    longest = max(text.shape[1] for text in texts)
+    shape = (len(writes.sites), longest, writes.values.shape[-1])
+    total, count = torch.zeros(shape, dtype=torch.float64), torch.zeros(longest, 1)
+    for text in texts:
+        total[:, : text.shape[1]] += text.cpu().double()
+        count[: text.shape[1]] += 1
+    return _baseline((total / count)[None], writes, "mean of each site and position")
+
+
+def resample_baseline(writes: Writes, seed: int = 0) -> Baseline:
+    """The writes of another text at the same positions, for resample ablation.
+
+    Each text gets the writes of another one of the same length, by a seeded cycle through them,
+    so none gets its own.
+
+    Args:
+        writes: of at least two texts, at all positions.
+
+    Raises:
+        TypeError: not writes.
+        ValueError: a text has no other one of its length, or positions were left out.
+
+    Reference: Chan et al., Causal scrubbing, 2022.
+    """
+    require_kind(writes, Writes)
+    seed = require_whole("seed", seed)
+    texts = _by_text(writes)
+    if writes.source is None or len(writes.source.tokens) != len(texts):
+        raise ValueError("The writes do not say of which texts they are; collect them again.")
+    tokens = writes.source.tokens
+    generator = torch.Generator().manual_seed(seed)
+    donors = list(range(len(texts)))
+    for length in sorted({text.shape[1] for text in texts}):
+        same = [i for i, text in enumerate(texts) if text.shape[1] == length]
+        if len({tokens[i] for i in same}) < 2:
+            raise ValueError(
+                f"Text {same[0]} is the only one of {length} tokens, so no other text has writes "
+                "at the same positions; collect at least two texts of each length."
+            )
+        shuffled = [same[i] for i in torch.randperm(len(same), generator=generator).tolist()]
+        for text, donor in zip(shuffled, [*shuffled[1:], shuffled[0]], strict=True):
+            donors[text] = donor
+    longest = max(text.shape[1] for text in texts)
+    values = torch.zeros(len(texts), len(writes.sites), longest, writes.values.shape[-1])
+    for text, donor in enumerate(donors):
+        values[text, :, : texts[donor].shape[1]] = texts[donor].cpu()
+    baseline = _baseline(values.double(), writes, f"writes of another text (seed {seed})", tokens)
+    return replace(baseline, source=writes.source and replace(writes.source, seed=seed))
+
+
+@with_options(RunOptions)
+def donor_baseline(model: Model, task: Task, **options: Unpack[RunOptions]) -> Baseline:
+    """The writes of another run at each site and position, for activation patching.
+
+    In TransformerLens's convention, a donor of the corrupted text on the clean run is noising, and
+    the clean donor on the corrupted text is denoising. With `ablate(subspace, baseline=donor)` only
+    the part in the subspace is exchanged (an interchange intervention).
+
+    Args:
+        task: the donor's text; at least as long as the text that is measured.
+        options: see `RunOptions` (layers, components, batch_size, …), but no `positions`: choose
+            them where the edit acts.
+
+    Raises:
+        ValueError: as `collect_writes`, or `positions`.
+
+    Reference: Geiger et al., Causal abstractions of neural networks, 2021, arXiv:2106.02997.
+    """
+    if options.get("positions") is not None:
+        raise ValueError(
+            "A donor gives all positions; choose `positions` where the edit acts, in `measure`."
+        )
+    writes = collect_writes(model, task, **options)
+    values = _by_text(writes)[0]
+    return _baseline(values[None], writes, "writes of a donor")
+
+
+def _baseline(
+    values: Tensor, writes: Writes, kind: str, texts: tuple[tuple[int, ...], ...] = ()
+) -> Baseline:
+    return Baseline(
+        values.to(writes.values.device, torch.promote_types(writes.values.dtype, torch.float32)),
+        tuple(writes.sites),
+        kind,
+        texts,
+        writes.source,
+    )
+
+
+def _by_text(writes: Writes) -> list[Float[Tensor, "site pos d_model"]]:
+    """The writes of each text, at all its positions from 0."""
+    texts = []
+    for index in range(int(writes.task_index.max()) + 1):
+        chosen = writes.task_index == index
+        positions = writes.positions[chosen]
+        if not torch.equal(positions, torch.arange(len(positions)).to(positions)):
+            raise ValueError(
+                f"The writes of text {index} lack positions (`positions` or `skip_bos`); a baseline "
+                "by position needs all of them."
+            )
+        texts.append(writes.values[:, chosen])
+    return texts
