@@ -19,6 +19,7 @@ from mechsvd.engine.metrics import Metric, evaluate, predict, score
 from mechsvd.engine.session import Session, warn_other_sites
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.linalg.subspace import at_least_single, widest
+from mechsvd.model.places import width_of
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.model.sites import Hook, Model, Site, Where, find_sites, find_weights
 from mechsvd.model.tasks import Task
@@ -146,11 +147,10 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     device, dtype = _like(model)
     # a clone, because tensors from inference mode cannot carry gradients
     basis = svd.directions.to(device, dtype).clone()
-    require_fitting_edit(
-        model, Gate(basis, basis.new_ones(svd.rank), source=svd.source), session.required_source
-    )
-    has_rest = svd.rank < svd.d_model
     sites, positions = session.sites, session.positions(len(task.tokens))
+    identity = Gate(basis, basis.new_ones(svd.rank), source=svd.source)
+    require_fitting_edit(identity, width_of(model, sites), session.required_source)
+    has_rest = svd.rank < svd.d_model
     warn_other_sites(svd, sites)
 
     def logits(rows: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
         *([("gain of the rest", (1,))] if has_rest else []),
     )
     point = torch.ones(svd.rank + has_rest, device=device, dtype=dtype)
-    hooks = tuple(site.hook_name for site in sites)
+    hooks = tuple(site.name for site in sites)
     content = svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     digest = hashlib.sha256(content).hexdigest()[:8]
     over = f"gains of {svd.rank} directions ({digest}) at {_at(hooks, positions)}"
@@ -203,7 +203,7 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
         return predict(model, task, check, hooks, len(rows))
 
     parts = tuple((site.hook_name, tuple(clean.shape[1:])) for site in sites)
-    hooks = tuple(site.hook_name for site in sites)
+    hooks = tuple(site.name for site in sites)
     over = f"writes at {_at(hooks, positions)}"
     return Objective(logits, task, clean.flatten(), over, parts, hooks)
 

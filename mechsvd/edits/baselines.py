@@ -116,7 +116,7 @@ class Baseline(Result):
         names = {site.name for site in self.sites}
         if lacking := [site for site in sites if site.name not in names]:
             raise KeyError(
-                f"The {self.kind} has no point for layer {lacking[0]} ({lacking[0].name}): it has "
+                f"The {self.kind} has no point for {lacking[0].place} ({lacking[0].name}): it has "
                 f"{len(names)} sites; make it from the writes of all sites that you edit."
             )
 

@@ -20,13 +20,13 @@ from mechsvd.edits.maps import (
     require_sites,
 )
 from mechsvd.model.identity import provenance_of
+from mechsvd.model.places import sites_of, width_of
 from mechsvd.model.reading import Reading
 from mechsvd.model.sites import (
     Hook,
     Model,
     Site,
     SiteOptions,
-    find_sites,
     valid_positions,
     where_of,
 )
@@ -50,7 +50,7 @@ def fwd_hooks(
         edit: a gate, a chain, or any function `edit(x, hook)` of the writes "batch pos d_model".
             It must return a new tensor of the same shape.
         check: refuse a basis that comes from another model or processing state.
-        options: see `SiteOptions` (layers, components, positions, missing). With a KV cache, the
+        options: see `SiteOptions` (layers, components, at, heads, positions, missing). With a KV cache, the
             start of a run is read from the cache, so a text may be read in chunks.
 
     Returns:
@@ -64,14 +64,15 @@ def fwd_hooks(
             position below 0.
     """
     where = where_of(options)
-    sites = find_sites(model, where.layers, where.components, where.missing)
+    sites = sites_of(model, where)
     positions = valid_positions(where.positions)
     if isinstance(edit, GateStack) and edit.is_stack:
         raise ValueError(
             f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, "
             "or measure all by `measure`."
         )
-    require_fitting_edit(model, edit, provenance_of(model) if check and gates_of(edit) else None)
+    source = provenance_of(model) if check and gates_of(edit) else None
+    require_fitting_edit(edit, width_of(model, sites), source)
     require_sites(edit, sites)
     return hooks_at(model, edit, sites, positions)
 
@@ -91,17 +92,18 @@ def hooks_at(
     by_position = any(g.baseline is not None and g.baseline.by_position for g in gates_of(edit))
     if positions is None and not by_position:
         return [(site.hook_name, bind(edit, site, observe=observe)) for site in sites]
-    reading = Reading(model, sites[0].layer)
+    reading = Reading(model, (sites[0].layer if sites[0].is_write else 0) or 0)
     hooks = [
         (site.hook_name, bind(edit, site, positions, observe, reading=reading)) for site in sites
     ]
     return [reading.hook, *hooks]
 
 
-def require_fitting_edit(model: Model, edit: Any, source: Provenance | None) -> None:
+def require_fitting_edit(edit: Any, width: int, source: Provenance | None) -> None:
     """Refuse an edit that cannot be called, or whose basis does not fit the model.
 
     Args:
+        width: of the vectors that it edits, `d_model` for writes.
         source: the model that the basis must come from; None where that is not checked.
 
     Raises:
@@ -114,10 +116,9 @@ def require_fitting_edit(model: Model, edit: Any, source: Provenance | None) -> 
             "make one by `mechsvd.keep`."
         )
     for gate in gates_of(edit):
-        if gate.d_model != model.cfg.d_model:
+        if gate.d_model != width:
             raise ValueError(
-                f"The edit's basis has d_model {gate.d_model}, "
-                f"but the model's is {model.cfg.d_model}."
+                f"The edit's basis has d_model {gate.d_model}, but the model's is {width}."
             )
         require_same_model(gate.source, source, "The basis and the model")
         if gate.baseline is not None:
@@ -142,15 +143,17 @@ def as_stack(
         TypeError, KeyError, ValueError: as `require_fitting_edit` and `require_sites`; no edits; a
             stack in a list.
     """
-    stack = _stacked(model, edits, source)
+    stack = _stacked(model, edits, width_of(model, sites), source)
     require_sites(stack, sites)
     fitted: GateStack | EditList = stack if task is None else for_task(stack, task)
     return fitted
 
 
-def _stacked(model: Model, edits: Any, source: Provenance | None) -> GateStack | EditList:
+def _stacked(
+    model: Model, edits: Any, width: int, source: Provenance | None
+) -> GateStack | EditList:
     if isinstance(edits, GateStack):
-        require_fitting_edit(model, edits, source)
+        require_fitting_edit(edits, width, source)
         device = next(model.parameters()).device
         stack: GateStack = edits if edits.is_stack else edits[None]  # type: ignore[index]
         return stack.to(device)
@@ -161,7 +164,7 @@ def _stacked(model: Model, edits: Any, source: Provenance | None) -> GateStack |
             f"`edits` must be a stack of gates or a list of edits, at least one, but {what}."
         )
     for edit in edits:
-        require_fitting_edit(model, edit, source)
+        require_fitting_edit(edit, width, source)
         if isinstance(edit, GateStack) and edit.is_stack:
             raise ValueError(
                 "A stack of gates cannot be one of a list of edits: pass the stack alone, "
@@ -195,6 +198,9 @@ def bind(
         ).to(device)
 
     def hook_function(x: Tensor, hook: Any = None) -> Tensor:
+        if site.head is not None and x.ndim == 4:
+            h, own = site.head, hook_function(x[:, :, site.head], hook)
+            return torch.cat([x[:, :, :h], own[:, :, None], x[:, :, h + 1 :]], dim=2)
         if x.ndim == 2:  # OPT's MLP sees [batch·pos, d_model]
             shape = (reading.rows, reading.length, x.shape[-1]) if reading else (1, *x.shape)
             return hook_function(x.reshape(shape), hook).flatten(0, 1)
@@ -225,7 +231,7 @@ class SitePoint:
         self.name, self.start = site.name, start
         self._site, self._point = site, point
 
-    def layer(self) -> int:
+    def layer(self) -> int | None:
         """The layer of the site."""
         return self._site.layer
 
@@ -233,7 +239,7 @@ class SitePoint:
         return getattr(self._point, name)
 
     def __str__(self) -> str:
-        return f"layer {self._site.layer} {self._site.component}"
+        return self._site.place
 
 
 def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:

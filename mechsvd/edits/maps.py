@@ -155,7 +155,7 @@ def require_sites(edit: Any, sites: Sequence[Site]) -> None:
     index = getattr(getattr(edit, "edits", edit), "index", None)
     if isinstance(index, dict) and (lacking := [site for site in sites if site.name not in index]):
         raise KeyError(
-            f"No basis is of layer {lacking[0]} ({lacking[0].name}), one of {len(lacking)} sites "
+            f"No basis is of {lacking[0].place} ({lacking[0].name}), one of {len(lacking)} sites "
             "without one; decompose the writes of all sites that you edit, or choose `layers` and "
             "`components`."
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,13 +16,13 @@ from mechsvd.engine.batches import halving, rows_per_pass
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.model.evaluation import OtherHooks, evaluation
 from mechsvd.model.identity import provenance_of, weights_read_once
+from mechsvd.model.places import sites_of
 from mechsvd.model.selfcheck import SelfCheck, require_sound
 from mechsvd.model.sites import (
     Model,
     Site,
     SiteOptions,
     Where,
-    find_sites,
     valid_positions,
     where_of,
 )
@@ -83,7 +83,7 @@ class Session:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """The sites where edits act or writes are collected."""
-        return find_sites(self.model, self.where.layers, self.where.components, self.where.missing)
+        return sites_of(self.model, self.where)
 
     @property
     def progress(self) -> bool | None:
@@ -147,15 +147,32 @@ def open_session(
         require_fitting(model, task)
     if options.get("batch_size") is not None:
         require_whole("batch_size", options.get("batch_size"), 1)
-    if not gradients:  # weights need no sites; a wrong site is refused before the model runs
-        find_sites(model, where.layers, where.components, where.missing)
-    check, notes = require_sound(model, options.get("check", True), where.missing)
+    if not gradients or where.at:  # weights need none; wrong ones are refused before all else
+        sites = sites_of(model, where)
+    must_pass = options.get("check", True) and where.at is None  # hooks elsewhere are no writes
+    check, notes = require_sound(model, must_pass, where.missing)
+    if where.at is not None:
+        check, notes = _elsewhere(check, where, sites)
     batched = options.get("batched_hooks", False)
     with (
         evaluation(model, gradients=gradients, batched_hooks=batched) as other_hooks,
         weights_read_once(model),
     ):
         yield Session(model, tuple(tasks), where, check, other_hooks, notes, options)
+
+
+def _elsewhere(
+    check: SelfCheck, where: Where, sites: Sequence[Site]
+) -> tuple[SelfCheck, tuple[str, ...]]:
+    """What the self-check allows at hook points that are no writes, and a note on them.
+
+    Attention may reshape to the batch that it started with, so rows do not share what comes before.
+    After the blocks, all positions must be there.
+    """
+    inside = all(site.layer is not None for site in sites)
+    scored_error = check.scored_error if inside else float("inf")
+    check = replace(check, sharing_error=float("inf"), scored_error=scored_error)
+    return check, (f"values at {where.at}, which are no writes",)
 
 
 def warn_other_sites(svd: Decomposition | Sequence[Decomposition], sites: Sequence[Site]) -> None:

@@ -13,7 +13,7 @@ from mechsvd.engine.batches import run_batches
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.model.runs import run_model
-from mechsvd.model.sites import COMPONENTS, Model, Site
+from mechsvd.model.sites import COMPONENTS, Hook, Model, Site
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import Provenance, Result, result
 
@@ -71,6 +71,13 @@ class Writes(Result):
 
     def __repr__(self) -> str:
         layers = len({site.layer for site in self.sites})
+        if not all(site.is_write for site in self.sites):
+            return (
+                f"{len(self)} vectors at {self.sites[0].name}, …: {len(self.sites)} hook points × "
+                f"{len(self.tokens)} positions, in {self.values.shape[2]} dimensions\n"
+                f"  not writes; {int(self.task_index.max()) + 1} task(s)\n"
+                f"  from {self._origin('bare tensors')}"
+            )
         kinds = " and ".join(c for c in COMPONENTS if any(s.component == c for s in self.sites))
         return (
             f"{len(self)} writes: {len(self.sites)} sites × {len(self.tokens)} positions, "
@@ -97,8 +104,9 @@ def collect_writes(
     Args:
         tasks: one or more; those of the same length run together, without padding.
         skip_bos: leave out the BOS token.
-        options: see `RunOptions` (layers, components, positions, batch_size, …).
-            `components=("attn",)` gives the shortform's first, attention-only diagrams.
+        options: see `RunOptions` (layers, components, at, positions, batch_size, …).
+            `components=("attn",)` gives the shortform's first, attention-only diagrams. With `at`,
+            what is collected are the values at other hook points, not writes.
 
     Returns:
         Writes with the positions of all tasks one after the other, in the order given.
@@ -140,10 +148,14 @@ def _run_by_length(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
 
     def forward(rows: Tensor) -> None:
         stored: list[Tensor] = []
-        hooks = [
-            (site.hook_name, lambda x, hook=None: stored.append(x.clone()))
-            for site in session.sites
-        ]
+
+        def store(site: Site) -> Hook:
+            head = site.head
+            return site.hook_name, lambda x, hook=None: stored.append(
+                (x if head is None else x[:, :, head]).clone()
+            )
+
+        hooks = [store(site) for site in session.sites]
         run_model(
             model,
             torch.stack([tasks[i].tokens for i in rows]).to(device),
@@ -190,6 +202,6 @@ def _require_finite(values: Tensor, sites: Sequence[Site], kept: Tensor, number:
         else ""
     )
     raise ValueError(
-        f"The writes hold NaN or inf, first at layer {sites[site].layer} {sites[site].component}, "
+        f"The writes hold NaN or inf, first at {sites[site].place}, "
         f"position {int(kept[pos])} of prompt {number} ({values.dtype}).{hint}"
     )

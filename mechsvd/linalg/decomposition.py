@@ -250,7 +250,7 @@ def _scaled(
 
 def _of_sites(svd: Decomposition, sites: Sequence[Any], kind: str) -> Decomposition:
     source = svd.source and replace(svd.source, hooks=tuple(site.name for site in sites))
-    component = sites[0].component if kind == "site" else None
+    component = str(sites[0]).split(" ", 1)[-1] if kind == "site" else None
     return replace(svd, source=source, component=component)
 
 

@@ -37,7 +37,7 @@ def provenance_of(
         transformer_lens=installed_version(),
         mechsvd=__version__,
         tokens=tokens,
-        hooks=tuple(site.hook_name for site in sites),
+        hooks=tuple(site.name for site in sites),
         notes=notes,
     )
 

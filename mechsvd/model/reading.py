@@ -46,7 +46,7 @@ class Reading:
         """
         if self._start is None or site in self._served:
             raise RuntimeError(
-                f"The `positions` of layer {site.layer} {site.component} cannot be told: "
+                f"The `positions` of {site.place} cannot be told: "
                 f"the hook at `{self.hook[0]}` or the attention after it did not come first; "
                 "pass all hooks that `fwd_hooks` gives."
             )

@@ -44,26 +44,50 @@ class Model(Protocol):
 
 @result
 class Site:
-    """A hook point whose value is added to the residual stream."""
+    """A hook point whose value is added to the residual stream: a write.
 
-    layer: int
+    With `at` patterns it is any hook point, or one head of it.
+
+    Attributes:
+        layer: None outside of the blocks.
+        component: "attn" or "mlp"; elsewhere, the hook's name within its block.
+        head: None where there are no heads, as for writes.
+    """
+
+    layer: int | None
     component: str
     hook_name: str
+    head: int | None = None
 
     def __post_init__(self) -> None:
         require_declared(self)
-        if self.layer < 0 or self.component not in COMPONENTS:
+        is_place = bool(self.component) and self.hook_name.endswith(self.component)
+        is_known = (self.is_write and self.layer is not None) or is_place
+        if not is_known or (self.layer is not None and self.layer < 0):
             raise ValueError(
                 f"No site {self}: layers count from 0, and components are {list(COMPONENTS)}."
             )
 
     @property
+    def is_write(self) -> bool:
+        """Whether it is a write to the residual stream, and no other hook point."""
+        return self.component in COMPONENTS
+
+    @property
     def name(self) -> str:
-        """What tells the site from all others: its hook name."""
-        return self.hook_name
+        """What tells the site from all others: its hook name, and its head if it has one."""
+        return self.hook_name if self.head is None else f"{self.hook_name}[{self.head}]"
+
+    @property
+    def place(self) -> str:
+        """The site in a sentence."""
+        if not self.is_write:
+            return self.name
+        return f"layer {self.layer} {self.component}"
 
     def __str__(self) -> str:
-        return f"{self.layer} {self.component}"
+        head = "" if self.head is None else f" {self.head}"
+        return f"{'' if self.layer is None else f'{self.layer} '}{self.component}{head}"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Site) and self.name == other.name
@@ -215,12 +239,17 @@ class SiteOptions(TypedDict, total=False):
 
     Attributes:
         layers, components: which sites; all by default.
+        at: other hook points instead of writes, by names or patterns ("blocks.*.hook_resid_post").
+        heads: of hook points with an axis of heads ("blocks.3.attn.hook_z"); all by default. Each
+            head is a site of its own.
         positions: absolute positions in the text; all by default.
         missing: "error" or "skip", for a layer that lacks a hook.
     """
 
     layers: int | Iterable[int] | None
     components: Sequence[str]
+    at: str | Sequence[str] | None
+    heads: int | Sequence[int] | None
     positions: Positions
     missing: Literal["error", "skip"]
 
@@ -233,9 +262,11 @@ class Where:
     components: Sequence[str] = COMPONENTS
     positions: Positions = None
     missing: Literal["error", "skip"] = "error"
+    at: str | Sequence[str] | None = None
+    heads: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("layers", "components", "positions"):
+        for name in ("layers", "components", "positions", "at", "heads"):
             object.__setattr__(self, name, once(getattr(self, name)))
 
 
@@ -275,4 +306,6 @@ def where_of(options: SiteOptions) -> Where:
         options.get("components", COMPONENTS),
         options.get("positions"),
         options.get("missing", "error"),
+        options.get("at"),
+        options.get("heads"),
     )
