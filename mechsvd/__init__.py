@@ -53,7 +53,14 @@ from mechsvd.experiments.criteria import (
     kl_at_most,
     same_greedy_text,
 )
+from mechsvd.experiments.dose import DoseResponse, dose_response
 from mechsvd.experiments.generation import generate, generate_tasks
+from mechsvd.experiments.optimal import (
+    BaselineComparison,
+    OptimalBaseline,
+    compare_baselines,
+    optimal_baseline,
+)
 from mechsvd.experiments.ranking import (
     Ranking,
     order_at_random,
@@ -94,6 +101,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
     "Baseline", "mean_baseline", "resample_baseline", "donor_baseline",
+    "optimal_baseline", "OptimalBaseline", "compare_baselines", "BaselineComparison",
     # metrics
     "Metric", "log_prob", "logit_difference", "kl_divergence", "absolute_change",
     "cross_entropy", "greedy_share",
@@ -101,6 +109,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "measure", "Measurement", "estimate_seconds", "sweep_rank", "RankSweep",
     "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
     "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
+    "dose_response", "DoseResponse",
     # the critical rank, and text from inside a subspace
     "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "kl_at_most",
     "change_at_most", "same_greedy_text",

@@ -19,7 +19,6 @@ from mechsvd.engine.metrics import Metric, evaluate, predict, score
 from mechsvd.engine.session import Session, warn_other_sites
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.linalg.subspace import at_least_single, widest
-from mechsvd.model.places import width_of
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.model.sites import Hook, Model, Site, Where, find_sites, find_weights
 from mechsvd.model.tasks import Task
@@ -149,7 +148,7 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     basis = svd.directions.to(device, dtype).clone()
     sites, positions = session.sites, session.positions(len(task.tokens))
     identity = Gate(basis, basis.new_ones(svd.rank), source=svd.source)
-    require_fitting_edit(identity, width_of(model, sites), session.required_source)
+    require_fitting_edit(model, identity, session.required_source, sites)
     has_rest = svd.rank < svd.d_model
     warn_other_sites(svd, sites)
 

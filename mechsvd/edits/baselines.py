@@ -169,30 +169,34 @@ class Shifted:
     """A baseline with another offset for each edit of a stack.
 
     Attributes:
-        offsets: added to the points of all sites.
+        directions: of the offset of each edit.
+        sizes: of the offset of each edit at each site of the baseline.
     """
 
     baseline: Baseline
-    offsets: Float[Tensor, "edit d_model"]
+    directions: Float[Tensor, "edit d_model"]
+    sizes: Float[Tensor, "edit site"]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.baseline, name)
 
     def at(self, hook: Any, x: Tensor) -> Float[Tensor, "edit point d_model"]:
         """The points for the vectors `x` at a hook point, one set per edit."""
-        return self.baseline.at(hook, x) + self.offsets[:, None].to(x)
+        sizes = self.sizes[:, self.baseline._site(hook), None]
+        return self.baseline.at(hook, x) + (sizes * self.directions)[:, None].to(x)
 
     def rows(self, rows: Any) -> "Shifted":
         """The baselines of some edits."""
-        return Shifted(self.baseline, self.offsets[rows])
+        return Shifted(self.baseline, self.directions[rows], self.sizes[rows])
 
     def to(self, device: torch.device) -> "Shifted":
         """The baseline on another device."""
-        return Shifted(self.baseline.to(device), self.offsets.to(device))
+        baseline = self.baseline.to(device)
+        return Shifted(baseline, self.directions.to(device), self.sizes.to(device))
 
     def for_task(self, task: Task) -> "Shifted":
         """The baseline of one text."""
-        return Shifted(self.baseline.for_task(task), self.offsets)
+        return replace(self, baseline=self.baseline.for_task(task))
 
 
 def require_baseline(

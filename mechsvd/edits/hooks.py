@@ -72,7 +72,7 @@ def fwd_hooks(
             "or measure all by `measure`."
         )
     source = provenance_of(model) if check and gates_of(edit) else None
-    require_fitting_edit(edit, width_of(model, sites), source)
+    require_fitting_edit(model, edit, source, sites)
     require_sites(edit, sites)
     return hooks_at(model, edit, sites, positions)
 
@@ -99,12 +99,14 @@ def hooks_at(
     return [reading.hook, *hooks]
 
 
-def require_fitting_edit(edit: Any, width: int, source: Provenance | None) -> None:
+def require_fitting_edit(
+    model: Model, edit: Any, source: Provenance | None, sites: Sequence[Site] = ()
+) -> None:
     """Refuse an edit that cannot be called, or whose basis does not fit the model.
 
     Args:
-        width: of the vectors that it edits, `d_model` for writes.
         source: the model that the basis must come from; None where that is not checked.
+        sites: where it acts; the vectors of other hook points may have another length.
 
     Raises:
         TypeError: not a function.
@@ -115,11 +117,11 @@ def require_fitting_edit(edit: Any, width: int, source: Provenance | None) -> No
             f"An edit must be a function of the writes, but this is {type(edit).__name__}; "
             "make one by `mechsvd.keep`."
         )
+    width, is_write = width_of(model, sites), not sites or sites[0].is_write
     for gate in gates_of(edit):
         if gate.d_model != width:
-            raise ValueError(
-                f"The edit's basis has d_model {gate.d_model}, but the model's is {width}."
-            )
+            actual = f"the model's is {width}" if is_write else f"{sites[0].place} holds {width}"
+            raise ValueError(f"The edit's basis has d_model {gate.d_model}, but {actual}.")
         require_same_model(gate.source, source, "The basis and the model")
         if gate.baseline is not None:
             require_same_model(gate.baseline.source, source, "The baseline and the model")
@@ -143,17 +145,17 @@ def as_stack(
         TypeError, KeyError, ValueError: as `require_fitting_edit` and `require_sites`; no edits; a
             stack in a list.
     """
-    stack = _stacked(model, edits, width_of(model, sites), source)
+    stack = _stacked(model, edits, source, sites)
     require_sites(stack, sites)
     fitted: GateStack | EditList = stack if task is None else for_task(stack, task)
     return fitted
 
 
 def _stacked(
-    model: Model, edits: Any, width: int, source: Provenance | None
+    model: Model, edits: Any, source: Provenance | None, sites: Sequence[Site]
 ) -> GateStack | EditList:
     if isinstance(edits, GateStack):
-        require_fitting_edit(edits, width, source)
+        require_fitting_edit(model, edits, source, sites)
         device = next(model.parameters()).device
         stack: GateStack = edits if edits.is_stack else edits[None]  # type: ignore[index]
         return stack.to(device)
@@ -164,7 +166,7 @@ def _stacked(
             f"`edits` must be a stack of gates or a list of edits, at least one, but {what}."
         )
     for edit in edits:
-        require_fitting_edit(edit, width, source)
+        require_fitting_edit(model, edit, source, sites)
         if isinstance(edit, GateStack) and edit.is_stack:
             raise ValueError(
                 "A stack of gates cannot be one of a list of edits: pass the stack alone, "

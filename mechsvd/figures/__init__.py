@@ -4,6 +4,7 @@ No function shows a figure, sets global state or runs a model.
 """
 
 from mechsvd.figures.attribution import accumulated_scores, estimate_errors, hessian_spectrum
+from mechsvd.figures.rankings import baseline_correlations, direction_effects, dose_response
 from mechsvd.figures.spectra import (
     cumulative_singular_values,
     layer_spectra,
@@ -16,8 +17,8 @@ from mechsvd.figures.sweeps import (
     clip_and_ridge,
     delta_map,
     deltas,
-    direction_effects,
     margins,
+    metric,
     probability,
     race_of_orders,
     surprise,
@@ -25,8 +26,8 @@ from mechsvd.figures.sweeps import (
 
 __all__ = [  # noqa: RUF022 (grouped by purpose)
     "singular_values", "cumulative_singular_values", "layer_spectra", "writer_map",
-    "probability", "surprise", "deltas", "delta_map", "direction_effects", "race_of_orders",
-    "margins", "clip_and_ridge",
+    "probability", "surprise", "metric", "deltas", "delta_map", "direction_effects",
+    "race_of_orders", "margins", "clip_and_ridge", "dose_response", "baseline_correlations",
     "hessian_spectrum", "estimate_errors", "accumulated_scores", "overlap_map", "pooled_spectrum",
     "save_image",
 ]  # fmt: skip

@@ -1,11 +1,12 @@
-"""Plotly figures of rank sweeps, rankings, searches and ridge sweeps."""
+"""Plotly figures of rank sweeps, searches and ridge sweeps."""
 
 from collections.abc import Mapping
 from itertools import cycle
 
 import plotly.graph_objects as go
+import torch
+from torch import Tensor
 
-from mechsvd.experiments.ranking import Ranking
 from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.experiments.search import CriticalRank
 from mechsvd.experiments.sweeps import RankSweep
@@ -19,10 +20,16 @@ from mechsvd.figures.style import (
     empty_figure,
     heat_map,
     line,
-    scatter,
     with_clean,
 )
 from mechsvd.results import require_kind, require_same_model
+
+FLOOR = 1e-7  # values below it are rounding, and left out of logarithmic axes
+_AXES = {
+    "surprise": "−log-probability of the continuation (nats)",
+    "kl_divergence": "KL divergence of clean ‖ edited (nats per token)",
+    "absolute_change": "Σ|Δ log p| over the tokens (nats)",
+}
 
 
 def probability(sweep: RankSweep) -> go.Figure:
@@ -108,74 +115,61 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     )
 
 
-def direction_effects(ranking: Ranking) -> go.Figure:
-    """Effect of removing each direction against its singular value, on logarithmic axes.
-
-    Negative effects are drawn by their absolute value, in another colour. Effects within the noise
-    floor are grey; a line marks the floor. The title has Spearman's rank correlation.
-    """
-    require_kind(ranking, Ranking)
-    effect, sizes = ranking.effect.double().numpy(), ranking.singular_values.double().numpy()
-    correlation = f"<br>rank correlation {ranking.rank_correlation:.2f}" if len(sizes) > 2 else ""
-    axes = (f"singular value ({UNITS})", "|effect| on the log-probability (nats)")
+def metric(sweep: RankSweep) -> go.Figure:
+    """The metric that was measured against the number of kept directions."""
+    require_kind(sweep, RankSweep)
+    name, unit = label(sweep.measurement.metric), label(sweep.measurement.unit)
     figure = empty_figure(
-        f"Effect of removing each direction{correlation}", *axes, log_x=True, log_y=True
+        name.replace("_", " ").capitalize(), "kept directions", f"{name} ({unit})" if unit else name
     )
-    noise = ranking.is_noise.numpy()
-    groups = [
-        ("damage", EDITED, (effect > 0) & ~noise),
-        ("gain", ATTEMPTED, (effect <= 0) & ~noise),
-        ("noise", "#bbb", noise),
-    ]
-    for name, colour, chosen in groups:
-        figure.add_trace(
-            scatter(len(sizes))(
-                x=sizes[chosen],
-                y=abs(effect[chosen]),
-                customdata=chosen.nonzero()[0],
-                name=name,
-                mode="markers",
-                marker={"color": colour, "size": 6},
-                hovertemplate=f"direction %{{customdata}}: {name}<br>σ = %{{x:.4g}}"
-                "<br>%{y:.4g} nats<extra></extra>",
-            )
-        )
-    if ranking.noise_floor > 0:
-        figure.add_hline(y=ranking.noise_floor, line={"color": CLEAN, "dash": "dot", "width": 1.2})
-    return figure.update_layout(showlegend=True)
+    hover = f"k = %{{x}}<br>%{{y:.4g}} {unit}"
+    figure.add_trace(line(sweep.ranks, sweep.measurement.value, "clipped", EDITED, hover=hover))
+    return with_clean(figure, sweep.measurement.clean_run.value)
 
 
-def race_of_orders(sweeps: Mapping[str, RankSweep]) -> go.Figure:
+def race_of_orders(sweeps: Mapping[str, RankSweep], by: str = "surprise") -> go.Figure:
     """Surprise against the number of kept directions, for several orders of the directions.
 
+    Args:
+        sweeps: by the name of their order, or of anything else that tells them apart.
+        by: "surprise", or "kl_divergence", "absolute_change" or another property of a measurement,
+            which need not be larger for every worse text: tokens cancel in the surprise.
+
     Raises:
-        ValueError: there are no sweeps, or they are of different models.
+        ValueError: there are no sweeps, they are of different models, or `by` is not known.
     """
     require_kind(sweeps, Mapping)
     if not sweeps:
         raise ValueError(
             "There are no sweeps to race; give at least one, by the name of its order."
         )
+    if by not in _AXES:
+        raise ValueError(f"`by` is {by!r:.40}, but must be one of {list(_AXES)}.")
     first = next(iter(sweeps.values()))
-    figure = empty_figure(
-        "Race of the orders",
-        "kept directions",
-        "−log-probability of the continuation (nats)",
-        log_y=True,
-    )
+    unit = _AXES[by].rpartition("(")[2].rstrip(")")
+    figure = empty_figure("Race of the orders", "kept directions", _AXES[by], log_y=True)
     for colour, (name, sweep) in zip(cycle(DISTINCT), sweeps.items(), strict=False):
         require_same_model(first.source, sweep.source, "The sweeps")
-        hover = f"{label(name)}<br>k = %{{x}}<br>%{{y:.4g}} nats"
-        figure.add_trace(
-            line(sweep.ranks, -sweep.measurement.log_prob, label(name), colour, hover=hover)
-        )
-    return with_clean(figure, -first.measurement.clean_run.log_prob).update_layout(showlegend=True)
+        hover = f"{label(name)}<br>k = %{{x}}<br>%{{y:.4g}} {unit}"
+        values = _values(sweep, by)
+        # 0 has no logarithm, and rounding is no news
+        values = values.where(values > FLOOR, torch.nan) if by != "surprise" else values
+        figure.add_trace(line(sweep.ranks, values, label(name), colour, hover=hover))
+    if by == "surprise":
+        with_clean(figure, -first.measurement.clean_run.log_prob)
+    return figure.update_layout(showlegend=True)
+
+
+def _values(sweep: RankSweep, by: str) -> Tensor:
+    measured = sweep.measurement
+    values: Tensor = -measured.log_prob if by == "surprise" else getattr(measured, by)
+    return values
 
 
 def margins(critical_rank: CriticalRank) -> go.Figure:
     """Margin of each tried rank above or below the threshold, near the crossings.
 
-    A vertical line marks the critical rank.
+    A vertical line marks the critical rank; its label also gives the lasting one.
     """
     require_kind(critical_rank, CriticalRank)
     figure = empty_figure(
@@ -192,7 +186,7 @@ def margins(critical_rank: CriticalRank) -> go.Figure:
         ).update(mode="lines+markers", marker={"size": 4})
     )
     figure.add_hline(y=0, line={"color": CLEAN, "dash": "dash", "width": 1.2})
-    full, high = len(critical_rank.sweep.order), max(1.0, float(critical_rank.margins.max()))
+    full, high = critical_rank.sweep.full_rank, max(1.0, float(critical_rank.margins.max()))
     # far below the threshold the curve falls by hundreds of nats
     figure.update_yaxes(range=[-3 * high, 1.3 * high])
     if critical_rank.rank is None:
@@ -201,6 +195,7 @@ def margins(critical_rank: CriticalRank) -> go.Figure:
     figure.add_vline(x=critical_rank.rank, line={"color": ATTEMPTED, "width": 1.5})
     text = (
         f"k = {critical_rank.rank} for {label(critical_rank.criterion)}; "
+        f"lasting {'none' if critical_rank.lasting_rank is None else critical_rank.lasting_rank}; "
         f"{len(critical_rank.crossings)} crossing(s), {int(critical_rank.is_tie.sum())} tie(s)"
     )
     return figure.add_annotation(

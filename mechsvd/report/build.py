@@ -118,7 +118,7 @@ def _study(
 def _cost(model: Model, task: Task) -> str:
     edits = SWEEPS * (min(model.cfg.d_model, len(task.tokens) * 2 * model.cfg.n_layers) + 1)
     seconds = max(1, round(estimate_seconds(model, task, edits)))
-    return f"at most {edits} edits in six sweeps, about {seconds} s"
+    return f"at most {edits} edits in {SWEEPS} sweeps, about {seconds} s"
 
 
 def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:

@@ -6,14 +6,20 @@ import torch
 from torch import Tensor
 
 from mechsvd.attribution.scores import Attribution
-from mechsvd.experiments.criteria import same_greedy_text
+from mechsvd.engine.measurement import Measurement
+from mechsvd.experiments.criteria import (
+    Criterion,
+    change_at_most,
+    kl_at_most,
+    same_greedy_text,
+)
 from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.experiments.search import critical_rank_of
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.model.sites import Site
 from mechsvd.report.study import Comparison, Study, Text
 
-NEAR = 1.0  # nats that count as close to the clean log-probability
+NEAR = 1.0  # nats of KL divergence, summed over the text, that count as close to clean
 
 
 def main_numbers(study: Study) -> dict[str, str]:
@@ -32,15 +38,18 @@ def main_numbers(study: Study) -> dict[str, str]:
         "site that wrote most of these 90 %": "layer {}, {:.0%}".format(
             *owner(study, directions_for(study, 0.9))
         ),
+        "directions for 90 % without this site": f"{without_owner(study)}",
         "share of the first position in direction 0": f"{float(first):.1%}",
         "clean probability": f"{float(clean.log_prob.exp()):.4g} "
         f"({float(clean.log_prob):.4f} nats)",
         "clean size of a write (root mean square)": f"{float(clean.orig_delta):.4g}",
-        "smallest rank from which all larger ones stay within 1 nat of clean": _or_none(
-            lasting_rank(study.sweep, NEAR)
+        "lasting rank for 1 nat of KL divergence": _or_none(lasting_rank(study.sweep)),
+        "the same with a basis per site": _or_none(lasting_rank(study.by_site)),
+        "lasting rank for 1 nat of absolute change": _or_none(
+            critical_rank_of(study.sweep, criterion=change_at_most(NEAR)).lasting_rank
         ),
-        "the same for 0.1 nat": _or_none(lasting_rank(study.sweep, 0.1)),
-        "critical rank": _or_none(study.critical.rank),
+        "critical rank (the shortform’s)": _or_none(study.critical.rank),
+        "absolute change at the critical rank": _change_there(study),
         "critical rank for the same greedy text": _same_text_rank(study),
         "noise floor": f"{study.ranking.noise_floor:.1e} nats",
     }
@@ -54,18 +63,31 @@ def _same_text_rank(study: Study) -> str:
 
 def directions_for(study: Study, share: float) -> int:
     """Number of directions that carry this share of the squared size of all writes."""
-    squares = study.pooled.singular_values.cpu().double().square()
+    return _count_for(study.pooled.singular_values.cpu().double().square(), share)
+
+
+def _count_for(squares: Tensor, share: float) -> int:
     return int((squares.cumsum(0) / squares.sum() < share).sum()) + 1
 
 
-def lasting_rank(sweep: RankSweep, nats: float) -> int | None:
-    """Smallest rank from which all larger ones stay this close to clean, in log-probability.
+def _change_there(study: Study) -> str:
+    critical = study.critical
+    if critical.rank is None:
+        return "none"
+    there = critical.sweep.measurement.absolute_change[critical.sweep.ranks == critical.rank]
+    return f"{float(there[0]):.3g} nats"
 
-    None if there is none.
+
+def lasting_rank(sweep: RankSweep) -> int | None:
+    """Smallest rank from which all larger ones stay within `NEAR` nats of KL divergence.
+
+    The divergence is summed over the text. None if there is none.
     """
-    near = (sweep.measurement.clean_run.log_prob - sweep.measurement.log_prob).abs() <= nats
-    lasting = near.flip(0).long().cumprod(0).flip(0).bool()
-    return int(sweep.ranks[lasting][0]) if lasting.any() else None
+    return critical_rank_of(sweep, criterion=_near(sweep.measurement)).lasting_rank
+
+
+def _near(measured: Measurement) -> Criterion:
+    return kl_at_most(NEAR / measured.log_probs.shape[1])
 
 
 def spectrum(studies: Sequence[Study]) -> str:
@@ -74,14 +96,38 @@ def spectrum(studies: Sequence[Study]) -> str:
     shares = [round(100 * float(values[0] / values.sum())) for values in squares]
     few = _span(directions_for(s, 0.9) for s in studies)
     owners = [
-        f"layer {site} wrote {share:.0%}"
-        for site, share in (owner(s, directions_for(s, 0.9)) for s in studies)
+        f"{share:.0%}, {site} at {where}"
+        for site, share, where in (_owner_of_first(s) for s in studies)
     ]
+    without = _span(without_owner(s) for s in studies)
     return (
         f"Here {few} of {_sizes(studies)} directions carry 90 % of the squared size of the writes; "
-        f"direction 0 alone carries {_span(shares)} %. Of what these directions carry, "
-        f"{_listed(studies, owners)}, one site of {len(studies[0].writes.sites)}."
+        f"direction 0 alone carries {_span(shares)} %. This is mostly one site of "
+        f"{len(studies[0].writes.sites)}: without the site that wrote most, the rest need "
+        f"{without} directions for 90 %. The site that wrote most of directions 0–2, its share, and "
+        f"the token that wrote most there: {_listed(studies, owners)}."
     )
+
+
+def without_owner(study: Study) -> int:
+    """Directions for 90 % of the squared size of the writes of all sites but the largest writer."""
+    site, _ = owner(study, directions_for(study, 0.9))
+    others = [i for i, other in enumerate(study.writes.sites) if other != site]
+    if not others:
+        return 0
+    values = study.writes.values[others].flatten(0, 1).cpu().double()
+    return _count_for(torch.linalg.svdvals(values).square(), 0.9)
+
+
+def _owner_of_first(study: Study) -> tuple[Site, float, str]:
+    """The site that wrote most of directions 0–2, its share, and its token that wrote most."""
+    count = min(3, study.pooled.rank)
+    site, share = owner(study, count)
+    left, sizes = study.pooled.left[..., :count], study.pooled.singular_values[:count]
+    parts = (left.cpu().double() * sizes.cpu().double()).square().sum(dim=-1)
+    position = int(parts[study.writes.sites.index(site)].argmax())
+    pieces = study.writes.pieces
+    return site, share, repr(pieces[position]) if pieces else f"position {position}"
 
 
 def owner(study: Study, rank: int) -> tuple[Site, float]:
@@ -95,27 +141,35 @@ def owner(study: Study, rank: int) -> tuple[Site, float]:
 
 
 def clipping(studies: Sequence[Study]) -> str:
-    """From which rank on the clean log-probability is restored."""
-    ranks = [lasting_rank(s.sweep, NEAR) for s in studies]
+    """From which rank on the clean predictions are restored, with one basis and one per site."""
+    pooled = [lasting_rank(s.sweep) for s in studies]
+    by_site = [lasting_rank(s.by_site) for s in studies]
     return (
-        f"Here every rank from {_listed(studies, ranks)} on stays within {NEAR:g} nat of the clean "
-        "log-probability."
+        f"Here every rank from {_listed(studies, pooled)} on keeps the predictions within "
+        f"{NEAR:g} nat of KL divergence, summed over the text; with a basis per site, from "
+        f"{_listed(studies, by_site)}. The directions are fitted on the text that they are measured "
+        "on; another text needs more."
     )
 
 
 def directions(studies: Sequence[Study]) -> str:
     """How damage and singular value are related."""
     rankings = [s.ranking for s in studies]
-    correlation = _span((r.rank_correlation for r in rankings), ".2f")
+    by_kl, by_size, signed = (
+        _span((r.correlation(by) for r in rankings), ".2f")
+        for by in ("kl_divergence", "size", "effect")
+    )
     gains = _span(int(((r.effect < 0) & ~r.is_noise).sum()) for r in rankings)
     silent = _span(int(r.is_noise.sum()) for r in rankings)
-    worst = max(studies, key=lambda s: float(s.ranking.effect.max()))
-    most = int(worst.ranking.effect.argmax())
+    worst = max(studies, key=lambda s: float(s.ranking.measurement.kl_divergence.max()))
+    damage = worst.ranking.measurement.kl_divergence
+    most = int(damage.argmax())
     return (
-        f"Here the rank correlation of damage and singular value is {correlation}. Removing any "
-        f"one of {gains} directions makes the text more probable; {silent} change it by no more "
-        f"than rounding noise. The most needed one is direction {most} ({worst.name}: "
-        f"{float(worst.ranking.effect[most]):.3g} nats)."
+        f"Here the rank correlation of KL divergence and singular value is {by_kl}; that of the "
+        f"size of the effect is {by_size}, and of the signed effect, in which tokens cancel, "
+        f"{signed}. Removing any one of {gains} directions makes the text more probable; the effect "
+        f"of {silent} is no larger than rounding noise. The most needed one is direction {most} "
+        f"({worst.name}: {float(damage[most]):.3g} nats per token)."
     )
 
 
@@ -123,7 +177,7 @@ def orders(studies: Sequence[Study]) -> str:
     """Which order needs the fewest directions."""
     needed = {}
     for order in studies[0].sweeps:
-        ranks = [lasting_rank(s.sweeps[order], NEAR) for s in studies]
+        ranks = [lasting_rank(s.sweeps[order]) for s in studies]
         needed[order] = sum(
             s.pooled.rank if r is None else r for r, s in zip(ranks, studies, strict=True)
         ) / len(studies)
@@ -132,17 +186,16 @@ def orders(studies: Sequence[Study]) -> str:
         for order in sorted(needed, key=lambda order: needed[order])
     )
     return (
-        f"Here, to come within {NEAR:g} nat of clean and stay there, the orders need {listed} "
-        "directions in the mean over prompts. The order by effect uses signed effects on the whole "
-        "text, in which tokens cancel. So its place here does not say how well effects tell which "
-        "directions are needed."
+        f"Here, to come within {NEAR:g} nat of KL divergence and stay there, the orders need "
+        f"{listed} directions in the mean over prompts. In the signed effect tokens cancel, so its "
+        "place does not say how well effects tell which directions are needed."
     )
 
 
 def ridge(studies: Sequence[Study]) -> str:
     """How many effective directions ridge needs, compared with clipping."""
-    clipped = [lasting_rank(s.sweep, NEAR) for s in studies]
-    shrunk = [lasting_number(s.ridge, NEAR) for s in studies]
+    clipped = [lasting_rank(s.sweep) for s in studies]
+    shrunk = [lasting_number(s.ridge) for s in studies]
     pairs = [
         (s.name, a, b)
         for s, a, b in zip(studies, clipped, shrunk, strict=True)
@@ -150,23 +203,23 @@ def ridge(studies: Sequence[Study]) -> str:
     ]
     if not pairs:
         return (
-            f"Here neither clipping nor ridge comes within {NEAR:g} nat of the clean "
-            "log-probability and stays there."
+            f"Here neither clipping nor ridge comes within {NEAR:g} nat of KL divergence and stays "
+            "there."
         )
     listed = ", ".join(f"{b:.0f} where clipping needs {a} ({name})" for name, a, b in pairs)
     fewer = sum(b < a for _, a, b in pairs)
     return (
-        f"Here, to come within {NEAR:g} nat of clean and stay there, ridge needs an effective "
-        f"number of {listed}: fewer for {fewer} of {len(pairs)} prompts."
+        f"Here, to come within {NEAR:g} nat of KL divergence and stay there, ridge needs an "
+        f"effective number of {listed}: fewer for {fewer} of {len(pairs)} prompts."
     )
 
 
-def lasting_number(sweep: RidgeSweep, nats: float) -> float | None:
-    """Smallest effective number of directions from which all larger ones stay this close to clean.
+def lasting_number(sweep: RidgeSweep) -> float | None:
+    """Smallest effective number of directions from which all larger ones stay as close as `NEAR`.
 
     None if there is none.
     """
-    near = (sweep.measurement.clean_run.log_prob - sweep.measurement.log_prob).abs() <= nats
+    near = _near(sweep.measurement)(sweep.measurement) >= 0
     order = sweep.effective_directions.argsort(descending=True)
     lasting = near[order].long().cumprod(0).bool()
     return float(sweep.effective_directions[order][lasting][-1]) if lasting.any() else None
@@ -201,7 +254,7 @@ def share_within(attribution: Attribution, estimate: str, tolerance: float = 0.1
 
 
 def critical_ranks(studies: Sequence[Study]) -> str:
-    """The critical ranks, and how often the curves cross the clean value."""
+    """The critical ranks, how often the curves cross the clean value, and the lasting ranks."""
     ranks = [s.critical.rank for s in studies]
     crossings = [len(s.critical.crossings) for s in studies]
     shape = (
@@ -209,9 +262,13 @@ def critical_ranks(studies: Sequence[Study]) -> str:
         if set(crossings) == {1}
         else f"{_span(crossings)} times, so a larger rank can be worse"
     )
+    changes = [_change_there(s) for s in studies]
+    lasting = [lasting_rank(s.sweep) for s in studies]
     return (
         f"Here it is {_listed(studies, ranks)} of {_sizes(studies)} directions. Every rank was "
-        f"tried; the curves cross the clean probability {shape}."
+        f"tried; the curves cross the clean probability {shape}. At the critical rank the tokens' "
+        f"log-probabilities still change by {_listed(studies, changes)} in total, with either sign. "
+        f"The lasting rank for {NEAR:g} nat of KL divergence is {_listed(studies, lasting)}."
     )
 
 

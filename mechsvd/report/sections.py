@@ -51,13 +51,18 @@ SECTIONS = (
         "clipping",
         "Clipping every write to the first k directions",
         "While the model runs, every write keeps only its part in the first <i>k</i> directions. "
-        "This is done for every <i>k</i>.",
+        "This is done for every <i>k</i>, with the directions of all writes together, and with "
+        "those of each site’s own writes.",
         "The shortform drew the probability of the text and the sizes of the attempted and kept "
         "writes against <i>k</i>, with one forward pass per point and no error bars.",
         findings.clipping,
         lambda s: {
             "probability": figures.probability(s.sweep),
             "surprise": figures.surprise(s.sweep),
+            "bases": figures.race_of_orders(
+                {"one basis for all sites": s.sweep, "a basis per site": s.by_site},
+                by="kl_divergence",
+            ).update_layout(title_text="One basis, and one per site"),
             "deltas": figures.deltas(s.sweep),
             "kept_deltas_by_site": figures.delta_map(s.sweep),
             "orig_deltas_by_site": figures.delta_map(s.sweep, kept=False),
@@ -66,28 +71,36 @@ SECTIONS = (
     Section(
         "directions",
         "One direction at a time",
-        "Each direction alone is removed from every write. The damage is the log-probability that "
-        "the text loses.",
+        "Each direction alone is removed from every write. The shortform’s effect is the "
+        "log-probability that the text loses: signed, and summed over tokens, which may cancel. The "
+        "KL divergence of the predictions does not cancel.",
         "The shortform compared the damage of each direction of Llama-3-8B with its singular "
         "value.",
         findings.directions,
-        lambda s: {"direction_effects": figures.direction_effects(s.ranking)},
+        lambda s: {
+            "direction_divergences": figures.direction_effects(s.ranking, by="kl_divergence"),
+            "direction_effects": figures.direction_effects(s.ranking),
+        },
     ),
     Section(
         "orders",
         "Other orders",
-        "The sweep is repeated with the directions in other orders: by the damage of removing "
-        "them, by a compromise of damage and singular value (the mean of the two places), at "
-        "random, and the smallest first.",
+        "The sweep is repeated with the directions in other orders: by the KL divergence that "
+        "removing them causes, by a compromise of this and the singular value (the mean of the two "
+        "places), by the signed effect, at random, and the smallest first.",
         "The shortform repeated the sweep in other orders of the directions.",
         findings.orders,
-        lambda s: {"race_of_orders": figures.race_of_orders(s.sweeps)},
+        lambda s: {
+            "race_of_orders_by_divergence": figures.race_of_orders(s.sweeps, by="kl_divergence"),
+            "race_of_orders": figures.race_of_orders(s.sweeps),
+        },
     ),
     Section(
         "critical",
         "The critical rank",
         "The critical rank is the smallest number of directions with which the text is at least as "
-        "probable as in the clean model.",
+        "probable as in the clean model. Tokens may cancel there: a lucky crossing. A lasting rank "
+        "is one from which every larger rank stays within a bar.",
         "In Llama-3-8B the shortform found "
         "1886, 3329, 2696 and 2518 of 4096 directions for its four prompts.",
         findings.critical_ranks,

@@ -32,8 +32,10 @@ from mechsvd.linalg.subspace import Subspace
 from mechsvd.model.sites import COMPONENTS, Model
 from mechsvd.model.tasks import Task
 
-BY_SIZE = "singular value"  # the name of the first order
-SWEEPS = 6  # over all directions, per task: five orders, and the ranking
+# the names of the orders
+BY_SIZE, BY_KL = "singular value", "KL divergence"
+SIGNED = "the shortform's signed effect"
+SWEEPS = 7  # over all directions, per task: six orders, and the ranking
 FEWER = (0.75, 0.5, 0.25)  # shares of the critical rank that also write texts
 
 
@@ -63,6 +65,7 @@ class Study:
     layers: tuple[Decomposition, ...]
     ranking: Ranking
     sweeps: dict[str, RankSweep]  # by the name of the order
+    by_site: RankSweep  # with a basis per site
     ridge: RidgeSweep
     critical: CriticalRank
     texts: tuple[Text, ...]
@@ -116,14 +119,26 @@ def study_task(
             for kind, order in _orders(svd, ranking).items()
         }
         critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
-        layers = decompose(writes, per_layer=True)
+        layers = decompose(writes, per="layer")
+        by_site = sweep_rank(model, task, decompose(writes, per="site"), **options)
         ridge = sweep_ridge(model, task, svd, **options)
         texts = _texts(
             model, svd, _rank_or_all(critical, svd), starts, len(task.continuation), options
         )
         attribution = _attribution(model, task, svd, [task, *others], options)
     return Study(
-        name, task, writes, svd, layers, ranking, sweeps, ridge, critical, texts, attribution
+        name,
+        task,
+        writes,
+        svd,
+        layers,
+        ranking,
+        sweeps,
+        by_site,
+        ridge,
+        critical,
+        texts,
+        attribution,
     )
 
 
@@ -144,8 +159,9 @@ def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:
     by_size = order_by_singular_value(svd)
     return {
         BY_SIZE: by_size,
-        "effect": order_by_effect(ranking),
-        "compromise": order_by_compromise(svd, ranking),
+        BY_KL: order_by_effect(ranking, by="kl_divergence"),
+        "compromise": order_by_compromise(svd, ranking, by="kl_divergence"),
+        SIGNED: order_by_effect(ranking),
         "random": order_at_random(svd),
         "reversed": by_size.flip(0),
     }

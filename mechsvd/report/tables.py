@@ -51,6 +51,7 @@ def _results(study: Study) -> dict[str, Any]:
         "task": study.task,
         "decomposition": study.pooled,
         "sweep": study.sweep,
+        "sweep_of_site_bases": study.by_site,
         "ranking": study.ranking,
         "critical_rank": study.critical,
         "ridge": study.ridge,
@@ -71,6 +72,7 @@ def _tables(study: Study) -> dict[str, Any]:
         ),
         "sweep": study.sweep.to_pandas(),
         "sweep_by_site": study.sweep.sites_to_pandas(),
+        "sweep_of_site_bases": study.by_site.to_pandas(),
         "writers_of_direction_0": norms.drop(columns="norm").assign(
             share=study.pooled.writer_map(0).flatten().cpu().numpy()
         ),
