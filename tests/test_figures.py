@@ -109,15 +109,43 @@ def test_effects_are_drawn_by_sign_and_noise_with_every_direction_once(
     figure = figures.direction_effects(ranking)
     figure.to_json()
     assert [trace.name for trace in figure.data] == ["damage", "gain", "noise"]
-    assert sorted(i for trace in figure.data for i in trace.customdata) == list(range(128))
+    assert sorted(int(i) for trace in figure.data for i in trace.customdata) == list(range(128))
     damage = figure.data[0]
-    np.testing.assert_allclose(damage.y, ranking.effect.numpy()[damage.customdata], rtol=1e-6)
+    places = [int(i) for i in damage.customdata]
+    np.testing.assert_allclose(damage.y, ranking.effect.numpy()[places], rtol=1e-6)
     assert (damage.y > ranking.noise_floor).all()
-    ranks = [
-        np.argsort(np.argsort(values))
-        for values in (ranking.singular_values.numpy(), ranking.effect.numpy())
-    ]
-    assert f"rank correlation {np.corrcoef(*ranks)[0, 1]:.2f}" in figure.layout.title.text
+
+    def title(values):
+        pair = (ranking.singular_values.numpy(), values.numpy())
+        ranks = [np.argsort(np.argsort(numbers)) for numbers in pair]
+        return f"{np.corrcoef(*ranks)[0, 1]:.2f}"
+
+    assert figure.layout.title.text.endswith(title(ranking.effect.abs()))  # of what is drawn
+    by = figures.direction_effects(ranking, by="kl_divergence")
+    np.testing.assert_allclose(drawn(by).y, ranking.measurement.kl_divergence.numpy())
+    assert by.layout.title.text.endswith(title(ranking.measurement.kl_divergence))
+    assert by.layout.yaxis.title.text == "KL divergence (nats per token)"
+
+
+def test_a_metric_is_on_the_axis_with_its_name_and_unit(embedded, meaning, meaning_svd):
+    sweep = ms.sweep_rank(
+        embedded, meaning, meaning_svd, ranks=[0, 40, 128], metric=ms.cross_entropy
+    )
+    figure = figures.metric(sweep)
+    assert figure.layout.yaxis.title.text == "cross_entropy (nats per token)"
+    np.testing.assert_allclose(drawn(figure).y, sweep.to_pandas()["cross_entropy"])
+    ranking = ms.rank_directions(embedded, meaning, meaning_svd, metric=ms.cross_entropy)
+    axis = figures.direction_effects(ranking).layout.yaxis.title.text
+    assert axis == "|effect| on the cross_entropy (nats per token)"
+
+
+def test_a_dose_is_drawn_next_to_its_random_direction(embedded, meaning, meaning_svd):
+    found = ms.dose_response(embedded, meaning, meaning_svd, [0, 3], gains=[0.0, 1.0, 2.0])
+    figure = figures.dose_response(found)
+    assert [trace.name for trace in figure.data[::2]] == ["direction 0", "direction 3"]
+    np.testing.assert_allclose(drawn(figure, 2).y, found.effects[0, 1].numpy())
+    np.testing.assert_allclose(drawn(figure, 3).y, found.random_effects[0, 1].numpy())
+    assert "log-probability (nats)" in figure.layout.yaxis.title.text
 
 
 def test_orders_race_on_one_axis(embedded, meaning, meaning_svd):
@@ -134,6 +162,12 @@ def test_orders_race_on_one_axis(embedded, meaning, meaning_svd):
     np.testing.assert_allclose(
         drawn(figure, 1).y, -sweeps["random"].measurement.log_prob.numpy(), rtol=1e-6
     )
+    by = figures.race_of_orders(sweeps, by="absolute_change")
+    drawn_values = sweeps["σ"].measurement.absolute_change.numpy()
+    np.testing.assert_allclose(drawn(by).y[:2], drawn_values[:2])
+    assert by.layout.yaxis.title.text == "Σ|Δ log p| over the tokens (nats)"
+    with pytest.raises(ValueError, match="`by` is 'size', but must be one of"):
+        figures.race_of_orders(sweeps, by="size")
     with pytest.raises(ValueError, match="no sweeps to race"):
         figures.race_of_orders({})
 
@@ -145,8 +179,8 @@ def test_the_critical_rank_is_marked_where_the_curve_crosses(embedded, meaning, 
     assert list(figure.data[0].x) == found.sweep.ranks.tolist()
     assert found.rank in [shape.x0 for shape in figure.layout.shapes]
     assert (
-        f"k = {found.rank} for a drop of at most 0 nats; {len(found.crossings)} crossing(s)"
-        in figure.layout.annotations[0].text
+        f"k = {found.rank} for a drop of at most 0 nats; lasting {found.lasting_rank}; "
+        f"{len(found.crossings)} crossing(s)" in figure.layout.annotations[0].text
     )
     greedy = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text)
     assert figures.margins(greedy).layout.yaxis.title.text == "above the threshold (tokens)"

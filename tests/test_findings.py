@@ -8,7 +8,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.report import findings
-from mechsvd.report.study import compare, study_task
+from mechsvd.report.study import SIGNED, compare, study_task
 
 
 @pytest.fixture(scope="module")
@@ -40,57 +40,78 @@ def test_how_many_directions_carry_a_share(studies):
             .sum(dim=(1, 2))
         )
         site, share = found.writes.sites[int(inside.argmax())], float(inside.max() / inside.sum())
-        assert f"layer {site.layer} {site.component} wrote {share:.0%} ({found.name})" in said
+        assert findings.owner(found, expected) == (site, pytest.approx(share))
+        others = [i for i, other in enumerate(found.writes.sites) if other != site]
+        rest = np.linalg.svd(found.writes.values[others].flatten(0, 1).double().numpy())[1] ** 2
+        count = next(k for k in range(1, 129) if rest[:k].sum() >= 0.9 * rest.sum())
+        assert f"the rest need {count} directions for 90 %" in said
+        parts = (found.writes.values.double() @ found.pooled.directions[:, :3].double()).square()
+        own = parts.sum(dim=-1)[found.writes.sites.index(site)]
+        token = found.writes.pieces[int(own.argmax())]
+        assert f"{own.sum() / parts.sum():.0%}, {site} at {token!r} ({found.name})" in said
+
+
+def lasting(table, column="rank"):
+    """The smallest number from which the summed KL divergence stays within 1 nat, from a table."""
+    far = table[column][table["kl_divergence"] * 10 > 1.0]  # ten scored tokens
+    return table[column][table[column] > far.max()].min()
 
 
 def test_from_which_rank_on_the_text_stays_near(studies):
+    said = findings.clipping(studies)
     for found in studies:
-        table = found.sweep.to_pandas()
-        clean = float(found.sweep.measurement.clean.log_prob)
-        far = table["rank"][(table["log_prob"] - clean).abs() > 1.0]
-        assert findings.lasting_rank(found.sweep, 1.0) == int(far.max()) + 1
-        assert f"{int(far.max()) + 1} ({found.name})" in findings.clipping(studies)
+        assert len(found.task.continuation) == 10
+        expected = lasting(found.sweep.to_pandas())
+        assert findings.lasting_rank(found.sweep) == expected
+        by_site = lasting(found.by_site.to_pandas())
+        assert f"{expected} ({found.name})" in said.partition("with a basis per site")[0]
+        assert f"{by_site} ({found.name})" in said.partition("with a basis per site")[2]
+        assert by_site < expected
 
 
 def test_the_sentence_on_directions_names_the_most_needed_one(studies):
-    effects = {
-        (s.name, int(s.ranking.effect.argmax())): float(s.ranking.effect.max()) for s in studies
-    }
-    (name, direction), size = max(effects.items(), key=lambda item: item[1])
-    assert f"direction {direction} ({name}: {size:.3g} nats)" in findings.directions(studies)
+    divergences = {s.name: s.ranking.to_pandas()["kl_divergence"] for s in studies}
+    name = max(divergences, key=lambda name: divergences[name].max())
+    direction, size = divergences[name].idxmax(), divergences[name].max()
+    said = findings.directions(studies)
+    assert f"direction {direction} ({name}: {size:.3g} nats per token)" in said
+    for column, change in (("kl_divergence", abs), ("effect", abs), ("effect", lambda x: x)):
+        found = sorted(
+            t["singular_value"].corr(change(t[column]), method="spearman")
+            for t in (s.ranking.to_pandas() for s in studies)
+        )
+        assert f"{found[0]:.2f} to {found[1]:.2f}" in said
 
 
 def test_the_orders_are_listed_by_how_few_directions_they_need(studies):
     said = findings.orders(studies)
     means = {
-        o: np.mean([findings.lasting_rank(s.sweeps[o], 1.0) for s in studies])
-        for o in studies[0].sweeps
+        o: np.mean([findings.lasting_rank(s.sweeps[o]) for s in studies]) for o in studies[0].sweeps
     }
     places = [said.index(f"({order})") for order in sorted(means, key=means.get)]
     assert places == sorted(places)
     assert f"{means['singular value']:.0f} (singular value)" in said
-    assert "signed effects on the whole text, in which tokens cancel" in said
+    assert f"{means[SIGNED]:.0f} (the shortform's signed effect)" in said
+    assert "In the signed effect tokens cancel" in said
 
 
 def test_the_sentence_on_ridge_names_the_smallest_lasting_number(studies):
     said = findings.ridge(studies)
     for found in studies:
-        table, clean = found.ridge.to_pandas(), float(found.ridge.measurement.clean_run.log_prob)
-        far = table.effective_directions[(table.log_prob - clean).abs() > 1.0]
-        expected = table.effective_directions[table.effective_directions > far.max()].min()
-        assert findings.lasting_number(found.ridge, 1.0) == pytest.approx(expected)
+        expected = lasting(found.ridge.to_pandas(), "effective_directions")
+        assert findings.lasting_number(found.ridge) == pytest.approx(expected)
         assert (
-            f"{expected:.0f} where clipping needs {findings.lasting_rank(found.sweep, 1.0)} ({found.name})"
+            f"{expected:.0f} where clipping needs {findings.lasting_rank(found.sweep)} ({found.name})"
             in said
         )
     never = dataclasses.replace(
         studies[0].ridge, measurement=far_from_clean(studies[0].ridge.measurement)
     )
-    assert findings.lasting_number(never, 1.0) is None
+    assert findings.lasting_number(never) is None
 
 
 def far_from_clean(measurement):
-    return dataclasses.replace(measurement, log_probs=measurement.log_probs - 100)
+    return dataclasses.replace(measurement, kl_divergences=measurement.kl_divergences + 100)
 
 
 def test_the_sentence_on_attribution_counts_estimates_and_sums_scores(studies):
@@ -121,7 +142,11 @@ def test_the_critical_ranks_are_those_of_an_exhaustive_search(embedded, studies)
     for found in studies:
         certain = ms.critical_rank(embedded, found.task, found.pooled, exhaustive=True)
         assert found.critical.rank == certain.rank
-        assert f"{certain.rank} ({found.name})" in findings.critical_ranks(studies)
+        said = findings.critical_ranks(studies)
+        assert f"{certain.rank} ({found.name})" in said
+        table = found.sweep.to_pandas().set_index("rank")
+        assert f"{table.absolute_change[certain.rank]:.3g} nats ({found.name})" in said
+        assert f"{lasting(found.sweep.to_pandas())} ({found.name})" in said.partition("lasting")[2]
         assert found.subspace.rank == certain.rank
 
 
@@ -166,8 +191,8 @@ def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
         or f"any one of {gains[0]} directions" in said
     )
     assert (
-        f"{silent[0]} change it by no" in said
-        or f"{silent[0]} to {silent[1]} change it by no" in said
+        f"effect of {silent[0]} is no larger" in said
+        or f"effect of {silent[0]} to {silent[1]} is no larger" in said
     )
     same = sum(
         s.texts[0].tasks[1].tokens.tolist() == s.texts[0].tasks[0].tokens.tolist() for s in studies
@@ -207,14 +232,15 @@ def test_a_rank_that_is_near_clean_by_chance_does_not_last(studies):
     clean = sweep.measurement.clean_run.log_probs
 
     def lasting(distances):
-        log_probs = (
-            clean.expand(len(distances), -1) - torch.tensor(distances)[:, None] / clean.shape[1]
-        )
+        count = clean.shape[1]
         columns = {name: getattr(sweep.measurement, name)[: len(distances)] for name in COLUMNS}
-        measurement = dataclasses.replace(sweep.measurement, **columns, log_probs=log_probs)
+        divergences = torch.tensor(distances)[:, None].expand(-1, count) / count
+        measurement = dataclasses.replace(
+            sweep.measurement, **columns, kl_divergences=divergences.contiguous()
+        )
         ranks = torch.arange(len(distances))
         return findings.lasting_rank(
-            dataclasses.replace(sweep, ranks=ranks, measurement=measurement), 1.0
+            dataclasses.replace(sweep, ranks=ranks, measurement=measurement)
         )
 
     assert lasting([9.0, 5.0, 0.5, 3.0, 0.2, 0.1]) == 4
@@ -222,4 +248,4 @@ def test_a_rank_that_is_near_clean_by_chance_does_not_last(studies):
     assert lasting([0.0, 0.0, 2.0]) is None
 
 
-COLUMNS = ("is_greedy", "orig_deltas", "kept_deltas", "kl_divergences")
+COLUMNS = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")

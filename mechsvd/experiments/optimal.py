@@ -212,6 +212,11 @@ def compare_baselines(
     with open_session(model, chosen, **options) as session:
         if baselines is None:
             baselines = _usual(model, chosen, svd, metric, options)
+        if not isinstance(baselines, Mapping) or not baselines:
+            raise TypeError(
+                "`baselines` must be baselines by name, such as {'zero': None}, but is "
+                f"{baselines!r:.40}."
+            )
         effects, rankings = [], []
         for baseline in baselines.values():
             rankings = [

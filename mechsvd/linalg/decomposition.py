@@ -277,8 +277,8 @@ def require_decompositions(svd: Any) -> tuple[Decomposition, ...]:
     for one in bases:
         if not isinstance(one, Decomposition):
             raise TypeError(
-                "`svd` must be a Decomposition, or a list with one per layer or site, "
-                f"but {'holds' if bases != (svd,) else 'is'} {type(one).__name__}."
+                f"`svd` must be a Decomposition, but {'is' if one is svd else 'holds'} "
+                f"{type(one).__name__}; see `mechsvd.decompose`."
             )
     if not any(one.rank for one in bases):
         what = "This decomposition has" if bases else "The list is empty, so there are"

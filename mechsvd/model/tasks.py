@@ -166,6 +166,12 @@ class Task(Result):
         """
         start = fit_context(model, prompt_tokens(model, prompt, prepend_bos), 1, truncate)
         sides = {"right": right, "wrong": wrong}
+        for name, texts in sides.items():
+            if not isinstance(texts, Iterable):
+                raise TypeError(
+                    f"`{name}` must be a text or a list of texts, but is {type(texts).__name__}; "
+                    "for token ids, make a `Task` and pass `logit_difference(right, wrong)`."
+                )
         ids = {
             name: tuple(
                 one_token(model, start, text, name)
