@@ -35,7 +35,7 @@ from mechsvd.edits.exchange import from_transformer_lens, to_transformer_lens
 from mechsvd.edits.hooks import fwd_hooks
 from mechsvd.edits.maps import chain, shift
 from mechsvd.engine.ablations import donor_baseline, mean_baseline, resample_baseline
-from mechsvd.engine.measurement import Measurement, estimate_seconds, measure
+from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import (
     Metric,
     absolute_change,
@@ -45,6 +45,7 @@ from mechsvd.engine.metrics import (
     log_prob,
     logit_difference,
 )
+from mechsvd.engine.passes import estimate_seconds, measure
 from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.criteria import (

@@ -300,16 +300,16 @@ def own_directions(loop, task, per):
 # Metrics
 
 
-@pytest.mark.parametrize("count", [12, None])
-def test_a_sweep_over_ranks_gives_every_metric_of_the_loop(real, loop, count):
+@pytest.mark.parametrize(("count", "names"), [(12, [*READY]), (None, ["kl_divergence", "doubt"])])
+def test_a_sweep_over_ranks_gives_every_metric_of_the_loop(real, loop, count, names):
     svd, task = real.svd if count is None else first(real.svd, count), real.task
     ranks = [0, 1, 7, svd.rank]
     expected = torch.tensor(
-        [loop.values(task, projection(svd.directions, k), *READY) for k in ranks]
+        [loop.values(task, projection(svd.directions, k), *names) for k in ranks]
     )
-    clean = torch.tensor(loop.values(task, unchanged, *READY))
-    for column, (name, metric) in enumerate(READY.items()):
-        sweep = ms.sweep_rank(real.model, task, svd, ranks, metric=metric)
+    clean = torch.tensor(loop.values(task, unchanged, *names))
+    for column, name in enumerate(names):
+        sweep = ms.sweep_rank(real.model, task, svd, ranks, metric=READY[name])
         found, sign = sweep.measurement, -1 if name in LESS_IS_BETTER else 1
         close(found.value, expected[:, column])
         close(found.clean_run.value, clean[column, None])
@@ -464,19 +464,16 @@ def ranked(real, loop, task, svd, baseline, points, metric=ms.log_prob):
     close(table["kl_divergence"], expected[:, 1])
 
 
-@pytest.mark.parametrize("metric", [ms.log_prob, ms.cross_entropy])
-def test_mean_ablation_of_each_direction_equals_the_loop(
-    real, loop, few, texts, text_writes, metric
-):
+def test_mean_ablation_of_each_direction_equals_the_loop(real, loop, few, texts, text_writes):
     means = torch.cat([loop.writes(task) for task in texts], dim=1).mean(dim=1, keepdim=True)
     baseline = ms.mean_baseline(text_writes)
     close(baseline.values[0], means, atol=1e-4)
     points = means.expand(-1, 64, -1)
-    ranked(real, loop, real.task, few, baseline, points, metric=metric)  # a longer, other text
-    ranked(real, loop, texts[1], few, baseline, points, metric=metric)
+    ranked(real, loop, real.task, few, baseline, points)  # a longer, other text
+    ranked(real, loop, texts[1], few, baseline, points, ms.cross_entropy)
 
 
-@pytest.mark.parametrize("chosen", [(0, 2, 4), (0, 1, 2, 3, 4), (1,)])
+@pytest.mark.parametrize("chosen", [(0, 2), (0, 1, 2, 3, 4), (1,)])
 def test_mean_ablation_by_position_equals_the_loop(real, loop, few, texts, text_writes, chosen):
     """Of texts of one length, of several, and of one text alone, which then loses nothing."""
     chosen = [texts[i] for i in chosen]
@@ -811,26 +808,29 @@ def test_patching_every_write_from_a_donor_gives_the_logits_of_the_donor(real, l
 
 
 def test_the_rows_of_a_pass_change_nothing(real, few, bases, texts, text_writes):
-    model, some = real.model, first(few, 4)
+    model, task, text, some = real.model, real.task, texts[1], first(few, 3)
     mean, by_position = ms.mean_baseline(text_writes), ms.mean_baseline(text_writes, by="position")
     another, each = ms.resample_baseline(text_writes, seed=3), [first(b, 1) for b in bases["layer"]]
-    difference, options = ms.logit_difference([300, 301], [302]), {"metric": doubt_of_user}
-    calls = (
-        lambda **o: ms.sweep_rank(model, real.task, real.svd, range(0, 60, 11), **o),
-        lambda **o: ms.sweep_rank(model, real.task, few, [0, 3, 9], metric=difference, **o),
-        lambda **o: ms.sweep_rank(model, texts[1], few, [0, 9], baseline=mean, **options, **o),
-        lambda **o: ms.sweep_rank(model, texts[0], some, baseline=by_position, **o),
-        lambda **o: ms.rank_directions(model, texts[0], some, baseline=another, **o),
-        lambda **o: ms.sweep_rank(model, real.task, bases["site"], [2, 9, 20], **o),
-        lambda **o: ms.rank_directions(model, real.task, each, metric=ms.kl_divergence, **o),
+    difference = ms.logit_difference([300, 301], [302])
+    few_rows = (
+        lambda **o: ms.sweep_rank(model, text, few, [3, 9], metric=difference, baseline=mean, **o),
+        lambda **o: ms.sweep_rank(
+            model, text, some, [1, 2], metric=doubt_of_user, baseline=by_position, **o
+        ),
+        lambda **o: ms.sweep_rank(model, text, some, [1, 2], baseline=another, **o),
+        lambda **o: ms.sweep_rank(model, task, bases["site"], [2, 9, 20], **o),
     )
-    sizes = (1, 5)
-    for call in calls:
-        whole, *others = (call(batch_size=size).measurement for size in (None, *sizes))
-        for parts in others:
-            for field in ("value", "effect", "log_probs", "kl_divergences", "kept_deltas"):
-                close(getattr(parts, field), getattr(whole, field), atol=2e-4)
-    for size in sizes:
+    many_rows = (
+        lambda **o: ms.sweep_rank(model, task, real.svd, range(0, 60, 10), **o),
+        lambda **o: ms.rank_directions(model, task, each, metric=ms.kl_divergence, **o),
+    )
+    for calls, sizes in ((few_rows, (1,)), (many_rows, (1, 5))):
+        for call in calls:
+            whole, *others = (call(batch_size=size).measurement for size in (None, *sizes))
+            for parts in others:
+                for field in ("value", "effect", "log_probs", "kl_divergences", "kept_deltas"):
+                    close(getattr(parts, field), getattr(whole, field), atol=2e-4)
+    for size in (1, 5):
         writes = ms.collect_writes(model, texts, batch_size=size)
         close(writes.values, text_writes.values, atol=1e-4)
     donor = ms.donor_baseline(model, texts[0], batch_size=1)

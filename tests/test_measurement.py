@@ -5,7 +5,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.edits.gates import Gate
-from mechsvd.engine.measurement import _Setup, measure
+from mechsvd.engine.passes import _Setup, measure
 from mechsvd.model.evaluation import other_hooks
 from tests.conftest import loop_log_prob, tiny, tiny_task
 from tests.test_subspace import orthonormal

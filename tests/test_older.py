@@ -97,6 +97,47 @@ def test_tasks_writes_singular_values_and_sweeps_are_the_same(pair):
     )
 
 
+@pytest.mark.parametrize(
+    "at", ["blocks.*.hook_resid_post", "blocks.1.attn.hook_z", "ln_final.hook_normalized"]
+)
+def test_other_hook_points_are_the_same(pair, at):
+    found = []
+    for model in pair:
+        task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
+        writes = ms.collect_writes(model, task, at=at)
+        svd = ms.decompose(writes)
+        ranks = [0, svd.rank // 2, svd.rank]
+        found.append((writes, ms.sweep_rank(model, task, svd, ranks, at=at)))
+    (writes, sweep), (writes_b, sweep_b) = found
+    torch.testing.assert_close(writes.values, writes_b.values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        sweep.measurement.log_prob, sweep_b.measurement.log_prob, rtol=0, atol=1e-2
+    )
+
+
+def test_only_the_bridge_warns_that_its_middle_of_the_stream_is_the_input_of_a_norm(pair, recwarn):
+    for model, expected in zip(pair, (0, 1), strict=True):
+        task = ms.Task(tokens=torch.tensor([1, 5, 9]), prompt_length=1)
+        recwarn.clear()
+        ms.collect_writes(model, task, at="blocks.1.hook_resid_mid")
+        assert sum("the input of a norm" in str(w.message) for w in recwarn) == expected
+
+
+def test_metrics_baselines_and_bases_of_sites_are_the_same(pair):
+    found = []
+    for model in pair:
+        task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=12)
+        writes = ms.collect_writes(model, task)
+        bases = ms.decompose(writes, per="site")
+        choice = ms.logit_difference(int(task.continuation[0]), 5)
+        mean, options = ms.mean_baseline(writes), {"metric": choice}
+        sweep = ms.sweep_rank(model, task, bases, [0, 5, 12], baseline=mean, **options)
+        ranking = ms.rank_directions(model, task, ms.decompose(writes), baseline=mean, **options)
+        found.append((sweep.measurement.value, ranking.effect))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
 def test_rankings_critical_ranks_and_texts_are_the_same(pair):
     found = []
     for model in pair:

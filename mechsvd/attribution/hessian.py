@@ -23,8 +23,8 @@ from mechsvd.attribution.scores import (
 )
 from mechsvd.checks import is_number, is_whole, require_whole, with_options
 from mechsvd.edits.gates import Basis, directions_of
-from mechsvd.engine.measurement import clean_noise
 from mechsvd.engine.metrics import AnyMetric, log_prob, metric_for
+from mechsvd.engine.passes import clean_noise
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.linalg.comparison import random_subspace
 from mechsvd.model.sites import Model

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsvd.edits.baselines import Baseline, require_baseline
+from mechsvd.edits.baselines import Baseline, Shifted, require_baseline
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.linalg.subspace import Subspace, at_least_single, complete, require_orthonormal
 from mechsvd.results import Provenance
@@ -38,7 +38,7 @@ class Gate:
     gains: Float[Tensor, "*edit rank"]
     rest: float | Float[Tensor, "*edit"] = 0.0
     source: Provenance | None = None
-    baseline: Baseline | None = None
+    baseline: Baseline | Shifted | None = None
 
     def __call__(
         self, x: Float[Tensor, "... d_model"], hook: Any = None

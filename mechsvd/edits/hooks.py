@@ -9,7 +9,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import once, with_options
-from mechsvd.edits.bases import GateStack
 from mechsvd.edits.maps import (
     Edit,
     EditError,
@@ -19,8 +18,9 @@ from mechsvd.edits.maps import (
     require_same_shape,
     require_sites,
 )
+from mechsvd.edits.stacks import GateStack
 from mechsvd.model.identity import provenance_of
-from mechsvd.model.places import sites_of, width_of
+from mechsvd.model.places import sites_of, warn_norm_inputs, width_of
 from mechsvd.model.reading import Reading
 from mechsvd.model.sites import (
     Hook,
@@ -65,6 +65,7 @@ def fwd_hooks(
     """
     where = where_of(options)
     sites = sites_of(model, where)
+    warn_norm_inputs(model, sites)
     positions = valid_positions(where.positions)
     if isinstance(edit, GateStack) and edit.is_stack:
         raise ValueError(

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.edits.bases import SiteGates, SiteRemovals
 from mechsvd.edits.gates import Gate
+from mechsvd.edits.stacks import SiteGates, SiteRemovals
 from mechsvd.model.sites import Site
 from mechsvd.model.tasks import Task
 

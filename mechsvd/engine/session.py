@@ -9,14 +9,15 @@ from typing import Any
 from typing_extensions import Unpack
 
 from mechsvd.checks import require_whole, warn
-from mechsvd.edits.bases import GateStack, is_several
+from mechsvd.edits.bases import is_several
 from mechsvd.edits.hooks import as_stack
 from mechsvd.edits.maps import EditList
+from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import halving, rows_per_pass
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.model.evaluation import OtherHooks, evaluation
 from mechsvd.model.identity import provenance_of, weights_read_once
-from mechsvd.model.places import sites_of
+from mechsvd.model.places import sites_of, warn_norm_inputs
 from mechsvd.model.selfcheck import SelfCheck, require_sound
 from mechsvd.model.sites import (
     Model,
@@ -153,6 +154,7 @@ def open_session(
     check, notes = require_sound(model, must_pass, where.missing)
     if where.at is not None:
         check, notes = _elsewhere(check, where, sites)
+        warn_norm_inputs(model, sites)
     batched = options.get("batched_hooks", False)
     with (
         evaluation(model, gradients=gradients, batched_hooks=batched) as other_hooks,

@@ -11,8 +11,9 @@ from typing_extensions import Unpack
 from mechsvd.checks import require_whole, whole_numbers, with_options
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import Gate
-from mechsvd.engine.measurement import Measurement, measure
+from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
+from mechsvd.engine.passes import measure
 from mechsvd.engine.session import RunOptions, open_session, warn_other_sites
 from mechsvd.fields import require_declared, require_finite, require_length
 from mechsvd.linalg.comparison import random_subspace

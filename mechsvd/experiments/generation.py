@@ -10,9 +10,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import is_number, require_whole, warn, with_options
-from mechsvd.edits.bases import GateStack
 from mechsvd.edits.hooks import hooks_at
 from mechsvd.edits.maps import Edit, chain
+from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import run_batches
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.model.runs import continue_tokens, end_tokens

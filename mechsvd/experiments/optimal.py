@@ -12,8 +12,8 @@ from mechsvd.checks import with_options
 from mechsvd.edits.baselines import Baseline, Shifted
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.ablations import mean_baseline, resample_baseline
-from mechsvd.engine.measurement import measure
 from mechsvd.engine.metrics import AnyMetric, kl_divergence
+from mechsvd.engine.passes import measure
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import collect_writes
 from mechsvd.experiments.ranking import rank_directions
@@ -26,7 +26,7 @@ from mechsvd.results import Provenance, Result, result
 SHARE = 0.2  # of a ranking, for the fine line search on a sample
 FINE = 8  # points of the line search per direction
 STEP = 0.1  # of the standard deviation
-FARTHEST = 4.0  # steps from the mean that a parabola may be trusted
+FARTHEST = 3.0  # steps from the mean that a parabola may be trusted
 
 
 @result
@@ -258,7 +258,7 @@ def _shifted_removals(
     gains = svd.directions.new_ones(len(directions), svd.rank)
     gains[torch.arange(len(directions)), directions] = 0
     shifted = Shifted(mean, svd.directions.T[directions], shifts.T.to(svd.directions))
-    return Gate(svd.directions, gains, 1.0, svd.source, shifted)  # type: ignore[arg-type]
+    return Gate(svd.directions, gains, 1.0, svd.source, shifted)
 
 
 def _nothing(svd: Decomposition) -> Gate:

@@ -10,10 +10,12 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import with_options
 from mechsvd.edits.baselines import Baseline, require_baseline
-from mechsvd.edits.bases import SiteRemovals, is_several, site_gates
+from mechsvd.edits.bases import is_several, site_gates
 from mechsvd.edits.gates import Gate
-from mechsvd.engine.measurement import Measurement, measure
+from mechsvd.edits.stacks import SiteRemovals
+from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
+from mechsvd.engine.passes import measure
 from mechsvd.engine.session import RunOptions, warn_other_sites
 from mechsvd.fields import (
     require_between,

@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from mechsvd.checks import with_options
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import cheapest_gate, ridge_gains
-from mechsvd.engine.measurement import Measurement, measure
+from mechsvd.engine.measurement import Measurement
+from mechsvd.engine.passes import measure
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition

@@ -12,7 +12,8 @@ from mechsvd.checks import whole_numbers, with_options
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import is_several, site_gates
 from mechsvd.edits.gates import cheapest_gate
-from mechsvd.engine.measurement import Measurement, measure
+from mechsvd.engine.measurement import Measurement
+from mechsvd.engine.passes import measure
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.decomposition import Decomposition, joint_source, require_decompositions

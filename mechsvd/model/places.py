@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mechsvd.checks import is_whole
+from mechsvd.checks import is_whole, warn
 from mechsvd.model.evaluation import evaluation, without_hook_points
 from mechsvd.model.sites import COMPONENTS, Model, Site, Where, find_sites
 
@@ -55,6 +55,21 @@ def width_of(model: Model, sites: Sequence[Site]) -> int:
     if sites and sites[0].hook_name in _SEEN.get(model, {}) and not sites[0].is_write:
         return _SEEN[model][sites[0].hook_name][-1]
     return int(model.cfg.d_model)
+
+
+def warn_norm_inputs(model: Model, sites: Sequence[Site]) -> None:
+    """Warn of residual streams that a bridge reads where only a norm does.
+
+    An edit there reaches the norm and what follows it, but not the stream that passes by.
+    """
+    points = model.hook_dict
+    inputs = {id(point) for name, point in points.items() if re.search(r"\.ln\w*\.hook_in$", name)}
+    names = [site.hook_name for site in sites if not site.is_write and "resid" in site.hook_name]
+    if wrong := [name for name in names if id(points[name]) in inputs]:
+        warn(
+            f"In this model `{wrong[0]}` is the input of a norm: an edit there does not change "
+            "the residual stream that passes by; edit `hook_resid_pre` or `hook_resid_post`."
+        )
 
 
 def _matching(model: Model, at: str | Sequence[str], layers: Any) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mechsvd.checks import about
-from mechsvd.engine.measurement import estimate_seconds
+from mechsvd.engine.passes import estimate_seconds
 from mechsvd.engine.session import open_session
 from mechsvd.figures.display import escape
 from mechsvd.model.selfcheck import SelfCheck, self_check
