@@ -415,7 +415,9 @@ def probability_of_user(logits, clean, task):
     )
 
 
-@pytest.mark.parametrize("metric", [ms.kl_divergence, probability_of_user])
+@pytest.mark.parametrize(
+    "metric", [ms.kl_divergence, probability_of_user], ids=["divergence", "probability"]
+)
 def test_an_attribution_says_that_a_slope_is_hidden_only_where_one_is(real, metric):
     """The divergence has none at its minimum; a probability has a small one, in a small unit."""
     few = first(real.svd, 4)

@@ -126,9 +126,11 @@ def test_every_call_that_runs_a_model_takes_every_option(
         "batch_size": np.int64(40),
         "batched_hooks": False,
         "progress": False,
+        "at": None,
+        "heads": None,
     }
     assert set(options) == set(RunOptions.__optional_keys__)
-    assert set(MeasureOptions.__optional_keys__) == {*options, "noise_floor"}
+    assert set(MeasureOptions.__optional_keys__) == {*options, "noise_floor", "metric"}
     few = {"ranks": [1]} if name == "sweep_rank" else {}
     CALLS[name](embedded, meaning, meaning_svd, **options, **few)
     with pytest.raises(
