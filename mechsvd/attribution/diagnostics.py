@@ -8,22 +8,32 @@ from mechsvd.checks import warn
 from mechsvd.linalg.eigenpairs import BLOCK
 
 
-def warn_unlike_values(curvature: Curvature, noise: float) -> None:
+def warn_unlike_values(curvature: Curvature, noise: float, baseline: float) -> None:
     """Warn if f does not rise along its gradient as the gradient says.
 
-    Then something in the model hides the slope.
+    Then something in the model hides the slope. Nothing is said where the rise would be rounding,
+    as at the minimum of a divergence.
+
+    Args:
+        noise: rounding noise of f.
+        baseline: f(0).
     """
-    gradient = curvature.gradient.detach()
+    gradient, value = curvature.gradient.detach(), float(curvature.value)
     size = float(gradient.norm())
     if size == 0:
         return
-    step = 0.01 / size  # f, relative to its clean value or in nats, should rise by 0.02
+    # f, relative to its clean value or in nats, should rise by 0.02; other metrics by less, so
+    # that the step stays small
+    step = min(0.01 / size, 1e-3 * float(curvature.w.norm()))
+    expected = 2 * step * size
+    if expected <= max(100 * noise, 1e-5 * max(abs(value), abs(value - baseline))):
+        return
     rise = curvature.function.rise(gradient / size, step)
-    if abs(rise - 0.02) > 0.004 + 10 * noise:
+    if abs(rise - expected) > 0.2 * expected + 10 * noise:
         warn(
-            "The gradient says that f rises by 0.02 along itself, but running the model says "
-            f"{rise:.4f}: something in it hides the slope, such as a hook that detaches, or half "
-            "precision. Measured scores are right; eigenvalues and estimates are not.",
+            f"The gradient says that f rises by {expected:.2g} along itself, but running the model "
+            f"says {rise:.4g}: something in it hides the slope, such as a hook that detaches, or "
+            "half precision. Measured scores are right; eigenvalues and estimates are not.",
         )
 
 
@@ -57,8 +67,8 @@ def warn_undefined(attribution: Attribution, curvature: Curvature, steps: int) -
     message, change = "", attribution.value - attribution.baseline
     if not curvature.gradient.any() and not attribution.eigenvalues.any():
         hidden = (
-            "though removing directions changes it: something hides its slope, such as a hook that "
-            "detaches"
+            "though removing directions changes it: it is flat or has a kink here, or something "
+            "hides its slope, such as a hook that detaches"
         )
         why = hidden if attribution.measured.any() else "so there is nothing to attribute"
         message = f"f does not depend on w here: its gradient and its Hessian are zero, {why}."

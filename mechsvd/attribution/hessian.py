@@ -261,12 +261,13 @@ def _attribute(
     pairs, others = choices.count(entries), choices.directions(function.point, header["over"])
     max_products = 200 + 20 * pairs if choices.max_products is None else choices.max_products
     curvature = differentiate(function)
+    baseline = function.at_zero
     if noise is not None:
-        warn_unlike_values(curvature, noise)
+        warn_unlike_values(curvature, noise, baseline)
     solution = eigenpairs(
         curvature, pairs, tolerance=choices.tolerance, max_products=max_products, seed=choices.seed
     )
-    path, baseline = function.path_gradient(choices.path_steps), function.at_zero
+    path = function.path_gradient(choices.path_steps)
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
     header = {**header, "tolerance": float(choices.tolerance)}
 

@@ -185,8 +185,8 @@ def decompose(
         center: subtract the mean write of each sample first. Only the directions change: an edit
             still acts on whole writes, so clipping to centred directions clips the mean too.
         scale: divide the writes first, so that a large site or token does not own the first
-            directions: "site" by the root mean square over all writes of the site, "norm" by the
-            root of their own norm. The singular values are then those of the divided writes.
+            directions: "site" by the root mean square of the norms of the site's writes, "norm" by
+            the root of their own norm. The singular values are then those of the divided writes.
 
     Returns:
         A `Decomposition`; or a tuple of them in the order of layers or sites.
