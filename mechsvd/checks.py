@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _SUBJECT = ContextVar("subject", default="")  # what the current warnings are about
+_IS_QUIET = ContextVar("is_quiet", default=False)
 Call = TypeVar("Call", bound=Callable[..., Any])
 Number = int | float
 # shape checks whose frames may come between the package and its user
@@ -25,6 +26,8 @@ _WRAPPERS = ("jaxtyping", "beartype")
 
 def warn(message: str) -> None:
     """Warn at the line where the user called into the package, at any depth."""
+    if _IS_QUIET.get():
+        return
     frame: FrameType | None = sys._getframe()
     level = user_level = 1
     while frame:
@@ -46,6 +49,16 @@ def about(subject: str) -> Iterator[None]:
         yield
     finally:
         _SUBJECT.reset(token)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Do not warn in this block, where a caller makes on purpose what would be warned of."""
+    token = _IS_QUIET.set(True)
+    try:
+        yield
+    finally:
+        _IS_QUIET.reset(token)
 
 
 def is_whole(value: Any, least: Number = -math.inf, most: Number = math.inf) -> bool:

@@ -60,6 +60,42 @@ class Result:
         return source.model if source else unknown
 
 
+class OverTexts(Result):
+    """The results of one call on several texts: what all such results can do.
+
+    Attributes:
+        parts: one result per text, in the order of the texts.
+    """
+
+    parts: tuple[Any, ...]
+
+    def __getitem__(self, text: int) -> Any:
+        """The result of one text."""
+        return self.parts[text]
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.parts)
+
+    @property
+    def source(self) -> "Provenance | None":
+        """The model and the first text."""
+        return self.parts[0].source if self.parts else None
+
+    def to_pandas(self) -> Any:
+        """One table: the first column is `task`, the number of the text, then those of a part."""
+        import pandas as pd
+
+        tables = [part.to_pandas() for part in self.parts]
+        for number, table in enumerate(tables):
+            table.insert(0, "task", number)
+        return pd.concat(tables, ignore_index=True)
+
+    def __repr__(self) -> str:
+        first, *rest = repr(self.parts[0]).splitlines() if self.parts else ["nothing"]
+        return "\n".join([f"{len(self)} texts; the first: {first}", *rest])
+
+
 @result
 class Provenance:
     """Which model, in which state, produced a result."""

@@ -133,11 +133,11 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
     expected = measure(model, task, STACKS["ranks"])
     forward, sizes = _Setup.forward, []
 
-    def limited(self, rows, count):
-        sizes.append(count)
-        if count > 5:
+    def limited(self, stacks, texts, rows):
+        sizes.append(len(rows))
+        if len(rows) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, rows, count)
+        return forward(self, stacks, texts, rows)
 
     monkeypatch.setattr(_Setup, "forward", limited)
     with pytest.warns(UserWarning, match="Out of memory") as said:
@@ -156,7 +156,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
 def test_out_of_memory_with_one_edit_says_how_much_is_needed(monkeypatch):
     model = tiny("Llama")
 
-    def fail(self, rows, count):
+    def fail(self, stacks, texts, rows):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(_Setup, "forward", fail)

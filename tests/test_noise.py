@@ -32,12 +32,14 @@ def test_a_row_moves_the_same_way_in_every_batch():
 @pytest.mark.parametrize("slope", [1.0, -3.0])
 def test_the_spread_is_that_of_the_log_probabilities(slope):
     def log_probs(stack):
-        return slope * stack[torch.arange(len(stack))](X.expand(len(stack), -1, -1)).sum(dim=(1, 2))
+        rows = stack[torch.arange(len(stack))](X.expand(len(stack), -1, -1)).sum(dim=(1, 2))
+        return slope * torch.stack([rows, 2 * rows])  # of two texts
 
     eps = torch.finfo(torch.float32).eps
     sums = perturbed(eps, range(NOISE_ROWS)).sum(dim=(1, 2))
     expected = abs(slope) * float(sums.max() - sums.min())
-    assert spread_by_rounding(log_probs, torch.float32) == pytest.approx(expected, rel=1e-6)
+    found = spread_by_rounding(log_probs, torch.float32)
+    assert found.tolist() == pytest.approx([expected, 2 * expected], rel=1e-6)
 
 
 def test_where_float64_moves_vanish_those_of_float32_are_taken():
@@ -46,7 +48,11 @@ def test_where_float64_moves_vanish_those_of_float32_are_taken():
     def log_probs(stack):
         precisions.append(stack.precision)
         rows = stack[torch.arange(len(stack))](X.expand(len(stack), -1, -1)).float()
-        return rows[:, 0, 0].round(decimals=7).double()
+        return torch.stack([rows[:, 0, 0].round(decimals=7).double(), exact(stack)])
 
-    assert spread_by_rounding(log_probs, torch.float64) > 0
+    def exact(stack):  # of another text, where they do not vanish
+        return stack[torch.arange(len(stack))](X.expand(len(stack), -1, -1))[:, 0, 0]
+
+    first, second = spread_by_rounding(log_probs, torch.float64)
+    assert first > 1e-9 > second > 0
     assert precisions == [torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps]

@@ -139,3 +139,14 @@ def test_a_compromise_with_a_ranking_of_other_directions_is_refused(embedded, ra
     other = ms.decompose(ms.collect_writes(embedded, task))
     with pytest.raises(ValueError, match="The ranking is of other directions"):
         ms.order_by_compromise(other, ranking)
+
+
+def test_directions_can_be_ranked_after_others_are_removed(embedded, meaning, meaning_svd):
+    ranking = ms.rank_directions(embedded, meaning, meaning_svd, after=[4, 9])
+    for j in (0, 4, 50):
+        removed = sorted({4, 9, j})
+        edit = ms.ablate(meaning_svd.directions[:, removed])
+        expected = ms.measure(embedded, meaning, [edit]).effect
+        assert float(ranking.effect[j]) == pytest.approx(float(expected), abs=1e-3)
+    with pytest.raises(ValueError, match=r"`after` is \[128\], but must be directions of a single"):
+        ms.rank_directions(embedded, meaning, meaning_svd, after=[128])

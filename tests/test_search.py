@@ -337,3 +337,21 @@ def test_the_subspace_of_a_critical_rank(embedded, meaning, meaning_svd):
         found.subspace(replace(meaning_svd, source=replace(meaning_svd.source, weights="0" * 64)))
     with pytest.raises(TypeError, match="decomposition"):
         found.subspace(found)
+
+
+def test_ranks_without_each_token_are_those_of_tables_without_it(embedded, meaning, meaning_svd):
+    sweep = ms.sweep_rank(embedded, meaning, meaning_svd)
+    found = ms.ranks_without_each_token(sweep)
+    log_probs = sweep.measurement.log_probs.double()
+    clean = sweep.measurement.clean_run.log_probs.double()
+    for token in range(len(meaning.continuation)):
+        kept = [i for i in range(len(meaning.continuation)) if i != token]
+        reached = log_probs[:, kept].sum(1) >= clean[:, kept].sum() - 1e-9
+        assert found["critical"][token] == int(reached.int().argmax())
+        lasting = reached.flip(0).int().cumprod(0).flip(0).bool()
+        assert found["lasting"][token] == int(lasting.int().argmax())
+    by_kl = ms.ranks_without_each_token(sweep, criterion=ms.kl_at_most(0.1))
+    assert (by_kl["lasting"] >= by_kl["critical"]).all()
+    one = ms.Task(meaning.tokens[: meaning.prompt_length + 1], meaning.prompt_length)
+    with pytest.raises(ValueError, match="leaving tokens out needs at least two"):
+        ms.ranks_without_each_token(ms.sweep_rank(embedded, one, meaning_svd, [0, 9]))

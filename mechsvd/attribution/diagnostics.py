@@ -24,7 +24,7 @@ def warn_unlike_values(curvature: Curvature, noise: float, baseline: float) -> N
         return
     # f, relative to its clean value or in nats, should rise by 0.02; other metrics by less, so
     # that the step stays small
-    step = min(0.01 / size, 1e-3 * float(curvature.w.norm()))
+    step = min(0.01 / size, 1e-3 * float(curvature.w.detach().norm()))
     expected = 2 * step * size
     if expected <= max(100 * noise, 1e-5 * max(abs(value), abs(value - baseline))):
         return

@@ -155,7 +155,7 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     def logits(rows: Tensor) -> Tensor:
         gate = Gate(basis, rows[:, : svd.rank], rows[:, -1] if has_rest else 0.0)
         hooks = [(site.hook_name, bind(gate, site, positions, rows=len(rows))) for site in sites]
-        return predict(model, task, check, hooks, len(rows))
+        return predict(model, [task], check, hooks, [len(rows)])
 
     parts: tuple[Part, ...] = (
         ("gain", (svd.rank,)),
@@ -187,7 +187,7 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
     with torch.no_grad():
         predict(
             model,
-            task,
+            [task],
             check,
             [(site.hook_name, lambda x, hook=None: stored.append(x[0].clone())) for site in sites],
         )
@@ -199,7 +199,7 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
             2, torch.tensor(positions, device=device), rows.view(-1, *clean.shape) - clean
         )
         hooks = [_added(site, shifts[:, i]) for i, site in enumerate(sites)]
-        return predict(model, task, check, hooks, len(rows))
+        return predict(model, [task], check, hooks, [len(rows)])
 
     parts = tuple((site.hook_name, tuple(clean.shape[1:])) for site in sites)
     hooks = tuple(site.name for site in sites)
@@ -279,7 +279,7 @@ class _Run(nn.Module):
         self.model, self.task, self.check = model, task, check
 
     def forward(self) -> Float[Tensor, "scored d_vocab"]:
-        return predict(self.model, self.task, self.check)[0]
+        return predict(self.model, [self.task], self.check)[0]
 
 
 def _at(hooks: Sequence[str], positions: Sequence[int] | None) -> str:

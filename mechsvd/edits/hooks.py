@@ -13,7 +13,6 @@ from mechsvd.edits.maps import (
     Edit,
     EditError,
     EditList,
-    for_task,
     gates_of,
     require_same_shape,
     require_sites,
@@ -30,7 +29,6 @@ from mechsvd.model.sites import (
     valid_positions,
     where_of,
 )
-from mechsvd.model.tasks import Task
 from mechsvd.results import Provenance, require_same_model
 
 Observer = Callable[[Site, Tensor, Tensor], None]  # site, attempted write, kept write
@@ -133,14 +131,12 @@ def as_stack(
     edits: Any,
     source: Provenance | None,
     sites: Sequence[Site] = (),
-    task: Task | None = None,
 ) -> GateStack | EditList:
     """Turn a gate, a stack or a list of edits into a stack that fits the model, on its device.
 
     Args:
         source: as in `require_fitting_edit`.
         sites: where the edits act.
-        task: the text that is edited, whose baselines are taken; None if it is not known.
 
     Raises:
         TypeError, KeyError, ValueError: as `require_fitting_edit` and `require_sites`; no edits; a
@@ -148,8 +144,7 @@ def as_stack(
     """
     stack = _stacked(model, edits, source, sites)
     require_sites(stack, sites)
-    fitted: GateStack | EditList = stack if task is None else for_task(stack, task)
-    return fitted
+    return stack
 
 
 def _stacked(

@@ -14,7 +14,7 @@ from mechsvd.engine.metrics import (
 )
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.model.sites import Site
-from mechsvd.results import Provenance, Result, result
+from mechsvd.results import OverTexts, Provenance, Result, result
 
 _BY_EDIT = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
 
@@ -216,3 +216,24 @@ def concatenate(parts: Sequence[Measurement]) -> Measurement:
         name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0]._columns
     }
     return replace(parts[0], **columns)
+
+
+@result
+class Measurements(OverTexts):
+    """Measurements of several texts under the same edits.
+
+    Attributes:
+        parts: one per text, in the order given.
+    """
+
+    parts: tuple[Measurement, ...]
+
+    @property
+    def value(self) -> Float[Tensor, "task edit"]:
+        """The metric of each text and edit, in its unit."""
+        return torch.stack([part.value for part in self.parts])
+
+    @property
+    def effect(self) -> Float[Tensor, "task edit"]:
+        """What each edit costs each text in the metric; see `Measurement.effect`."""
+        return torch.stack([part.effect for part in self.parts])

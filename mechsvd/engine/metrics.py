@@ -118,22 +118,30 @@ def evaluate(metric: Metric, logits: Logits, clean: Clean, task: Task) -> Float[
 
 def predict(
     model: Model,
-    task: Task,
+    tasks: Sequence[Task],
     check: SelfCheck,
     hooks: Sequence[Hook] = (),
-    rows: int = 1,
+    counts: Sequence[int] = (1,),
 ) -> Logits:
-    """Run a task once with hooks that make `rows` rows of it.
+    """Run some tasks of one length once, with hooks that make `counts` rows of each.
 
     Gradients flow through it where they are enabled; see `evaluation`.
 
     Returns:
-        The logits of every token at the scored positions, in float32 or wider.
+        The logits of every token at the positions that any of the tasks scores, in float32 or
+        wider; the rows of the first task come first. See `own_positions`.
     """
-    tokens = task.tokens.to(next(model.parameters()).device)
-    batch = tokens.expand(1 if check.shares_prefix else rows, -1)
-    logits = run_model(model, batch, hooks, task.scored, cut_early=check.scores_alone)
+    tokens = torch.stack([task.tokens for task in tasks]).to(next(model.parameters()).device)
+    if not check.shares_prefix or len(tasks) > 1:  # only one row is broadcast by what comes later
+        tokens = tokens.repeat_interleave(torch.tensor(counts).to(tokens.device), dim=0)
+    logits = run_model(model, tokens, hooks, scored_by(tasks), cut_early=check.scores_alone)
     return logits.to(at_least_single(logits.dtype))
+
+
+def scored_by(tasks: Sequence[Task]) -> slice:
+    """The positions that any of the tasks scores, and those between."""
+    starts, stops = zip(*((task.scored.start, task.scored.stop) for task in tasks), strict=True)
+    return slice(min(starts), max(stops))
 
 
 def score(

@@ -15,9 +15,9 @@ UNITS = 8.0  # of rounding: what a product of many terms loses
 
 
 def spread_by_rounding(
-    values_under: Callable[[Stack], Float[Tensor, " row"]], dtype: torch.dtype
-) -> float:
-    """The spread of a metric under `NOISE_ROWS` small changes of the writes.
+    values_under: Callable[[Stack], Float[Tensor, "text row"]], dtype: torch.dtype
+) -> Float[Tensor, " text"]:
+    """The spread of a metric under `NOISE_ROWS` small changes of the writes, for each text.
 
     A float64 model may compute parts in float32, as transformers' norms do, where such small
     changes vanish. They are then repeated at float32 size.
@@ -26,10 +26,15 @@ def spread_by_rounding(
         values_under: returns the metric under such edits, after the clean values.
         dtype: of the model; its precision sets the size of the changes.
     """
-    values = values_under(_Perturbations(torch.finfo(dtype).eps))
-    if values.max() == values.min():
-        values = values_under(_Perturbations(torch.finfo(torch.float32).eps))
-    return float(values.max() - values.min())
+    spread = _spread(values_under(_Perturbations(torch.finfo(dtype).eps)))
+    if spread.all():
+        return spread
+    single = _spread(values_under(_Perturbations(torch.finfo(torch.float32).eps)))
+    return torch.where(spread > 0, spread, single)
+
+
+def _spread(values: Float[Tensor, "text row"]) -> Float[Tensor, " text"]:
+    return values.amax(dim=1) - values.amin(dim=1)
 
 
 @dataclass(frozen=True)

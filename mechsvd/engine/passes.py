@@ -1,24 +1,25 @@
 """Running edits: many in one forward pass, next to the clean run, measured by a metric."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import warn, with_options
+from mechsvd.checks import once, warn, with_options
 from mechsvd.edits.hooks import bind
 from mechsvd.edits.maps import Edit, EditList, Stack, chain, gates_of
 from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import rows_per_pass, run_batches
-from mechsvd.engine.measurement import Measurement, concatenate
+from mechsvd.engine.measurement import Measurement, Measurements, concatenate
 from mechsvd.engine.metrics import (
     AnyMetric,
+    Logits,
     Metric,
     divergences,
     evaluate,
@@ -26,15 +27,18 @@ from mechsvd.engine.metrics import (
     metric_for,
     predict,
     score,
+    scored_by,
 )
 from mechsvd.engine.noise import spread_by_rounding
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.subspace import at_least_single
 from mechsvd.model.sites import Model, Site, Where
-from mechsvd.model.tasks import Task
+from mechsvd.model.tasks import Task, as_tasks
+
+CLEAN_ENTRIES = 50_000_000  # logits of the clean runs that are kept, of all texts that share passes
 
 
-@with_options(RunOptions)
+@overload
 def measure(
     model: Model,
     task: Task,
@@ -43,14 +47,36 @@ def measure(
     metric: AnyMetric | None = None,
     noise_floor: bool = False,
     **options: Unpack[RunOptions],
-) -> Measurement:
-    """Run a task under many edits, and once without any.
+) -> Measurement: ...
+@overload
+def measure(
+    model: Model,
+    task: Sequence[Task],
+    edits: GateStack | Sequence[Edit],
+    *,
+    metric: AnyMetric | None = None,
+    noise_floor: bool = False,
+    **options: Unpack[RunOptions],
+) -> Measurements: ...
+@with_options(RunOptions)
+def measure(
+    model: Model,
+    task: Task | Sequence[Task],
+    edits: GateStack | Sequence[Edit],
+    *,
+    metric: AnyMetric | None = None,
+    noise_floor: bool = False,
+    **options: Unpack[RunOptions],
+) -> Measurement | Measurements:
+    """Run a task, or several, under many edits, and once without any.
 
     Several edits share a forward pass, as rows of its batch; edits of similar cost run together.
-    Everything before the first edited site is computed once for all of them. Only the scored
-    positions are unembedded. When memory runs out the batch is halved.
+    Texts of equal length share passes too. In a pass of one text, everything before the first
+    edited site is computed once. Only the scored positions are unembedded. When memory runs out the
+    batch is halved.
 
     Args:
+        task: one text, or a list of texts.
         edits: a stack of gates over one basis (fastest), or any edits, each applied to its own
             row.
         metric: what `value` and `effect` are; see `Metric`. By default the log-probability of the
@@ -61,21 +87,35 @@ def measure(
         options: see `RunOptions` (layers, components, positions, batch_size, …). Deltas are over
             the edited positions.
 
+    Returns:
+        A `Measurement`; of a list of texts `Measurements`, one per text in the order given.
+
     Raises:
         TypeError: not a task, or not edits.
         ValueError: a task that does not fit the model, a basis of another `d_model` or model, an
             edit that changes shapes, a metric that returns anything but one finite number per edit.
         MemoryError: one edit alone does not fit.
     """
-    with open_session(model, [task], **options) as session:
-        stack = session.stack(edits, task)
-        setup = _Setup(session, task, metric_for(metric, model, task))
-        rows = _run_all(setup, stack, session.progress)
-        floor = setup.noise_floor(rows[:1]) if noise_floor else None
-        source = session.provenance(session.sites, *_baseline_notes(stack, task))
-    edited, clean = rows[1:], rows[:1]
-    _warn_not_finite(edited)
-    return replace(edited, clean=replace(clean, source=source), source=source, noise_floor=floor)
+    tasks = (task,) if isinstance(task, Task) else as_tasks(task)
+    found: dict[int, Measurement] = {}
+    edits = once(edits)
+    with open_session(model, tasks, **options) as session:
+        for chosen in _groups(session):
+            group = [tasks[i] for i in chosen]
+            stacks = session.stacks(edits, group)
+            metrics = tuple(metric_for(metric, model, one) for one in group)
+            setup = _Setup(session, tuple(group), metrics)
+            rows = _run_all(setup, stacks, session.progress)
+            floors = setup.noise_floors(rows) if noise_floor else [None] * len(group)
+            for i, one, stack, part, floor in zip(chosen, group, stacks, rows, floors, strict=True):
+                source = session.provenance(
+                    session.sites, *_baseline_notes(stack, one), tasks=[one]
+                )
+                clean = replace(part[:1], source=source)
+                found[i] = replace(part[1:], clean=clean, source=source, noise_floor=floor)
+    parts = tuple(found[i] for i in range(len(tasks)))
+    _warn_not_finite(parts)
+    return parts[0] if isinstance(task, Task) else Measurements(parts)
 
 
 def estimate_seconds(model: Model, task: Task, edits: int) -> float:
@@ -96,65 +136,112 @@ def estimate_seconds(model: Model, task: Task, edits: int) -> float:
 
 def clean_noise(session: Session, task: Task, metric: Metric = log_prob) -> float:
     """How much the clean metric changes by rounding noise at all sites; see `measure`."""
-    setup = _Setup(replace(session, where=Where(missing="skip")), task, metric)
+    setup = _Setup(replace(session, where=Where(missing="skip")), (task,), (metric,))
     with torch.no_grad():
-        return setup.noise_floor(setup.forward(chain(), 1))
+        (floor,) = setup.noise_floors(setup.run([_CleanFirst(None)], [torch.zeros(1).long()]))
+    return floor
+
+
+def _groups(session: Session) -> Iterator[list[int]]:
+    """Texts of one length that share forward passes; as many as their clean logits leave room."""
+    tasks = session.tasks
+    for length in sorted({len(task.tokens) for task in tasks}):
+        same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
+        longest = max(len(tasks[i].continuation) for i in same)
+        size = max(1, CLEAN_ENTRIES // (longest * session.model.cfg.d_vocab))
+        yield from (same[i : i + size] for i in range(0, len(same), size))
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """What the forward passes of one measurement have in common.
+    """What the forward passes over some texts of one length have in common.
 
-    The first row of the first pass is the clean run; its logits are kept for the others.
+    Row 0 of each text is its clean run, which comes first; its logits are kept for the others.
     """
 
     session: Session
-    task: Task
-    metric: Metric
-    _clean: list[Tensor] = field(default_factory=list)
+    tasks: tuple[Task, ...]
+    metrics: tuple[Metric, ...]
+    _clean: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def positions(self) -> tuple[int, ...] | None:
         """The positions that are edited; None for all."""
-        return self.session.positions(len(self.task.tokens))
+        return self.session.positions(len(self.tasks[0].tokens))
 
-    def run(self, edits: Stack, order: Tensor, progress: bool | None = False) -> list[Measurement]:
-        """Run some edits of a stack, as many per forward pass as fit."""
-        size, halve = self.session.rows_per_pass(self.task), self.session.halve(self.task)
-        return run_batches(
-            lambda rows: self.forward(edits[rows], len(rows)), order, size, halve, progress
+    def run(
+        self,
+        stacks: Sequence[Stack],
+        orders: Sequence[Int[Tensor, " row"]],
+        progress: bool | None = False,
+    ) -> list[Measurement]:
+        """Run some rows of each text's stack, as many per forward pass as fit.
+
+        Returns:
+            One measurement per text, its rows in the order given.
+        """
+        longest = max(self.tasks, key=lambda task: len(task.continuation))
+        size, halve = self.session.rows_per_pass(longest), self.session.halve(longest)
+        width = 1 + max(int(order.max()) for order in orders)
+        every = torch.cat([text * width + order for text, order in enumerate(orders)])
+        parts = run_batches(
+            lambda rows: self.forward(stacks, rows // width, rows % width),
+            every,
+            size,
+            halve,
+            progress,
         )
+        own: list[list[Measurement]] = [[] for _ in stacks]
+        for text, part in (pair for pairs in parts for pair in pairs):
+            own[text].append(part)
+        return [concatenate(one) for one in own]
 
-    def forward(self, rows: Edit, count: int) -> Measurement:
-        """Run one forward pass with an edit that makes `count` rows, each edited in its own way."""
+    def forward(
+        self, stacks: Sequence[Stack], texts: Int[Tensor, " row"], rows: Int[Tensor, " row"]
+    ) -> list[tuple[int, Measurement]]:
+        """Run one forward pass, each row a text with an edit of its stack; texts in order."""
+        numbers, lengths = texts.unique_consecutive(return_counts=True)
+        chosen, counts = numbers.tolist(), lengths.tolist()
+        edit = _SideBySide(
+            tuple(stacks[text][own] for text, own in zip(chosen, rows.split(counts), strict=True)),
+            tuple(counts),
+        )
         orig: list[Tensor] = []
         kept: list[Tensor] = []
 
         def observe(site: Site, attempted: Tensor, let_through: Tensor) -> None:
-            orig.append(_rms_norm(attempted).expand(count))
+            orig.append(_rms_norm(attempted).expand(len(rows)))
             kept.append(_rms_norm(let_through))
 
         sites = self.session.sites
         hooks = [
-            (site.hook_name, bind(rows, site, self.positions, observe, count)) for site in sites
+            (site.hook_name, bind(edit, site, self.positions, observe, len(rows))) for site in sites
         ]
-        logits = predict(self.session.model, self.task, self.session.check, hooks, count)
+        tasks = [self.tasks[text] for text in chosen]
+        logits = predict(self.session.model, tasks, self.session.check, hooks, counts)
+        deltas = [torch.stack(sizes, dim=1).cpu().split(counts) for sizes in (orig, kept)]
+        first = scored_by(tasks).start
+        return [
+            (text, self._measured(text, part[:, _own(self.tasks[text], first)], *sizes))
+            for text, part, *sizes in zip(chosen, logits.split(counts), *deltas, strict=True)
+        ]
+
+    def _measured(self, text: int, logits: Logits, orig: Tensor, kept: Tensor) -> Measurement:
+        task, metric = self.tasks[text], self.metrics[text]
         predictions = logits.log_softmax(dim=-1)
-        if not self._clean:  # clones, since a view would keep the whole batch
-            self._clean.extend([logits[0].clone(), predictions[0].clone()])
-        clean_logits, clean = self._clean
-        scored, is_greedy = score(predictions, self.task)
-        metric = self.metric
+        if text not in self._clean:  # clones, since a view would keep the whole batch
+            self._clean[text] = (logits[0].clone(), predictions[0].clone())
+        clean_logits, clean = self._clean[text]
+        scored, is_greedy = score(predictions, task)
         scores = None
         if metric.column is None:
-            scores = evaluate(metric, logits, clean_logits, self.task).detach().cpu()
-        orig_deltas, kept_deltas = (torch.stack(sizes, dim=1).cpu() for sizes in (orig, kept))
+            scores = evaluate(metric, logits, clean_logits, task).detach().cpu()
         return Measurement(
             scored.cpu(),
             is_greedy.cpu(),
-            orig_deltas,
-            kept_deltas,
-            sites,
+            orig,
+            kept,
+            self.session.sites,
             kl_divergences=divergences(predictions, clean).cpu(),
             scores=scores,
             metric=metric.name,
@@ -162,26 +249,35 @@ class _Setup:
             better=metric.better,
         )
 
-    def noise_floor(self, clean: Measurement) -> float:
-        """How much the clean metric changes by rounding noise; see `measure`."""
+    def noise_floors(self, clean: Sequence[Measurement]) -> list[float]:
+        """How much each text's clean metric changes by rounding noise; see `measure`.
+
+        Args:
+            clean: of each text; its first row is the clean run.
+        """
 
         def values(perturbed: Stack) -> Tensor:
-            parts = [clean, *self.run(perturbed, torch.arange(len(perturbed)))]
-            return concatenate(parts).value
+            every = [torch.arange(len(perturbed))] * len(self.tasks)
+            parts = self.run([perturbed] * len(self.tasks), every)
+            pairs = zip(clean, parts, strict=True)
+            return torch.stack([concatenate([one[:1], part]).value for one, part in pairs])
 
-        return spread_by_rounding(values, next(self.session.model.parameters()).dtype)
+        dtype = next(self.session.model.parameters()).dtype
+        return [float(spread) for spread in spread_by_rounding(values, dtype)]
 
 
 @dataclass(frozen=True)
 class _CleanFirst:
     """A stack of edits with the clean run as its first row."""
 
-    edits: GateStack | EditList
+    edits: GateStack | EditList | None
 
     def __len__(self) -> int:
-        return 1 + len(self.edits)
+        return 1 + (0 if self.edits is None else len(self.edits))
 
     def __getitem__(self, rows: Int[Tensor, " row"]) -> Edit:
+        if self.edits is None:
+            return chain()
         if rows[0] != 0:
             return self.edits[rows - 1]
         return _AfterClean(self.edits[rows[1:] - 1]) if len(rows) > 1 else chain()
@@ -197,21 +293,46 @@ class _AfterClean:
         return torch.cat([x[:1], self.edits(x if len(x) == 1 else x[1:], hook=hook).to(x)])
 
 
-def _run_all(setup: _Setup, edits: GateStack | EditList, progress: bool | None) -> Measurement:
-    """Run all edits, those of similar cost together; the results are in the order given.
+@dataclass(frozen=True)
+class _SideBySide:
+    """The edits of several texts, each on the rows of its text."""
+
+    edits: tuple[Edit, ...]
+    counts: tuple[int, ...]
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        if len(self.edits) == 1:
+            return self.edits[0](x, hook=hook)
+        parts = x.split(list(self.counts))
+        return torch.cat(
+            [edit(part, hook=hook).to(x) for edit, part in zip(self.edits, parts, strict=True)]
+        )
+
+
+def _run_all(
+    setup: _Setup, stacks: Sequence[GateStack | EditList], progress: bool | None
+) -> list[Measurement]:
+    """Run all edits of all texts, those of similar cost together; results in the order given.
 
     Row 0 is the clean run. An edit that changes nothing gets a copy of it.
     """
+    edits = stacks[0]
     order = torch.arange(len(edits))
     if isinstance(edits, GateStack):
         order = edits.order_by_cost().cpu()
         order = order[~edits.changes_nothing.cpu()[order]]
+    with_clean = torch.cat([torch.zeros(1, dtype=torch.long), 1 + order])
     parts = setup.run(
-        _CleanFirst(edits), torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), progress
+        [_CleanFirst(stack) for stack in stacks], [with_clean] * len(stacks), progress
     )
     row = torch.zeros(1 + len(edits), dtype=torch.long)
     row[1 + order] = torch.arange(1, 1 + len(order))
-    return concatenate(parts)[row]
+    return [part[row] for part in parts]
+
+
+def _own(task: Task, first: int) -> slice:
+    """The scored positions of a task, among those from `first` on."""
+    return slice(task.scored.start - first, task.scored.stop - first)
 
 
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
@@ -226,10 +347,12 @@ def _baseline_notes(stack: GateStack | EditList, task: Task) -> tuple[str, ...]:
     return tuple(sorted({baseline.note(task) for baseline in baselines if baseline is not None}))
 
 
-def _warn_not_finite(edited: Measurement) -> None:
-    wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
-    if wrong:
-        warn(
-            f"Edits {wrong[:10]} gave log-probabilities that are not finite; "
-            "the results keep these values."
-        )
+def _warn_not_finite(parts: Sequence[Measurement]) -> None:
+    for number, edited in enumerate(parts):
+        wrong = (~edited.log_probs.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        if wrong:
+            where = f" of text {number}" if len(parts) > 1 else ""
+            warn(
+                f"Edits {wrong[:10]}{where} gave log-probabilities that are not finite; "
+                "the results keep these values."
+            )

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from mechsvd.checks import require_whole, warn
 from mechsvd.edits.bases import is_several
 from mechsvd.edits.hooks import as_stack
-from mechsvd.edits.maps import EditList
+from mechsvd.edits.maps import EditList, for_task, gates_of
 from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import halving, rows_per_pass
 from mechsvd.linalg.decomposition import Decomposition
@@ -106,9 +106,12 @@ class Session:
         """The function that halves the rows of a pass when memory runs out."""
         return halving(self.model, task)
 
-    def provenance(self, sites: Sequence[Site] = (), *notes: str) -> Provenance:
+    def provenance(
+        self, sites: Sequence[Site] = (), *notes: str, tasks: Sequence[Task] | None = None
+    ) -> Provenance:
         """The model, its state, the tokens of the tasks, and which user hooks took part."""
-        tokens = tuple(tuple(task.tokens.tolist()) for task in self.tasks)
+        chosen = self.tasks if tasks is None else tasks
+        tokens = tuple(tuple(task.tokens.tolist()) for task in chosen)
         return provenance_of(
             self.model, tokens, tuple(sites), (*self.notes, *self.other_hooks.notes, *notes)
         )
@@ -118,9 +121,16 @@ class Session:
         """The model that directions must come from; None where that is not checked."""
         return self.provenance() if self.options.get("check", True) else None
 
-    def stack(self, edits: Any, task: Task | None = None) -> GateStack | EditList:
+    def stack(self, edits: Any) -> GateStack | EditList:
         """Edits as a stack that fits the model, on its device; see `as_stack`."""
-        return as_stack(self.model, edits, self.required_source, self.sites, task)
+        return as_stack(self.model, edits, self.required_source, self.sites)
+
+    def stacks(self, edits: Any, tasks: Sequence[Task]) -> list[GateStack | EditList]:
+        """The stack for each task, with the baselines of its text; one stack where all share it."""
+        stack = self.stack(edits)
+        if all(gate.baseline is None for gate in gates_of(stack)):
+            return [stack] * len(tasks)
+        return [for_task(stack, task) for task in tasks]
 
 
 @contextmanager

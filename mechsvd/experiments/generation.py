@@ -21,6 +21,7 @@ from mechsvd.model.tasks import Task, require_known
 from mechsvd.model.tokenization import fit_context, pieces_of, prompt_tokens, warn_unusual_start
 
 Prompt = str | Int[Tensor, " pos"]
+RUN = RunOptions.__optional_keys__  # the options of a session
 
 
 class GenerateOptions(RunOptions, total=False):
@@ -42,14 +43,22 @@ def generate(
 def generate(
     model: Model, prompt: Prompt, edit: Sequence[Edit | None], **options: Unpack[GenerateOptions]
 ) -> list[str]: ...
+@overload
+def generate(
+    model: Model, prompt: list[Prompt], edit: Any = None, **options: Unpack[GenerateOptions]
+) -> list[Any]: ...
 @with_options(GenerateOptions)
 def generate(
-    model: Model, prompt: Prompt, edit: Any = None, **options: Unpack[GenerateOptions]
-) -> str | list[str]:
+    model: Model,
+    prompt: Prompt | list[Prompt],
+    edit: Any = None,
+    **options: Unpack[GenerateOptions],
+) -> str | list[Any]:
     """Let a model continue a prompt while an edit acts on every write; greedily by default.
 
     Args:
-        prompt: the text to continue, or its token ids; "" is BOS alone.
+        prompt: the text to continue, or its token ids; "" is BOS alone. A list of prompts gives a
+            list of what each gives.
         edit: one edit, None for the model as it is, or several (a list or a stack of gates).
             Greedy texts of several edits are written together, as rows of one batch.
         options: see `GenerateOptions` (max_new_tokens, temperature, seed, layers, positions, …).
@@ -61,6 +70,9 @@ def generate(
     Raises:
         TypeError, ValueError: as `generate_tasks`.
     """
+    if isinstance(prompt, list):
+        with open_session(model, **{k: v for k, v in options.items() if k in RUN}):  # type: ignore[arg-type]
+            return [generate(model, one, edit, **options) for one in prompt]
     is_list = isinstance(edit, list | tuple) or (isinstance(edit, GateStack) and edit.is_stack)
     tasks = generate_tasks(model, prompt, edit if is_list else [edit], **options)
     texts = [

@@ -1,14 +1,14 @@
 """Rank directions: what the text loses without each one, and orders that follow from it."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import with_options
+from mechsvd.checks import whole_numbers, with_options
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import is_several, site_gates
 from mechsvd.edits.gates import Gate
@@ -17,6 +17,13 @@ from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import measure
 from mechsvd.engine.session import RunOptions, warn_other_sites
+from mechsvd.experiments.intervals import interval_columns
+from mechsvd.experiments.statistics import (
+    RankAgreement,
+    power,
+    rank_agreement_of_halves,
+    sign_flip,
+)
 from mechsvd.fields import (
     require_between,
     require_declared,
@@ -26,8 +33,15 @@ from mechsvd.fields import (
 )
 from mechsvd.linalg.decomposition import Decomposition, require_decompositions
 from mechsvd.model.sites import Model
-from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
+from mechsvd.model.tasks import Task, as_tasks
+from mechsvd.results import (
+    OverTexts,
+    Provenance,
+    Result,
+    require_kind,
+    require_same_model,
+    result,
+)
 
 
 @result
@@ -154,7 +168,64 @@ class Ranking(Result):
         )
 
 
-@with_options(RunOptions)
+@result
+class Rankings(OverTexts):
+    """The rankings of several texts, of the same directions."""
+
+    parts: tuple[Ranking, ...]
+
+    @property
+    def effect(self) -> Float[Tensor, "task rank"]:
+        """What each removal costs each text in the metric, in its unit."""
+        return torch.stack([part.effect for part in self.parts])
+
+    def mean(self, by: str = "effect") -> Float[Tensor, " rank"]:
+        """The mean damage over the texts; `by` as in `order_by_effect`."""
+        return torch.stack([damage_by(part, by) for part in self.parts]).double().mean(dim=0)
+
+    def summary(self, by: str = "effect", confidence: float = 0.95, seed: int = 0) -> Any:
+        """One row per direction, with its mean damage over the texts and whether it is chance.
+
+        Columns: direction, singular_value, mean, low, high, n, and for the signed effect p_value
+        (two-sided sign-flip permutation over texts), p_family (largest |mean| over all directions)
+        and q_value (Benjamini–Hochberg). A divergence is never negative, so its sign tests
+        nothing. Flips of signs test that effects are symmetric about 0, not only their mean. The
+        last column, detectable, is the mean effect that so many texts would probably have shown.
+
+        Args:
+            by: as in `order_by_effect`.
+
+        Raises:
+            ValueError: there is one text only.
+        """
+        first = self.parts[0].to_pandas()
+        keys = [name for name in ("basis", "direction", "singular_value") if name in first]
+        values = torch.stack([damage_by(part, by) for part in self.parts]).double()
+        table = first[keys].assign(**interval_columns(values, confidence))
+        if by != "effect" or self.parts[0].measurement.metric in (
+            "kl_divergence",
+            "absolute_change",
+        ):
+            return table
+        flips = sign_flip(values, seed=seed, studentise=False)  # few texts are skewed
+        return table.assign(
+            p_value=flips.p_value.numpy(),
+            p_family=flips.p_family.numpy(),
+            q_value=flips.q_value.numpy(),
+            detectable=power(values).numpy(),
+        )
+
+    def agreement_of_halves(self, by: str = "kl_divergence", seed: int = 0) -> RankAgreement:
+        """Spearman's correlation between the mean damage over random halves of the texts.
+
+        Raises:
+            ValueError: too few texts for halves.
+        """
+        values = torch.stack([damage_by(part, by) for part in self.parts]).double()
+        return rank_agreement_of_halves(values, seed=seed)
+
+
+@overload
 def rank_directions(
     model: Model,
     task: Task,
@@ -162,23 +233,49 @@ def rank_directions(
     *,
     metric: AnyMetric | None = None,
     baseline: Baseline | None = None,
+    after: Iterable[int] | None = None,
     **options: Unpack[RunOptions],
-) -> Ranking:
+) -> Ranking: ...
+@overload
+def rank_directions(
+    model: Model,
+    task: Sequence[Task],
+    svd: Decomposition | Sequence[Decomposition],
+    *,
+    metric: AnyMetric | None = None,
+    baseline: Baseline | None = None,
+    after: Iterable[int] | None = None,
+    **options: Unpack[RunOptions],
+) -> Rankings: ...
+@with_options(RunOptions)
+def rank_directions(
+    model: Model,
+    task: Task | Sequence[Task],
+    svd: Decomposition | Sequence[Decomposition],
+    *,
+    metric: AnyMetric | None = None,
+    baseline: Baseline | None = None,
+    after: Iterable[int] | None = None,
+    **options: Unpack[RunOptions],
+) -> Ranking | Rankings:
     """Remove each direction alone from every write, and measure what the continuation loses.
 
     The effect is exact, for all directions. Many directions share a forward pass as rows of its
     batch, each at the cost of one dot product per write.
 
     Args:
+        task: one text, or a list of texts.
         svd: the directions; or one decomposition per layer or site, where each direction is
             removed at the sites of its own basis only.
         metric: what the effect is measured in; the log-probability by default. See `Metric`.
         baseline: what a removed part is replaced by, 0 by default (zero ablation); see `gate`.
+        after: directions of a single basis that are removed as well in every row; effects are
+            still from the clean run.
         options: see `RunOptions` (layers, components, positions, batch_size, progress, …).
 
     Returns:
         One row per direction, in the order of the decomposition, or of the bases one after the
-        other.
+        other. Of a list of texts, `Rankings`.
 
     Raises:
         TypeError, KeyError, ValueError: as `measure`; or a decomposition without directions.
@@ -186,21 +283,39 @@ def rank_directions(
     bases = require_decompositions(svd)
     require_baseline(baseline, bases[0].d_model, bases[0].source)
     several = is_several(svd)
+    removed = _removed(bases, several, after)
     gates = []
     for one in bases:
         size = () if several else (one.rank, one.rank)
         gains = 1 - torch.eye(*size) if size else torch.ones(one.rank)
+        gains[..., removed] = 0
         gates.append(Gate(one.directions, gains.to(one.directions), 1.0, one.source, baseline))
     stack = SiteRemovals(site_gates(bases, gates)) if several else gates[0]
-    measurement = measure(model, task, stack, metric=metric, noise_floor=True, **options)
-    warn_other_sites(bases, measurement.sites)
+    measured = measure(model, as_tasks(task), stack, metric=metric, noise_floor=True, **options)
+    warn_other_sites(bases, measured[0].sites)
     values = torch.cat([one.singular_values for one in bases]).cpu()
-    if not several:
-        return Ranking(values, measurement)
-    names = tuple(
-        f"layer {one.layer}" + (f" {one.component}" if one.component else "") for one in bases
-    )
-    return Ranking(values, measurement, names, tuple(one.rank for one in bases))
+    own: tuple[Any, ...] = ()
+    if several:
+        names = [
+            f"layer {one.layer}" + (f" {one.component}" if one.component else "") for one in bases
+        ]
+        own = (tuple(names), tuple(one.rank for one in bases))
+    rankings = tuple(Ranking(values, part, *own) for part in measured.parts)
+    return rankings[0] if isinstance(task, Task) else Rankings(rankings)
+
+
+def _removed(
+    bases: Sequence[Decomposition], several: bool, after: Iterable[int] | None
+) -> Int[Tensor, " removed"]:
+    if after is None:
+        return torch.zeros(0, dtype=torch.long)
+    chosen = whole_numbers("after", after)
+    if several or chosen.min() < 0 or chosen.max() >= bases[0].rank:
+        raise ValueError(
+            f"`after` is {chosen.tolist()!s:.60}, but must be directions of a single basis, 0 to "
+            f"{bases[0].rank - 1}."
+        )
+    return chosen
 
 
 def order_by_singular_value(
@@ -217,13 +332,14 @@ def order_by_singular_value(
 By = Literal["effect", "kl_divergence", "absolute_change"]
 
 
-def order_by_effect(ranking: Ranking, by: By = "effect") -> Int[Tensor, " rank"]:
+def order_by_effect(ranking: Ranking | Rankings, by: By = "effect") -> Int[Tensor, " rank"]:
     """Order directions by falling damage; ties stay in the order of their singular values.
 
     The effect is signed and summed over tokens, so a direction that helps one token and harms
     another comes late. The other two do not cancel.
 
     Args:
+        ranking: of one text; or of several, whose mean damage counts.
         by: the effect in the ranking's metric, by default on the text's log-probability, as in the
             shortform; the KL divergence of clean ‖ edited predictions; or the summed size of the
             change of each token's log-probability.
@@ -231,6 +347,8 @@ def order_by_effect(ranking: Ranking, by: By = "effect") -> Int[Tensor, " rank"]
     Raises:
         ValueError: another name, or a ranking of an older version that lacks the divergence.
     """
+    if isinstance(ranking, Rankings):
+        return ranking.mean(by).argsort(descending=True, stable=True)
     require_kind(ranking, Ranking)
     return damage_by(ranking, by).argsort(descending=True, stable=True)
 

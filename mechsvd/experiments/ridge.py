@@ -1,7 +1,7 @@
 """Ridge instead of clipping: shrink every direction by its singular value, ever more strongly."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
@@ -14,11 +14,12 @@ from mechsvd.edits.gates import cheapest_gate, ridge_gains
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.passes import measure
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
+from mechsvd.experiments.intervals import summary
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.model.sites import Model
-from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, Result, result
+from mechsvd.model.tasks import Task, as_tasks
+from mechsvd.results import OverTexts, Provenance, Result, result
 
 STEPS = 64  # number of strengths by default
 
@@ -73,7 +74,27 @@ class RidgeSweep(Result):
         )
 
 
-@with_options(MeasureOptions)
+@result
+class RidgeSweeps(OverTexts):
+    """The ridge sweeps of several texts over the same strengths."""
+
+    parts: tuple[RidgeSweep, ...]
+
+    def summary(self, column: str | None = None, confidence: float = 0.95) -> Any:
+        """One row per strength: alpha, effective_directions, mean, low, high, n.
+
+        Args:
+            column: of the table of a sweep; by default the metric that was measured.
+
+        Raises:
+            ValueError: there is one text only, or no such column.
+        """
+        name = column or self.parts[0].measurement.metric
+        keys = ["alpha", "effective_directions"]
+        return summary(self.to_pandas(), keys, name, confidence)
+
+
+@overload
 def sweep_ridge(
     model: Model,
     task: Task,
@@ -82,7 +103,27 @@ def sweep_ridge(
     *,
     baseline: Baseline | None = None,
     **options: Unpack[MeasureOptions],
-) -> RidgeSweep:
+) -> RidgeSweep: ...
+@overload
+def sweep_ridge(
+    model: Model,
+    task: Sequence[Task],
+    svd: Decomposition,
+    alphas: Iterable[float] | Float[Tensor, " edit"] | None = None,
+    *,
+    baseline: Baseline | None = None,
+    **options: Unpack[MeasureOptions],
+) -> RidgeSweeps: ...
+@with_options(MeasureOptions)
+def sweep_ridge(
+    model: Model,
+    task: Task | Sequence[Task],
+    svd: Decomposition,
+    alphas: Iterable[float] | Float[Tensor, " edit"] | None = None,
+    *,
+    baseline: Baseline | None = None,
+    **options: Unpack[MeasureOptions],
+) -> RidgeSweep | RidgeSweeps:
     """Shrink every write by `shrink(svd, alpha)` while the model runs, for each `alpha`.
 
     Args:
@@ -101,9 +142,11 @@ def sweep_ridge(
     gains = ridge_gains(svd.singular_values, strengths.to(svd.singular_values.device))
     require_baseline(baseline, svd.d_model, svd.source)
     stack = cheapest_gate(svd, gains.to(svd.directions), baseline)
-    measurement = measure(model, task, stack, **options)
-    warn_other_sites(svd, measurement.sites)
-    return RidgeSweep(strengths, effective_directions(svd, strengths), measurement, svd.source)
+    measured = measure(model, as_tasks(task), stack, **options)
+    warn_other_sites(svd, measured[0].sites)
+    numbers = effective_directions(svd, strengths)
+    sweeps = tuple(RidgeSweep(strengths, numbers, part, svd.source) for part in measured.parts)
+    return sweeps[0] if isinstance(task, Task) else RidgeSweeps(sweeps)
 
 
 def effective_directions(

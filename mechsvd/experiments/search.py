@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,13 +17,21 @@ from mechsvd.engine.metrics import READY, AnyMetric, Metric, log_prob, metric_fo
 from mechsvd.engine.noise import NOISE_ROWS
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.experiments.criteria import Criterion, drop_at_most, effect_at_most
+from mechsvd.experiments.intervals import interval_columns
 from mechsvd.experiments.sweeps import RankSweep, sweep_rank
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.decomposition import Decomposition, require_decompositions
 from mechsvd.linalg.subspace import Subspace
 from mechsvd.model.sites import Model, require_model, where_of
-from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
+from mechsvd.model.tasks import Task, as_tasks
+from mechsvd.results import (
+    OverTexts,
+    Provenance,
+    Result,
+    require_kind,
+    require_same_model,
+    result,
+)
 
 PROBES = 8  # ranks per round
 SHARE = 10  # a search may cost a tenth of the evaluations of a full sweep,
@@ -169,7 +177,33 @@ class CriticalRank(Result):
         )
 
 
-@with_options(RunOptions)
+@result
+class CriticalRanks(OverTexts):
+    """The critical ranks of several texts."""
+
+    parts: tuple[CriticalRank, ...]
+
+    def summary(self, confidence: float = 0.95) -> Any:
+        """Two rows, for the critical and the lasting rank: mean, low, high, n over the texts.
+
+        A text where no rank reaches the threshold counts as all directions.
+
+        Raises:
+            ValueError: there is one text only.
+        """
+        ranks = torch.tensor(
+            [
+                [part.sweep.full_rank if r is None else r for r in (part.rank, part.lasting_rank)]
+                for part in self.parts
+            ]
+        )
+        import pandas as pd
+
+        columns = interval_columns(ranks.double(), confidence)
+        return pd.DataFrame({"which": ["critical", "lasting"], **columns})
+
+
+@overload
 def critical_rank(
     model: Model,
     task: Task,
@@ -182,7 +216,35 @@ def critical_rank(
     metric: AnyMetric | None = None,
     baseline: Baseline | None = None,
     **options: Unpack[RunOptions],
-) -> CriticalRank:
+) -> CriticalRank: ...
+@overload
+def critical_rank(
+    model: Model,
+    task: Sequence[Task],
+    svd: Decomposition | Sequence[Decomposition],
+    tolerance: float = 0.0,
+    *,
+    criterion: Callable[[Measurement], Float[Tensor, " edit"]] | None = None,
+    order: Any = None,
+    exhaustive: bool = False,
+    metric: AnyMetric | None = None,
+    baseline: Baseline | None = None,
+    **options: Unpack[RunOptions],
+) -> CriticalRanks: ...
+@with_options(RunOptions)
+def critical_rank(
+    model: Model,
+    task: Task | Sequence[Task],
+    svd: Decomposition | Sequence[Decomposition],
+    tolerance: float = 0.0,
+    *,
+    criterion: Callable[[Measurement], Float[Tensor, " edit"]] | None = None,
+    order: Any = None,
+    exhaustive: bool = False,
+    metric: AnyMetric | None = None,
+    baseline: Baseline | None = None,
+    **options: Unpack[RunOptions],
+) -> CriticalRank | CriticalRanks:
     """Find the fewest directions from which the clipped model still gives the continuation.
 
     The curve need not be monotone. The search tries a grid, then closes in on the first crossing,
@@ -212,16 +274,16 @@ def critical_rank(
     full = max(one.rank for one in bases)
     if metric is None:
         metric = READY.get(getattr(criterion, "metric", None) or "")
-    measured = metric_for(metric, model, task)
-    threshold, search = _threshold(tolerance, criterion, measured), None
     order, where = once(order), where_of(options)
     # each round needs them again, so a generator is read here
     options["layers"], options["positions"] = where.layers, where.positions
     ranks = [*range(full + 1)] if exhaustive else _evenly(0, full, PROBES + 1)
-    with open_session(model, **options):
-        while ranks:
-            is_first = search is None
-            sweep = sweep_rank(
+
+    def search_for(task: Task) -> CriticalRank:
+        threshold = _threshold(tolerance, criterion, metric_for(metric, model, task))
+
+        def sweep(ranks: list[int], is_first: bool) -> RankSweep:
+            return sweep_rank(
                 model,
                 task,
                 svd,
@@ -232,12 +294,27 @@ def critical_rank(
                 noise_floor=is_first,
                 **options,
             )
-            # each round runs the clean model too
-            evaluations = len(ranks) + 1 + (search.evaluations if search else NOISE_ROWS)
-            sweep = _join(search.sweep, sweep) if search else sweep
-            critical = critical_rank_of(sweep, criterion=threshold)
-            search = replace(critical, evaluations=evaluations)
-            ranks = _next_ranks(search)
+
+        return _search(sweep, threshold, ranks)
+
+    with open_session(model, **options):
+        if isinstance(task, Task):
+            return search_for(task)
+        return CriticalRanks(tuple(search_for(one) for one in as_tasks(task)))
+
+
+def _search(
+    sweep: Callable[[list[int], bool], RankSweep], threshold: Criterion, ranks: list[int]
+) -> CriticalRank:
+    """Sweep some ranks, then those that the outcome asks for, until none is left to try."""
+    search = None
+    while ranks:
+        found = sweep(ranks, search is None)
+        # each round runs the clean model too
+        evaluations = len(ranks) + 1 + (search.evaluations if search else NOISE_ROWS)
+        joint = _join(search.sweep, found) if search else found
+        search = replace(critical_rank_of(joint, criterion=threshold), evaluations=evaluations)
+        ranks = _next_ranks(search)
     assert search is not None  # the first round is never empty
     return search
 
@@ -283,6 +360,60 @@ def critical_rank_of(
         threshold.name,
         threshold.unit,
     )
+
+
+def ranks_without_each_token(
+    sweep: RankSweep,
+    tolerance: float = 0.0,
+    *,
+    criterion: Callable[[Measurement], Float[Tensor, " edit"]] | None = None,
+) -> Any:
+    """The critical and the lasting rank of a sweep when each token in turn is not scored.
+
+    It says how much a rank rests on single tokens. A rank that moves far decides little. Only the
+    metrics that are sums or means over tokens are known without a token.
+
+    Args:
+        tolerance, criterion: as in `critical_rank_of`.
+
+    Returns:
+        A table with one row per scored token: token (its place), critical, lasting; empty cells
+        where no rank reaches the threshold.
+
+    Raises:
+        ValueError: a single scored token, or another metric than those that a measurement carries.
+    """
+    import pandas as pd
+
+    require_kind(sweep, RankSweep)
+    count = sweep.measurement.log_probs.shape[1]
+    if count < 2 or sweep.measurement.scores is not None:
+        raise ValueError(
+            f"The sweep has {count} scored token(s) and the metric {sweep.measurement.metric!r}; "
+            "leaving tokens out needs at least two, and a metric that sums over tokens."
+        )
+    rows = []
+    for token in range(count):
+        kept = torch.arange(count) != token
+        measured = _of_tokens(sweep.measurement, kept)
+        found = critical_rank_of(
+            replace(sweep, measurement=measured), tolerance, criterion=criterion
+        )
+        rows.append({"token": token, "critical": found.rank, "lasting": found.lasting_rank})
+    return pd.DataFrame(rows).astype({"critical": "Int64", "lasting": "Int64"})
+
+
+def _of_tokens(measured: Measurement, kept: Bool[Tensor, " scored"]) -> Measurement:
+    """A measurement of some of the scored tokens."""
+    names = ("log_probs", "is_greedy", "kl_divergences")
+    columns = {
+        name: getattr(measured, name)[:, kept]
+        for name in names
+        if getattr(measured, name) is not None
+    }
+    clean = measured.clean and _of_tokens(measured.clean, kept)
+    # both at once, since a clean run must have the tokens of the others
+    return replace(measured, clean=clean, **columns)
 
 
 def _name(measured: Metric | Measurement) -> str:

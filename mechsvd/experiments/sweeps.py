@@ -1,7 +1,7 @@
 """Rank sweeps: keep the first k directions of every write, for every k, in any order."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Int
@@ -15,11 +15,12 @@ from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.passes import measure
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
+from mechsvd.experiments.intervals import summary
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.decomposition import Decomposition, joint_source, require_decompositions
 from mechsvd.model.sites import Model
-from mechsvd.model.tasks import Task
-from mechsvd.results import Provenance, Result, result
+from mechsvd.model.tasks import Task, as_tasks
+from mechsvd.results import OverTexts, Provenance, Result, result
 
 
 @result
@@ -89,7 +90,26 @@ class RankSweep(Result):
         )
 
 
-@with_options(MeasureOptions)
+@result
+class RankSweeps(OverTexts):
+    """The sweeps of several texts."""
+
+    parts: tuple[RankSweep, ...]
+
+    def summary(self, column: str | None = None, confidence: float = 0.95) -> Any:
+        """One row per rank that all texts have: rank, mean, low, high, n; the interval is over texts.
+
+        Args:
+            column: of the table of a sweep; by default the metric that was measured.
+
+        Raises:
+            ValueError: there is one text only, or no such column.
+        """
+        name = column or self.parts[0].measurement.metric
+        return summary(self.to_pandas(), ["rank"], name, confidence)
+
+
+@overload
 def sweep_rank(
     model: Model,
     task: Task,
@@ -99,10 +119,33 @@ def sweep_rank(
     *,
     baseline: Baseline | None = None,
     **options: Unpack[MeasureOptions],
-) -> RankSweep:
+) -> RankSweep: ...
+@overload
+def sweep_rank(
+    model: Model,
+    task: Sequence[Task],
+    svd: Decomposition | Sequence[Decomposition],
+    ranks: Iterable[int] | Int[Tensor, " edit"] | None = None,
+    order: Iterable[int] | Int[Tensor, " rank"] | None = None,
+    *,
+    baseline: Baseline | None = None,
+    **options: Unpack[MeasureOptions],
+) -> RankSweeps: ...
+@with_options(MeasureOptions)
+def sweep_rank(
+    model: Model,
+    task: Task | Sequence[Task],
+    svd: Decomposition | Sequence[Decomposition],
+    ranks: Iterable[int] | Int[Tensor, " edit"] | None = None,
+    order: Iterable[int] | Int[Tensor, " rank"] | None = None,
+    *,
+    baseline: Baseline | None = None,
+    **options: Unpack[MeasureOptions],
+) -> RankSweep | RankSweeps:
     """Clip every write to the first k directions while the model runs, for each k.
 
     Args:
+        task: one text, or a list of texts.
         svd: the directions; or one decomposition per layer or site
             (`decompose(writes, per="site")`), where each write keeps the first k of its own basis.
         ranks: numbers of directions to keep; 0 to all of them by default.
@@ -113,7 +156,7 @@ def sweep_rank(
 
     Returns:
         One row per rank, in the order of `ranks`. At full rank, what the decomposition did not
-        see is still clipped.
+        see is still clipped. Of a list of texts, `RankSweeps`.
 
     Raises:
         KeyError: a site without a basis or a baseline.
@@ -131,11 +174,14 @@ def sweep_rank(
         gains = (within[None, :] < chosen[:, None]).to(one.directions)
         gates.append(cheapest_gate(one, gains, baseline))
     edits = site_gates(bases, gates) if is_several(svd) else gates[0]
-    measurement = measure(model, task, edits, **options)
-    warn_other_sites(bases, measurement.sites)
-    return RankSweep(
-        chosen, permutation, measurement, joint_source(bases), sizes if is_several(svd) else ()
+    tasks = as_tasks(task)
+    measured = measure(model, tasks, edits, **options)
+    warn_other_sites(bases, measured[0].sites)
+    own = sizes if is_several(svd) else ()
+    sweeps = tuple(
+        RankSweep(chosen, permutation, part, joint_source(bases), own) for part in measured.parts
     )
+    return sweeps[0] if isinstance(task, Task) else RankSweeps(sweeps)
 
 
 def _valid_ranks(most: int, ranks: Any) -> Int[Tensor, " edit"]:

@@ -43,6 +43,7 @@ class Task(Result):
         prompt_length: number of tokens before the first scored one.
         pieces: the text of each token, for display; empty when made from bare tokens.
         right, wrong: tokens that a logit difference compares; empty where there is no choice.
+        name: of the text, if it has one.
 
     Raises:
         TypeError: the tokens are not whole numbers.
@@ -54,6 +55,7 @@ class Task(Result):
     pieces: tuple[str, ...] = ()
     right: tuple[int, ...] = ()
     wrong: tuple[int, ...] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, Tensor):

@@ -1,0 +1,219 @@
+"""Many texts as tasks: from a file, a list, rows of a dataset, or chat messages."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mechsvd.checks import warn
+from mechsvd.model.sites import Model, require_model
+from mechsvd.model.tasks import Task
+
+KEYS = ("name", "prompt", "continuation", "wrong", "messages")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text before it is tokenised, and where it was found.
+
+    Attributes:
+        continuation: None for what the model continues with greedily.
+        wrong: texts of single tokens, for a choice.
+        messages: of a chat, instead of a prompt.
+        place: for messages, such as "text 3 (line 5 of prompts.txt)".
+    """
+
+    place: str
+    name: str = ""
+    prompt: str = ""
+    continuation: str | None = None
+    wrong: str | list[str] | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+
+
+def tasks_from(
+    model: Model,
+    source: str | os.PathLike[str] | Iterable[Any],
+    *,
+    max_new_tokens: int = 40,
+    prepend_bos: bool | None = None,
+    truncate: Literal["left"] | None = None,
+    on_bad: Literal["error", "skip"] = "error",
+) -> list[Task]:
+    """Make a task of each text of a file, a list or a dataset.
+
+    All texts are read and checked before the model runs.
+
+    Args:
+        source: a file with one prompt per line, of JSON lines or of one JSON document; or a list.
+            An entry is a prompt, a pair of prompt and continuation, or an object (a row of a
+            dataset) with `prompt` and, as wanted, `continuation`, `wrong` (a choice between single
+            tokens; see `Task.from_choice`) and `name`. Instead of `prompt` it may have `messages`,
+            a chat that the tokenizer's template turns into text.
+        max_new_tokens, prepend_bos, truncate: as in `Task.from_text`.
+        on_bad: "skip" leaves out bad texts, with a warning that names them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError, TypeError: a bad text, named by its number and line; or no texts.
+    """
+    require_model(model)
+    if on_bad not in ("error", "skip"):
+        raise ValueError(f"`on_bad` is {on_bad!r:.40}, but must be 'error' or 'skip'.")
+    tasks: list[Task] = []
+    bad: list[str] = []
+    made: list[tuple[Text, Task]] = []
+    for text in read_texts(source, bad if on_bad == "skip" else None):
+        try:
+            made.append((text, _task(model, text, max_new_tokens, prepend_bos, truncate)))
+        except (ValueError, TypeError) as error:
+            problem = f"{text.place}: {error}"
+            if on_bad == "error":
+                raise type(error)(problem) from error
+            bad.append(problem)
+    tasks = [replace(task, name=text.name) for text, task in made]
+    if bad:
+        warn(f"{len(bad)} texts are left out: {'; '.join(bad[:5])}")
+    if not tasks:
+        raise ValueError("There are no texts: the source is empty, or none of them is good.")
+    seen: dict[tuple[int, ...], str] = {}
+    for text, task in made:
+        first = seen.setdefault(tuple(task.tokens.tolist()), text.place)
+        if first != text.place:
+            warn(f"{text.place} has the same tokens as {first}; an interval counts both.")
+    return tasks
+
+
+def read_texts(
+    source: str | os.PathLike[str] | Iterable[Any], bad: list[str] | None = None
+) -> Iterator[Text]:
+    """Read the texts of a source; see `tasks_from`.
+
+    Args:
+        bad: collects what is wrong with bad texts; None to raise it.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: as `tasks_from`.
+    """
+    for place, name, entry in _entries(source):
+        try:
+            yield _text(place, name, entry)
+        except (ValueError, TypeError) as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+
+
+def _entries(source: Any) -> Iterator[tuple[str, str, Any]]:
+    """Each entry with its place and, in a JSON object, its name."""
+    if not isinstance(source, str | os.PathLike):
+        if isinstance(source, Mapping):
+            for number, (name, entry) in enumerate(source.items()):
+                yield f"text {number} ({name})", str(name), entry
+        elif isinstance(source, Iterable):
+            for number, entry in enumerate(source):
+                yield f"text {number}", "", entry
+        else:
+            raise TypeError(
+                f"`source` must be a file or a list of texts, but is {type(source).__name__}."
+            )
+        return
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of texts {path}.")
+    content = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        yield from _entries_of_json(path, content)
+        return
+    lines = [(i, line) for i, line in enumerate(content.splitlines(), start=1) if line.strip()]
+    for number, (line_number, line) in enumerate(lines):
+        place = f"text {number} (line {line_number} of {path.name})"
+        if path.suffix == ".jsonl":
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place} is not JSON: {error}.") from error
+        else:
+            entry = line
+        yield place, "", entry
+
+
+def _entries_of_json(path: Path, content: str) -> Iterator[tuple[str, str, Any]]:
+    try:
+        document = json.loads(content, object_pairs_hook=_without_repetition)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(document, dict | list):
+        raise ValueError(f"{path} must hold an object or a list of texts.")
+    yield from _entries(document)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"The file names {sorted(repeated)} more than once; name each text once.")
+    return dict(pairs)
+
+
+def _text(place: str, name: str, entry: Any) -> Text:
+    if isinstance(entry, str):
+        entry = {"prompt": entry}
+    elif isinstance(entry, list | tuple) and len(entry) == 2:
+        entry = dict(zip(("prompt", "continuation"), entry, strict=True))
+    if not isinstance(entry, Mapping):
+        raise TypeError(
+            f"{place} must be a prompt, a pair of prompt and continuation, or an object, "
+            f"but is {entry!r:.60}."
+        )
+    fields = {key: entry[key] for key in KEYS if entry.get(key) is not None}
+    messages = tuple(fields.pop("messages", ()))
+    fields.setdefault("name", name)
+    if not messages and not fields.get("prompt"):
+        raise ValueError(f"{place} has no `prompt`: it is empty or missing.")
+    for key in ("name", "prompt", "continuation"):
+        if key in fields and not isinstance(fields[key], str):
+            raise TypeError(f"{place}: `{key}` must be text, but is {fields[key]!r:.40}.")
+    if fields.get("continuation") == "":
+        raise ValueError(f"{place}: `continuation` is empty; leave it out for greedy text.")
+    if "wrong" in fields and "continuation" not in fields:
+        raise ValueError(f"{place}: `wrong` needs `continuation`, the right token.")
+    return Text(place, messages=messages, **fields)
+
+
+def _task(
+    model: Model,
+    text: Text,
+    max_new_tokens: int,
+    prepend_bos: bool | None,
+    truncate: Literal["left"] | None,
+) -> Task:
+    prompt = text.prompt
+    if text.messages:
+        template = getattr(model.tokenizer, "chat_template", None)
+        if not template:
+            raise ValueError("the model's tokenizer has no chat template; give a `prompt`")
+        prompt = model.tokenizer.apply_chat_template(
+            list(text.messages), tokenize=False, add_generation_prompt=True
+        )
+        bos = getattr(model.tokenizer, "bos_token", None)
+        if bos and prompt.startswith(bos):  # the task puts it there
+            prompt = prompt[len(bos) :]
+    if text.wrong is not None and text.continuation is not None:
+        return Task.from_choice(
+            model,
+            prompt,
+            text.continuation,
+            text.wrong,
+            prepend_bos=prepend_bos,
+            truncate=truncate,
+        )
+    return Task.from_text(
+        model,
+        prompt,
+        text.continuation,
+        max_new_tokens=max_new_tokens,
+        prepend_bos=prepend_bos,
+        truncate=truncate,
+    )
