@@ -51,6 +51,9 @@ class OptimalBaseline(Baseline):
     excess: Float[Tensor, " sample"] = torch.zeros(0)
     unit: str = ""
 
+    def _require_values(self) -> None:
+        require_finite(self, "values", "steps", "shifts", "costs", "excess")
+
     def __repr__(self) -> str:
         farthest = float(self.excess.max()) if len(self.excess) else 0.0
         return (
