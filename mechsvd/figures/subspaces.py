@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 import torch
 
+from mechsvd.experiments.nulls import OverlapAnchors
 from mechsvd.figures.display import label
-from mechsvd.figures.style import CLEAN, EDITED, empty_figure, heat_map, line
+from mechsvd.figures.style import CLEAN, DISTINCT, EDITED, empty_figure, heat_map, line
 from mechsvd.linalg.comparison import Overlap, Pool
 from mechsvd.results import require_kind
 
@@ -53,7 +54,10 @@ def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figu
 
 
 def pooled_spectrum(pool: Pool) -> go.Figure:
-    """Singular values of the concatenated bases, with the band of random subspaces."""
+    """Singular values of the concatenated bases, with the band of random subspaces.
+
+    95 % of random spectra lie in the band as a whole.
+    """
     require_kind(pool, Pool)
     figure = empty_figure(
         "Singular values of all bases side by side", "direction", "singular value"
@@ -90,4 +94,34 @@ def pooled_spectrum(pool: Pool) -> go.Figure:
             hover="direction %{x}<br>σ = %{y:.4f}",
         )
     )
+    return figure.update_layout(showlegend=True)
+
+
+def overlap_anchors(anchors: OverlapAnchors) -> go.Figure:
+    """Chance-corrected overlap against the rank, one line per kind, with intervals over texts.
+
+    0 is the mean of random subspaces, and 1 is the same subspace.
+    """
+    require_kind(anchors, OverlapAnchors)
+    figure = empty_figure(
+        "Overlap of texts, next to its anchors", "rank k", "chance-corrected overlap"
+    )
+    order = anchors.ranks.argsort()
+    ranks = anchors.ranks[order]
+    for number, kind in enumerate(anchors.kinds):
+        values = anchors.chance_corrected[number, order]
+        colour = DISTINCT[number % len(DISTINCT)]
+        hover = f"{kind}<br>k = %{{x}}<br>overlap %{{y:.4f}}<br>%{{customdata:.2f}} shared"
+        trace = line(ranks, values, kind, colour, hover=hover)
+        trace.customdata = anchors.shared[number, order].numpy()
+        low, high = anchors.low[number, order], anchors.high[number, order]
+        if anchors.pairs[number] and bool(low.isfinite().all()):
+            trace.error_y = {
+                "type": "data",
+                "symmetric": False,
+                "array": (high - values).numpy(),
+                "arrayminus": (values - low).numpy(),
+                "thickness": 1,
+            }
+        figure.add_trace(trace)
     return figure.update_layout(showlegend=True)
