@@ -35,7 +35,7 @@ from mechsvd.edits.exchange import from_transformer_lens, to_transformer_lens
 from mechsvd.edits.hooks import fwd_hooks
 from mechsvd.edits.maps import chain, shift
 from mechsvd.engine.ablations import donor_baseline, mean_baseline, resample_baseline
-from mechsvd.engine.measurement import Measurement
+from mechsvd.engine.measurement import Measurement, Measurements
 from mechsvd.engine.metrics import (
     Metric,
     absolute_change,
@@ -48,6 +48,8 @@ from mechsvd.engine.metrics import (
 from mechsvd.engine.passes import estimate_seconds, measure
 from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.experiments.contrast_results import Contrast, ContrastSweep
+from mechsvd.experiments.contrasts import contrast, contrast_sweep
 from mechsvd.experiments.criteria import (
     change_at_most,
     drop_at_most,
@@ -55,7 +57,19 @@ from mechsvd.experiments.criteria import (
     same_greedy_text,
 )
 from mechsvd.experiments.dose import DoseResponse, dose_response
+from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithfulness
 from mechsvd.experiments.generation import generate, generate_tasks
+from mechsvd.experiments.heldout import Fit, HeldOut, fit_and_measure
+from mechsvd.experiments.nulls import (
+    OverlapAnchors,
+    another_text,
+    covariance_matched,
+    equal_energy,
+    null,
+    overlap_anchors,
+    random_tokens,
+    reinitialised,
+)
 from mechsvd.experiments.optimal import (
     BaselineComparison,
     OptimalBaseline,
@@ -64,15 +78,22 @@ from mechsvd.experiments.optimal import (
 )
 from mechsvd.experiments.ranking import (
     Ranking,
+    Rankings,
     order_at_random,
     order_by_compromise,
     order_by_effect,
     order_by_singular_value,
     rank_directions,
 )
-from mechsvd.experiments.ridge import RidgeSweep, sweep_ridge
-from mechsvd.experiments.search import CriticalRank, critical_rank, critical_rank_of
-from mechsvd.experiments.sweeps import RankSweep, sweep_rank
+from mechsvd.experiments.ridge import RidgeSweep, RidgeSweeps, sweep_ridge
+from mechsvd.experiments.search import (
+    CriticalRank,
+    CriticalRanks,
+    critical_rank,
+    critical_rank_of,
+    ranks_without_each_token,
+)
+from mechsvd.experiments.sweeps import RankSweep, RankSweeps, sweep_rank
 from mechsvd.linalg.comparison import (
     Overlap,
     Pool,
@@ -87,6 +108,7 @@ from mechsvd.model.loading import load_model
 from mechsvd.model.selfcheck import SelfCheck, self_check
 from mechsvd.model.sites import Site, find_sites
 from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
+from mechsvd.model.texts import tasks_from
 from mechsvd.results import Provenance
 from mechsvd.version import __version__ as __version__
 
@@ -95,7 +117,8 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022 (grouped by purpose)
     # models and tasks
-    "load_model", "self_check", "SelfCheck", "find_sites", "Site", "Task", "SHORTFORM_PROMPTS",
+    "load_model", "self_check", "SelfCheck", "find_sites", "Site", "Task", "tasks_from",
+    "SHORTFORM_PROMPTS",
     # writes and their directions
     "collect_writes", "Writes", "decompose", "Decomposition", "weight_svd",
     "span", "Subspace",
@@ -107,12 +130,14 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "Metric", "log_prob", "logit_difference", "kl_divergence", "absolute_change",
     "cross_entropy", "greedy_share",
     # measurements
-    "measure", "Measurement", "estimate_seconds", "sweep_rank", "RankSweep",
+    "measure", "Measurement", "Measurements", "estimate_seconds", "sweep_rank", "RankSweep",
+    "RankSweeps", "Rankings", "RidgeSweeps", "CriticalRanks",
     "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
     "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
-    "dose_response", "DoseResponse",
+    "dose_response", "DoseResponse", "fit_and_measure", "HeldOut", "Fit",
+    "measure_faithfulness", "Faithfulness", "areas",
     # the critical rank, and text from inside a subspace
-    "critical_rank", "critical_rank_of", "CriticalRank", "drop_at_most", "kl_at_most",
+    "critical_rank", "critical_rank_of", "CriticalRank", "ranks_without_each_token", "drop_at_most", "kl_at_most",
     "change_at_most", "same_greedy_text",
     "generate", "generate_tasks",
     # attribution in a Hessian eigenbasis, and in other bases
@@ -121,6 +146,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     # comparison of subspaces
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     "to_transformer_lens", "from_transformer_lens",
+    "overlap_anchors", "OverlapAnchors", "null", "random_tokens", "reinitialised",
+    "another_text", "covariance_matched", "equal_energy",
+    "contrast", "Contrast", "contrast_sweep", "ContrastSweep",
     # provenance and figures
     "Provenance", "figures",
 ]  # fmt: skip

@@ -28,6 +28,11 @@ def tiny_results():
     scores = {"measured": falling, "integrated": falling, "slopes": falling, "projections": falling}
     scores |= {"eigenvalues": -falling, "residuals": falling, "value": 0.5, "baseline": 0.25}
     control = ms.Attribution("probability", "gains", (("gain", (3,)),), basis, **scores)
+    contrast = ms.Contrast(
+        ("a", "b"), torch.ones(1, 3, 2, 4), torch.ones(1, 2, 4), torch.tensor([0, 0, 1, 1]),
+        torch.ones(1, 4) > 0, torch.eye(3)[:, :2].expand(1, 3, 2, 1, 3, 2).clone(), 0.05, "pool",
+        1e-6, SOURCE,
+    )  # fmt: skip
     found = [
         ms.Task(whole, 1, ("a", "b", "c")),
         ms.Writes(torch.ones(2, 3, 4), SITES, whole, whole, whole, ("a", "b", "c"), SOURCE),
@@ -37,6 +42,31 @@ def tiny_results():
         sweep,
         RidgeSweep(three, three, measurement, SOURCE),
         ms.Ranking(three, measurement),
+        ms.Measurements((measurement,)),
+        ms.RankSweeps((sweep,)),
+        ms.Rankings((ms.Ranking(three, measurement),)),
+        ms.RidgeSweeps((RidgeSweep(three, three, measurement, SOURCE),)),
+        ms.CriticalRanks((ms.CriticalRank(sweep, three, 1e-6, 9, "a bar"),)),
+        ms.Fit("own text", "pooled", "size", ms.RankSweeps((sweep,)), 3),
+        contrast,
+        ms.OverlapAnchors(
+            ("a",), torch.tensor([2, 3]), *[torch.ones(1, 2)] * 4, (1,), 3, 4, 0, SOURCE
+        ),
+        ms.Faithfulness(
+            whole,
+            sizes,
+            three,
+            torch.ones(3, 5),
+            three,
+            three,
+            sizes,
+            "log_prob",
+            "nats",
+            0,
+            SOURCE,
+        ),
+        ms.ContrastSweep((contrast,)),
+        ms.HeldOut((ms.Fit("a", "b", "c", ms.RankSweeps((sweep,)), 3),), whole),
         ms.Baseline(torch.ones(1, 2, 1, 3), SITES, "mean", (), SOURCE),
         ms.OptimalBaseline(
             torch.ones(1, 2, 1, 3),

@@ -164,8 +164,8 @@ def test_texts_are_those_of_generate(embedded, studies):
         assert task.text()[1].removesuffix("</s>") == said
 
 
-def test_overlaps_are_stated_and_nothing_is_concluded(studies):
-    comparison = compare(studies)
+def test_overlaps_are_stated_and_nothing_is_concluded(embedded, studies):
+    comparison = compare(embedded, studies)
     shared, ratio = float(comparison.overlap.values[0, 1]), float(comparison.overlap.ratio[0, 1])
     said = findings.several(comparison)
     assert (
@@ -178,6 +178,17 @@ def test_overlaps_are_stated_and_nothing_is_concluded(studies):
     assert float(angles.cos().square().sum()) == pytest.approx(
         float(comparison.overlap.values[0, 1]), rel=1e-6
     )
+
+
+def test_held_out_sentences_have_intervals_and_cannot_tell_from_two_texts(embedded, studies):
+    found = compare(embedded, studies)
+    said = findings.held_out(found)
+    table = found.held_out.summary()
+    own = table[(table.fitted == "own text") & (table.basis == "pooled")].iloc[0]
+    expected = np.mean([lasting(s.sweep.to_pandas()) for s in studies])
+    assert own["mean"] == pytest.approx(expected)
+    assert f"is {own['mean']:.0f} ({own['low']:.0f} to {own['high']:.0f}) with a prompt" in said
+    assert said.count("cannot be told from chance: 2 texts can show p = 0.5 at best") == 3
 
 
 def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
@@ -207,22 +218,23 @@ def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
     assert ("once each" in findings.critical_ranks(once)) == (len(once[0].critical.crossings) == 1)
 
 
-def test_without_a_critical_rank_nothing_is_claimed(studies):
+def test_without_a_critical_rank_nothing_is_claimed(embedded, studies):
     first, second = studies
     never = dataclasses.replace(first.critical, margins=first.critical.margins - 1e6)
     without = dataclasses.replace(first, critical=never)
     assert "none (meaning)" in findings.critical_ranks([without, second])
     assert "of 1 prompts (1 prompts have none" in findings.texts([without, second])
     whole = compare(
+        embedded,
         [
             without,
             dataclasses.replace(
                 second, critical=dataclasses.replace(second.critical, margins=never.margins)
             ),
-        ]
+        ],
     )
     assert "Here this test cannot tell" in findings.several(whole)
-    mixed = compare([without, second, first])
+    mixed = compare(embedded, [without, second, first])
     assert "in the 1 of 3 pairs where neither is all or nothing" in findings.several(mixed)
 
 
@@ -249,3 +261,24 @@ def test_a_rank_that_is_near_clean_by_chance_does_not_last(studies):
 
 
 COLUMNS = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
+
+
+def test_many_prompts_have_pages_of_their_own_and_sentences_of_their_spread(
+    embedded, studies, tmp_path
+):
+    many = [dataclasses.replace(studies[i % 2], name=f"text-{i}") for i in range(8)]
+    ranks = sorted(s.critical.rank for s in many)
+    said = findings.critical_ranks(many)
+    middle = np.median(ranks)
+    assert f"{ranks[0]} to {ranks[-1]} (median {middle:.4g}, 8 prompts)" in said
+    from mechsvd.report.build import write_report
+
+    page = write_report(many, ms.self_check(embedded), tmp_path)
+    content = page.read_text()
+    for study in many:
+        (own,) = tmp_path.glob(f"report-data/*/{study.name}/figures.html")
+        assert str(own.relative_to(tmp_path)) in content
+        assert "../plotly.min.js" in own.read_text()
+        assert len(own.read_text()) < 2_000_000
+    assert content.count('class="plot"') == 2
+    assert page.stat().st_size < 8_000_000

@@ -22,6 +22,11 @@ NAN_IS_LEGITIMATE = {
     "integrated",
     "measured",
     "block_error",
+    "effects",  # an edit may make the model overflow
+    "random_effects",
+    "token_changes",  # beyond the last token of a short text
+    "low",  # of fewer than three texts
+    "high",
 }
 
 

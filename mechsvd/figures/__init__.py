@@ -4,6 +4,8 @@ No function shows a figure, sets global state or runs a model.
 """
 
 from mechsvd.figures.attribution import accumulated_scores, estimate_errors, hessian_spectrum
+from mechsvd.figures.contrasts import contrast_map
+from mechsvd.figures.heldout import held_out
 from mechsvd.figures.rankings import baseline_correlations, direction_effects, dose_response
 from mechsvd.figures.spectra import (
     cumulative_singular_values,
@@ -12,7 +14,7 @@ from mechsvd.figures.spectra import (
     writer_map,
 )
 from mechsvd.figures.style import save_image
-from mechsvd.figures.subspaces import overlap_map, pooled_spectrum
+from mechsvd.figures.subspaces import overlap_anchors, overlap_map, pooled_spectrum
 from mechsvd.figures.sweeps import (
     clip_and_ridge,
     delta_map,
@@ -28,6 +30,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "singular_values", "cumulative_singular_values", "layer_spectra", "writer_map",
     "probability", "surprise", "metric", "deltas", "delta_map", "direction_effects",
     "race_of_orders", "margins", "clip_and_ridge", "dose_response", "baseline_correlations",
+    "held_out", "contrast_map", "overlap_anchors",
     "hessian_spectrum", "estimate_errors", "accumulated_scores", "overlap_map", "pooled_spectrum",
     "save_image",
 ]  # fmt: skip

@@ -14,18 +14,30 @@ import torch
 from mechsvd.checks import about
 from mechsvd.engine.passes import estimate_seconds
 from mechsvd.engine.session import open_session
-from mechsvd.figures.display import escape
+from mechsvd.figures.display import escape, file_name
 from mechsvd.model.selfcheck import SelfCheck, self_check
 from mechsvd.model.sites import COMPONENTS, Model
 from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
 from mechsvd.model.tokenization import prompt_tokens
 from mechsvd.report import findings
 from mechsvd.report.folders import DATA, replace_run, require_writable
-from mechsvd.report.html import page, table
-from mechsvd.report.sections import SECTIONS, prompt_text, section, several, texts
+from mechsvd.report.html import page, table, write_plotly
+from mechsvd.report.sections import (
+    MANY,
+    SECTIONS,
+    held_out,
+    one_prompt,
+    prompt_text,
+    section,
+    several,
+    texts,
+)
 from mechsvd.report.study import SWEEPS, Comparison, Study, compare, study_task
 from mechsvd.report.tables import write_tables
 from mechsvd.results import Provenance
+
+PLOTLY, FIGURES = "plotly.min.js", "figures.html"  # of the pages of many prompts
+OTHERS = 8  # prompts whose gradients join those of each prompt
 
 
 def write_report(
@@ -56,6 +68,8 @@ def write_report(
 
     def write(folder: Path, name: str) -> str:
         write_tables(studies, comparison, folder)
+        if len(studies) > MANY:
+            _write_pages(studies, folder, cdn)
         return _page(studies, comparison, check, cdn, seconds, f"{DATA}/{name}/")
 
     return replace_run(out, write)
@@ -84,7 +98,7 @@ def reproduce(
     with open_session(model):  # common warnings come once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
         studies = [_study(model, name, made, components, say) for name in made]
-    comparison = compare(studies) if len(studies) > 1 else None
+        comparison = compare(model, studies, components) if len(studies) > 1 else None
     seconds = time.perf_counter() - started
     path = write_report(
         studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=seconds
@@ -106,7 +120,7 @@ def _study(
     say: Callable[[str], None],
 ) -> Study:
     task = tasks[name]
-    others = [other for other in tasks.values() if other is not task]
+    others = [other for other in tasks.values() if other is not task][:OTHERS]
     with about(name):
         say(
             f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; "
@@ -150,26 +164,26 @@ def _page(
     assert source is not None  # `measure` always sets it
     titles = {s.name: s.title for s in SECTIONS} | {
         "texts": "Text from inside",
+        "held-out": "Held-out texts",
         "prompts": "Several prompts",
     }
     links = "".join(
         f'<a href="#{name}">{title}</a>'
         for name, title in titles.items()
-        if comparison or name != "prompts"
+        if comparison or name not in ("prompts", "held-out")
     )
     body = "\n".join(
         [
             *(section(part, studies) for part in SECTIONS),
             texts(studies),
-            several(comparison) if comparison else "",
+            held_out(comparison) + several(comparison) if comparison else "",
         ]
     )
     content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
 <p>The shortform's experiments on Llama-3-8B, repeated on this model. Each section says what the
 shortform saw. The text in bold says what was measured here.</p>
 <nav>{links}</nav>
-{"".join(prompt_text(s) for s in studies)}
-{table({"": [s.name for s in studies]} | _columns([findings.main_numbers(s) for s in studies]))}
+{_prompts(studies, data)}
 {body}
 <h2>Provenance</h2>
 {table({key: [value] for key, value in _provenance_rows(source, check, seconds).items()})}
@@ -177,6 +191,34 @@ shortform saw. The text in bold says what was measured here.</p>
 <a href="{data}"><code>{data}</code></a>. Probabilities are of the whole continuation. Logarithms
 are natural. Sizes are root-mean-square L2 norms over sites and positions.</footer>"""
     return page(f"Writes of {source.model}", content, cdn=cdn)
+
+
+def _write_pages(studies: Sequence[Study], folder: Path, cdn: bool) -> None:
+    """Write a page for each of many prompts into its folder."""
+    if not cdn:
+        write_plotly(folder / PLOTLY)
+    for study in studies:
+        content = f"<h1>{escape(study.name)}</h1>\n{one_prompt(study)}"
+        text = page(study.name, content, cdn=cdn, plotly_file=f"../{PLOTLY}")
+        (folder / file_name(study.name) / FIGURES).write_text(text, encoding="utf-8")
+
+
+def _prompts(studies: Sequence[Study], data: str) -> str:
+    """The texts and main numbers of the prompts; of many, as a table with links to their pages."""
+    numbers = [findings.main_numbers(s) for s in studies]
+    if len(studies) <= MANY:
+        columns = table({"": [s.name for s in studies]} | _columns(numbers))
+        return "".join(prompt_text(s) for s in studies) + columns
+    links = "".join(
+        f'<a href="{data}{file_name(s.name)}/{FIGURES}">{escape(s.name)}</a> ' for s in studies
+    )
+    rows = {"": list(numbers[0])} | {
+        s.name: list(own.values()) for s, own in zip(studies, numbers, strict=True)
+    }
+    return (
+        f"<details open><summary>One prompt at a time</summary><nav>{links}</nav></details>"
+        f"<details><summary>All numbers of {len(studies)} prompts</summary>{table(rows)}</details>"
+    )
 
 
 def _provenance_rows(source: Provenance, check: SelfCheck, seconds: float | None) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Sentences and numbers of the report, computed from the results."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -13,13 +15,18 @@ from mechsvd.experiments.criteria import (
     kl_at_most,
     same_greedy_text,
 )
+from mechsvd.experiments.heldout import ONE, OTHERS, OWN, RANDOM
 from mechsvd.experiments.ridge import RidgeSweep
-from mechsvd.experiments.search import critical_rank_of
+from mechsvd.experiments.search import critical_rank_of, ranks_without_each_token
+from mechsvd.experiments.statistics import sign_flip, smallest_p
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.model.sites import Site
 from mechsvd.report.study import Comparison, Study, Text
 
 NEAR = 1.0  # nats of KL divergence, summed over the text, that count as close to clean
+
+LISTED = 6  # with more prompts, a sentence gives their spread
+ALPHA = 0.05  # a difference with a larger p-value cannot be told from chance
 
 
 def main_numbers(study: Study) -> dict[str, str]:
@@ -49,7 +56,8 @@ def main_numbers(study: Study) -> dict[str, str]:
             critical_rank_of(study.sweep, criterion=change_at_most(NEAR)).lasting_rank
         ),
         "critical rank (the shortform’s)": _or_none(study.critical.rank),
-        "absolute change at the critical rank": _change_there(study),
+        "critical rank without any one token": _without_one_token(study),
+        "absolute change at the critical rank": _or_none(_change_there(study), " nats"),
         "critical rank for the same greedy text": _same_text_rank(study),
         "noise floor": f"{study.ranking.noise_floor:.1e} nats",
     }
@@ -70,12 +78,20 @@ def _count_for(squares: Tensor, share: float) -> int:
     return int((squares.cumsum(0) / squares.sum() < share).sum()) + 1
 
 
-def _change_there(study: Study) -> str:
+def _without_one_token(study: Study) -> str:
+    if len(study.task.continuation) < 2:
+        return "one token"
+    ranks = ranks_without_each_token(study.sweep)["critical"].dropna()
+    return _span(ranks.tolist()) if len(ranks) else "none"
+
+
+def _change_there(study: Study) -> float | None:
+    """The absolute change at the critical rank, in nats."""
     critical = study.critical
     if critical.rank is None:
-        return "none"
+        return None
     there = critical.sweep.measurement.absolute_change[critical.sweep.ranks == critical.rank]
-    return f"{float(there[0]):.3g} nats"
+    return float(there[0])
 
 
 def lasting_rank(sweep: RankSweep) -> int | None:
@@ -96,7 +112,7 @@ def spectrum(studies: Sequence[Study]) -> str:
     shares = [round(100 * float(values[0] / values.sum())) for values in squares]
     few = _span(directions_for(s, 0.9) for s in studies)
     owners = [
-        f"{share:.0%}, {site} at {where}"
+        str(site) if len(studies) > LISTED else f"{share:.0%}, {site} at {where}"
         for site, share, where in (_owner_of_first(s) for s in studies)
     ]
     without = _span(without_owner(s) for s in studies)
@@ -104,8 +120,9 @@ def spectrum(studies: Sequence[Study]) -> str:
         f"Here {few} of {_sizes(studies)} directions carry 90 % of the squared size of the writes; "
         f"direction 0 alone carries {_span(shares)} %. This is mostly one site of "
         f"{len(studies[0].writes.sites)}: without the site that wrote most, the rest need "
-        f"{without} directions for 90 %. The site that wrote most of directions 0–2, its share, and "
-        f"the token that wrote most there: {_listed(studies, owners)}."
+        f"{without} directions for 90 %. The site that wrote most of directions 0–2"
+        f"{'' if len(studies) > LISTED else ', its share, and the token that wrote most there'}: "
+        f"{_listed(studies, owners)}."
     )
 
 
@@ -148,7 +165,7 @@ def clipping(studies: Sequence[Study]) -> str:
         f"Here every rank from {_listed(studies, pooled)} on keeps the predictions within "
         f"{NEAR:g} nat of KL divergence, summed over the text; with a basis per site, from "
         f"{_listed(studies, by_site)}. The directions are fitted on the text that they are measured "
-        "on; another text needs more."
+        f"on{'' if len(studies) > 1 else '; with one text nothing says what another one needs'}."
     )
 
 
@@ -206,7 +223,9 @@ def ridge(studies: Sequence[Study]) -> str:
             f"Here neither clipping nor ridge comes within {NEAR:g} nat of KL divergence and stays "
             "there."
         )
-    listed = ", ".join(f"{b:.0f} where clipping needs {a} ({name})" for name, a, b in pairs)
+    listed = ", ".join(
+        f"{b:.0f} where clipping needs {a} ({name})" for name, a, b in pairs[:LISTED]
+    ) + (", …" if len(pairs) > LISTED else "")
     fewer = sum(b < a for _, a, b in pairs)
     return (
         f"Here, to come within {NEAR:g} nat of KL divergence and stay there, ridge needs an "
@@ -267,7 +286,7 @@ def critical_ranks(studies: Sequence[Study]) -> str:
     return (
         f"Here it is {_listed(studies, ranks)} of {_sizes(studies)} directions. Every rank was "
         f"tried; the curves cross the clean probability {shape}. At the critical rank the tokens' "
-        f"log-probabilities still change by {_listed(studies, changes)} in total, with either sign. "
+        f"log-probabilities still change by {_listed(studies, changes, ' nats')} in total, with either sign. "
         f"The lasting rank for {NEAR:g} nat of KL divergence is {_listed(studies, lasting)}."
     )
 
@@ -294,6 +313,44 @@ def is_clean(text: Text, index: int) -> bool:
     return torch.equal(text.tasks[index].tokens, text.tasks[0].tokens)
 
 
+def held_out(comparison: Comparison) -> str:
+    """How many directions a text needs when they are not its own, with intervals over texts."""
+    found = comparison.held_out
+    table = found.summary(NEAR).set_index(["fitted", "basis"])
+    count = len(found.fold)
+
+    def number(fitted: str, basis: str = "pooled") -> str:
+        row = table.loc[(fitted, basis)]
+        return f"{row['mean']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
+
+    pooled, by_site = (
+        found.fit(OTHERS, basis).lasting_ranks(NEAR) - found.fit(OWN, basis).lasting_ranks(NEAR)
+        for basis in ("pooled", "per site")
+    )
+    gain = found.fit(OTHERS).lasting_ranks(NEAR) - found.fit(OTHERS, "per site").lasting_ranks(NEAR)
+    return (
+        f"Here the lasting rank for {NEAR:g} nat of KL divergence, in the mean over {count} prompts "
+        f"with a 95 % interval, is {number(OWN)} with a prompt’s own directions, {number(OTHERS)} "
+        f"with those of other prompts, {number(ONE)} with those of one other, and "
+        f"{table.loc[(RANDOM, 'pooled')]['mean']:.0f} at random. With a basis per site it is "
+        f"{number(OWN, 'per site')} and {number(OTHERS, 'per site')}. "
+        f"Own directions: {_compared(pooled)} than those of others with one basis, and "
+        f"{_compared(by_site)} with a basis per site. Of the directions of others, a basis per site "
+        f"needs {_compared(gain)} than one basis."
+    )
+
+
+def _compared(fewer: Tensor) -> str:
+    """A paired difference over texts, and whether the sign-flip test tells it from chance."""
+    effects, least = fewer.double()[:, None], smallest_p(len(fewer))
+    p, mean = float(sign_flip(effects).p_value[0]), float(effects.mean())
+    verdict = f"p = {p:.2g}"
+    if p > ALPHA:
+        why = verdict if least <= ALPHA else f"{len(fewer)} texts can show p = {least:.2g} at best"
+        verdict = f"cannot be told from chance: {why}"
+    return f"{abs(mean):.0f} {'fewer' if mean >= 0 else 'more'} ({verdict})"
+
+
 def several(comparison: Comparison) -> str:
     """How much the subspaces of different prompts overlap, compared with random ones.
 
@@ -314,8 +371,25 @@ def several(comparison: Comparison) -> str:
     return (
         f"Here two of them share {_span(free['overlap'], '.1f')} dimensions, "
         f"{_span(free['ratio'], '.3f')} times what random subspaces of the same ranks share"
-        f"{restriction}. More than chance is no sign of shared content: writes of random tokens, "
-        "and of untrained models, share more too."
+        f"{restriction}. {_anchored(comparison)}"
+    )
+
+
+def _anchored(comparison: Comparison) -> str:
+    """The overlap of the texts next to those of random tokens and of a model without training."""
+    table = comparison.anchors.to_pandas().set_index(["kind", "rank"])
+    rank = int(comparison.anchors.ranks[len(comparison.anchors.ranks) // 2])
+
+    def number(kind: str) -> str:
+        row = table.loc[(kind, rank)]
+        interval = "" if row.isna()["low"] else f" ({row['low']:.2f} to {row['high']:.2f})"
+        return f"{row['chance_corrected']:.2f}{interval}"
+
+    return (
+        f"Of the first {rank} directions, on a scale from 0 (random subspaces) to 1 (the same), two "
+        f"prompts share {number('texts')}; random tokens {number('random tokens')}, and the prompts "
+        f"in a model with redrawn weights {number('reinitialised')}. So sharing more than "
+        "random subspaces is no sign of shared content."
     )
 
 
@@ -335,8 +409,21 @@ def _sizes(studies: Sequence[Study]) -> str:
     return _span(s.pooled.rank for s in studies)
 
 
-def _listed(studies: Sequence[Study], values: Sequence[int | str | None]) -> str:
-    items = [f"{_or_none(value)} ({s.name})" for s, value in zip(studies, values, strict=True)]
+def _listed(
+    studies: Sequence[Study], values: Sequence[int | float | str | None], unit: str = ""
+) -> str:
+    """Each value with its prompt's name; of many prompts, how they are spread."""
+    numbers = sorted(value for value in values if isinstance(value, int | float))
+    if len(studies) > LISTED and len(numbers) == len(values):
+        low, *_, high = numbers
+        return (
+            f"{low:.4g} to {high:.4g}{unit} (median {median(numbers):.4g}, {len(values)} prompts)"
+        )
+    texts = [_or_none(value, unit) for value in values]
+    if len(studies) > LISTED:
+        common, times = Counter(texts).most_common(1)[0]
+        return f"{common} for {times} of {len(values)} prompts"
+    items = [f"{text} ({s.name})" for s, text in zip(studies, texts, strict=True)]
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
@@ -347,5 +434,7 @@ def _span(values: Iterable[int | float], form: str = "g") -> str:
     )
 
 
-def _or_none(value: int | str | None) -> str:
-    return "none" if value is None else str(value)
+def _or_none(value: int | float | str | None, unit: str = "") -> str:
+    if value is None:
+        return "none"
+    return f"{value:.3g}{unit}" if isinstance(value, float) else f"{value}{unit}"

@@ -1,6 +1,7 @@
 """A self-contained HTML page: headings, figures in a grid, tables."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mechsvd.figures.display import escape, file_name, label
@@ -19,14 +20,20 @@ tr+tr{border-top:1px solid #e5e5e5}td{font-variant-numeric:tabular-nums}nav a{ma
 """
 
 
-def page(title: str, body: str, *, cdn: bool) -> str:
-    """A whole page, which includes plotly or loads it from the network."""
+def page(title: str, body: str, *, cdn: bool, plotly_file: str | None = None) -> str:
+    """A whole page, which includes plotly or loads it.
+
+    Args:
+        cdn: load it from the network.
+        plotly_file: load it from this file next to the page, as several pages may.
+    """
     from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
     address = f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"
+    source = address if cdn else plotly_file
     plotly = (
-        f'<script src="{address}" charset="utf-8"></script>'
-        if cdn
+        f'<script src="{source}" charset="utf-8"></script>'
+        if source
         else f"<script>{get_plotlyjs()}</script>"
     )
     return f"""<!doctype html>
@@ -65,6 +72,13 @@ def plot(name: str, prompt: str, figure: Any) -> str:
         config={"displaylogo": False, "responsive": True},
     )
     return f'<div class="plot">{body}</div>'
+
+
+def write_plotly(path: Path) -> None:
+    """Write plotly's script to a file, for pages that load it from there."""
+    from plotly.offline import get_plotlyjs
+
+    path.write_text(get_plotlyjs(), encoding="utf-8")
 
 
 def table(rows: Mapping[str, Sequence[str]]) -> str:

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechsvd import figures
+from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.figures.display import escape, file_name
 from mechsvd.report import findings
 from mechsvd.report.html import grid, heading, plot, table
 from mechsvd.report.study import Comparison, Study
+
+MANY = 6  # with more prompts, each has a page of its own
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Section:
         original: what the shortform saw.
         measured: says what this model shows.
         figures: the figures of one prompt, by name.
+        together: a figure of all prompts, in place of theirs where there are many.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Section:
     original: str
     measured: Callable[[Sequence[Study]], str]
     figures: Callable[[Study], dict[str, Any]]
+    together: Callable[[Sequence[Study]], dict[str, Any]] = lambda studies: {}
 
 
 SECTIONS = (
@@ -66,6 +71,10 @@ SECTIONS = (
             "deltas": figures.deltas(s.sweep),
             "kept_deltas_by_site": figures.delta_map(s.sweep),
             "orig_deltas_by_site": figures.delta_map(s.sweep, kept=False),
+        },
+        lambda studies: {
+            "divergences": _lines({s.name: s.sweep for s in studies}, "One basis for all sites"),
+            "divergences_by_site": _lines({s.name: s.by_site for s in studies}, "A basis per site"),
         },
     ),
     Section(
@@ -150,13 +159,27 @@ def prompt_text(study: Study) -> str:
 
 
 def section(part: Section, studies: Sequence[Study]) -> str:
-    """One of `SECTIONS` as HTML, with the figures of every prompt."""
-    plots = [
-        plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()
-    ]
+    """One of `SECTIONS` as HTML, with the figures of every prompt, or of many together."""
+    if len(studies) > MANY:
+        plots = [plot(name, "", figure) for name, figure in part.together(studies).items()]
+    else:
+        plots = [
+            plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()
+        ]
     return heading(part.name, part.title, part.what, part.original, part.measured(studies)) + grid(
         plots
     )
+
+
+def one_prompt(study: Study) -> str:
+    """All figures and texts of one prompt, for a page of its own."""
+    parts = [section(part, [study]) for part in SECTIONS]
+    return f"{prompt_text(study)}{''.join(parts)}{texts([study])}"
+
+
+def _lines(sweeps: dict[str, RankSweep], title: str) -> Any:
+    figure = figures.race_of_orders(sweeps, by="kl_divergence")
+    return figure.update_layout(title_text=title, showlegend=False)
 
 
 def texts(studies: Sequence[Study]) -> str:
@@ -170,6 +193,8 @@ def texts(studies: Sequence[Study]) -> str:
         "The shortform let Llama-3-8B write from inside these subspaces.",
         findings.texts(studies),
     )
+    if len(studies) > MANY:
+        return top
     return top + "\n".join(_written(s) for s in studies)
 
 
@@ -194,6 +219,27 @@ def _written(study: Study) -> str:
     return f'<table class="written">{"".join(rows)}</table>'
 
 
+def held_out(comparison: Comparison) -> str:
+    """Directions that a text had no part in, next to its own."""
+    top = heading(
+        "held-out",
+        "Held-out texts",
+        "All figures above use directions of the very text that they measure. Here the directions "
+        "come from other prompts, from one other prompt, or at random. Lines are means over the "
+        "prompts, bands 95 % intervals of the means.",
+        "The shortform measured each prompt with its own directions.",
+        findings.held_out(comparison),
+    )
+    found = comparison.held_out
+    summary = found.summary()
+    columns = {name: [_cell(value) for value in summary[name]] for name in summary.columns}
+    return top + grid([plot("held_out", "", figures.held_out(found))]) + table(columns)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
 def several(comparison: Comparison) -> str:
     """The subspaces of several prompts, compared with each other and with random ones."""
     top = heading(
@@ -208,9 +254,12 @@ def several(comparison: Comparison) -> str:
         findings.several(comparison),
     )
     plots = {
+        "overlap_anchors": figures.overlap_anchors(comparison.anchors),
         "overlap_map": figures.overlap_map(comparison.overlap, comparison.names),
         "pooled_spectrum": figures.pooled_spectrum(comparison.pool),
     }
+    if len(comparison.names) > MANY:
+        return top + grid([plot(name, "", figure) for name, figure in plots.items()])
     angles = {"principal angles": ["smallest, median, largest"]}
     angles |= {pair: [numbers] for pair, numbers in findings.smallest_angles(comparison).items()}
     return top + grid([plot(name, "", figure) for name, figure in plots.items()]) + table(angles)

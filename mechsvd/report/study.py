@@ -15,6 +15,8 @@ from mechsvd.edits.bases import keep
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.generation import generate_tasks
+from mechsvd.experiments.heldout import HeldOut, fit_and_measure
+from mechsvd.experiments.nulls import OverlapAnchors, overlap_anchors
 from mechsvd.experiments.ranking import (
     Ranking,
     order_at_random,
@@ -36,6 +38,9 @@ from mechsvd.model.tasks import Task
 BY_SIZE, BY_KL = "singular value", "KL divergence"
 SIGNED = "the shortform's signed effect"
 SWEEPS = 7  # over all directions, per task: six orders, and the ranking
+RANKS = (8, 16, 32)  # of the subspaces whose overlap is compared with nulls
+ANCHORED = 12  # texts at most in that comparison
+FOLDS = 5  # of the texts, or one text a fold if there are fewer
 FEWER = (0.75, 0.5, 0.25)  # shares of the critical rank that also write texts
 
 
@@ -84,12 +89,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Subspaces of several prompts at their critical ranks, compared with random ones."""
+    """Several prompts: subspaces at the critical ranks, and directions fitted on other prompts."""
 
     names: tuple[str, ...]
     overlap: Overlap
     pool: Pool
     angles: dict[tuple[str, str], Tensor]  # principal angles of each pair, in radians
+    held_out: HeldOut
+    anchors: OverlapAnchors
 
 
 def study_task(
@@ -142,13 +149,23 @@ def study_task(
     )
 
 
-def compare(studies: Sequence[Study]) -> Comparison:
-    """Compare the subspaces of at least two prompts, each at its critical rank."""
+def compare(
+    model: Model, studies: Sequence[Study], components: Sequence[str] = COMPONENTS
+) -> Comparison:
+    """Compare at least two prompts: their subspaces, and directions of one on another."""
     subspaces = [study.subspace for study in studies]
     names = tuple(study.name for study in studies)
     pairs = combinations(zip(names, subspaces, strict=True), 2)
     angles = {(a, b): principal_angles(first, second) for (a, first), (b, second) in pairs}
-    return Comparison(names, overlap(subspaces), pool(subspaces), angles)
+    held_out = fit_and_measure(
+        model, [study.task for study in studies], min(FOLDS, len(studies)), components=components
+    )
+    half = min(len(study.writes) for study in studies) // 2  # writes of half a text
+    most = min(half // 2, studies[0].pooled.d_model // 2)
+    sizes = [rank for rank in RANKS if rank <= most] or [1]
+    few = [study.task for study in studies][:ANCHORED]
+    anchors = overlap_anchors(model, few, sizes, components=components)
+    return Comparison(names, overlap(subspaces), pool(subspaces), angles, held_out, anchors)
 
 
 def _rank_or_all(critical: CriticalRank, svd: Decomposition) -> int:

@@ -114,7 +114,12 @@ def _tables_together(comparison: Comparison) -> dict[str, Any]:
         for place, angle in enumerate(radians.tolist())
     ]
     return {
+        "held_out": comparison.held_out.to_pandas().assign(
+            task=lambda table: table["task"].map(names)
+        ),
+        "held_out_lasting_ranks": comparison.held_out.summary(),
         "overlap": pairs,
+        "overlap_anchors": comparison.anchors.to_pandas(),
         "pool": comparison.pool.to_pandas(),
         "principal_angles": pd.DataFrame(angles),
     }
