@@ -13,11 +13,7 @@ import torch
 os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # the tests need no network; a hub name must fail at once
-# one thread for each of several test processes: more would crawl
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # for the processes that tests start
-
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 REAL = ["embedded", *(["stories260k"] if STORIES.is_dir() else [])]  # trained models at hand
 
