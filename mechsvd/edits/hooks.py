@@ -44,12 +44,17 @@ def fwd_hooks(
 ) -> list[Hook]:
     """Bind an edit to the sites of a model, as hooks for `run_with_hooks`, `hooks` or `generate`.
 
+    At one hook point, hooks act in the order of the list, after those of an enclosing
+    `model.hooks`. So TransformerLens's cache holds the kept writes, and a patch after the edit
+    brings in a write that is not clipped.
+
     Args:
         edit: a gate, a chain, or any function `edit(x, hook)` of the writes "batch pos d_model".
             It must return a new tensor of the same shape.
         check: refuse a basis that comes from another model or processing state.
-        options: see `SiteOptions` (layers, components, at, heads, positions, missing). With a KV cache, the
-            start of a run is read from the cache, so a text may be read in chunks.
+        options: see `SiteOptions` (layers, components, at, heads, …). With a KV cache, the
+            start of a run is read from the cache, so a text may be read in chunks. In a batch with
+            left padding, positions count columns, padding included; pass the attention mask on.
 
     Returns:
         One `(hook name, function)` per site, in the order of writing. With `positions`, one more
