@@ -48,6 +48,7 @@ from mechsvd.engine.metrics import (
 from mechsvd.engine.passes import estimate_seconds, measure
 from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
 from mechsvd.experiments.contrast_results import Contrast, ContrastSweep
 from mechsvd.experiments.contrasts import contrast, contrast_sweep
 from mechsvd.experiments.criteria import (
@@ -61,12 +62,10 @@ from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithf
 from mechsvd.experiments.generation import generate, generate_tasks
 from mechsvd.experiments.heldout import Fit, HeldOut, fit_and_measure
 from mechsvd.experiments.nulls import (
-    OverlapAnchors,
     another_text,
     covariance_matched,
     equal_energy,
     null,
-    overlap_anchors,
     random_tokens,
     reinitialised,
 )

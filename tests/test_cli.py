@@ -29,7 +29,7 @@ def data(out):
 def test_reproduce_writes_a_page_that_needs_no_network(report):
     page = (report / "report.html").read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    assert page.count('class="plotly-graph-div"') == 4 * 17 + 2
+    assert page.count('class="plotly-graph-div"') == 4 * 20 + 4
     for name, prompt in ms.SHORTFORM_PROMPTS.items():
         assert f'id="{name}"' in page
         assert prompt.split("\n")[0].split(" => ")[0] in page
@@ -97,7 +97,7 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
     assert set(table["component"]) == {"attn"}
     said = capsys.readouterr().out
     assert re.search(
-        r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 774 edits in six sweeps, about \d+ s",
+        r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 903 edits in 7 sweeps, about \d+ s",
         said,
     )
     assert re.search(r"report.html after \d+ s", said)
@@ -105,9 +105,10 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
 
 def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(report):
     page = (report / "report.html").read_text()
-    for anchor in ("spectrum", "clipping", "directions", "orders", "critical", "texts", "prompts"):
+    anchors = ("spectrum", "clipping", "directions", "orders", "critical", "texts", "held-out")
+    for anchor in (*anchors, "prompts"):
         assert page.count(f'href="#{anchor}"') == page.count(f'<h2 id="{anchor}">') == 1
-    assert page.count('<p class="original">') == page.count('<p class="measured">') == 9
+    assert page.count('<p class="original">') == page.count('<p class="measured">') == 10
     assert "1886, 3329, 2696 and 2518 of 4096" in page
     critical = {
         name: ms.CriticalRank.load(data(report) / name / "critical_rank.safetensors").rank
@@ -128,8 +129,9 @@ def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
         orders = pd.read_csv(folder / name / "orders.csv")
         assert set(orders["order"]) == {
             "singular value",
-            "effect",
+            "KL divergence",
             "compromise",
+            "the shortform's signed effect",
             "random",
             "reversed",
         }

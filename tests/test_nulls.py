@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import mechsvd as ms
+from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
 from mechsvd.experiments.nulls import (
     NULLS,
-    OverlapAnchors,
     another_text,
     covariance_matched,
     equal_energy,
     null,
-    overlap_anchors,
     random_tokens,
     reinitialised,
 )
@@ -268,7 +267,7 @@ def test_anchors_of_one_pair_are_those_by_hand(embedded, texts, silent):
 def test_random_tokens_of_the_anchors_are_collected_from_tasks_of_the_same_lengths(
     embedded, texts, monkeypatch
 ):
-    from mechsvd.experiments import nulls
+    from mechsvd.experiments import anchors
 
     drawn = []
 
@@ -276,7 +275,7 @@ def test_random_tokens_of_the_anchors_are_collected_from_tasks_of_the_same_lengt
         drawn.append(random_tokens(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(nulls, "random_tokens", kept)
+    monkeypatch.setattr(anchors, "random_tokens", kept)
     found = overlap_anchors(embedded, texts, (8,), nulls=("random tokens",), seed=3)
     assert [len(t.tokens) for t in drawn] == [len(t.tokens) for t in texts]
     svds = [ms.decompose(ms.collect_writes(embedded, task)).subspace(8) for task in drawn]

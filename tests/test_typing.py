@@ -57,4 +57,5 @@ def test_wrong_calls_are_found(folder):
     output = check(SCRIPT + "\n".join(WRONG), folder)
     for call, message in WRONG.items():
         assert message in output, (call, output)
-    assert f"Found {len(WRONG)} errors" in output
+    lines = {line.split(":")[1] for line in output.splitlines() if ": error:" in line}
+    assert len(lines) == len(WRONG)  # an overloaded call may be wrong in two ways

@@ -32,7 +32,7 @@ from mechsvd.engine.metrics import (
 from mechsvd.engine.noise import spread_by_rounding
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.subspace import at_least_single
-from mechsvd.model.sites import Model, Site, Where
+from mechsvd.model.sites import Model, Site, Where, require_model
 from mechsvd.model.tasks import Task, as_tasks
 
 CLEAN_ENTRIES = 50_000_000  # logits of the clean runs that are kept, of all texts that share passes
@@ -96,7 +96,8 @@ def measure(
             edit that changes shapes, a metric that returns anything but one finite number per edit.
         MemoryError: one edit alone does not fit.
     """
-    tasks = (task,) if isinstance(task, Task) else as_tasks(task)
+    require_model(model)
+    tasks = as_tasks(task)
     found: dict[int, Measurement] = {}
     edits = once(edits)
     with open_session(model, tasks, **options) as session:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 import torch
 
-from mechsvd.experiments.nulls import OverlapAnchors
+from mechsvd.experiments.anchors import OverlapAnchors
 from mechsvd.figures.display import label
 from mechsvd.figures.style import CLEAN, DISTINCT, EDITED, empty_figure, heat_map, line
 from mechsvd.linalg.comparison import Overlap, Pool

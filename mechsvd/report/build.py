@@ -98,7 +98,8 @@ def reproduce(
     with open_session(model):  # common warnings come once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
         studies = [_study(model, name, made, components, say) for name in made]
-        comparison = compare(model, studies, components) if len(studies) > 1 else None
+        with about("several prompts"):
+            comparison = compare(model, studies, components) if len(studies) > 1 else None
     seconds = time.perf_counter() - started
     path = write_report(
         studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=seconds

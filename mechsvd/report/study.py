@@ -14,9 +14,9 @@ from mechsvd.attribution.scores import Attribution
 from mechsvd.edits.bases import keep
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
 from mechsvd.experiments.generation import generate_tasks
 from mechsvd.experiments.heldout import HeldOut, fit_and_measure
-from mechsvd.experiments.nulls import OverlapAnchors, overlap_anchors
 from mechsvd.experiments.ranking import (
     Ranking,
     order_at_random,
