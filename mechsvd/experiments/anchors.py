@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import require_whole, whole_numbers, with_options
+from mechsvd.checks import quiet, require_whole, whole_numbers, with_options
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.nulls import RUN, random_tokens, reinitialised, require_null
@@ -153,7 +153,8 @@ def overlap_anchors(
             svds[RUN[0]] = [_decomposed(text) for text in collected(model, random_texts)]
         source = replace(session.provenance(session.sites), seed=seed)
     if RUN[1] in nulls:
-        twin_writes = collected(reinitialised(model, seed), chosen)
+        with quiet():  # what there is to say of the model was said of the original
+            twin_writes = collected(reinitialised(model, seed), chosen)
         svds[RUN[1]] = [_decomposed(text) for text in twin_writes]
     _require_ranks(ks, [svd for group in svds.values() for svd in group])
     return _anchors(svds, halves, ks, seed, source)
