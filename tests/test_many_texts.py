@@ -109,6 +109,8 @@ def test_a_summary_is_the_mean_over_texts_with_an_interval(real, texts, svd):
     assert found["mean"].tolist() == pytest.approx(ranking.effect.mean(dim=0).tolist())
     assert {"p_value", "p_family", "q_value"} <= set(found.columns)
     assert (found["p_family"] >= found["p_value"] - 1e-12).all()
+    halves = ranking.agreement_of_halves()
+    assert -1 <= halves.low <= halves.mean <= halves.high <= 1
     order = ms.order_by_effect(ranking, by="kl_divergence")
     assert (ranking.mean("kl_divergence")[order].diff() <= 0).all()
     ranks = ms.critical_rank(real.model, texts, svd, 1.0).summary()

@@ -14,7 +14,6 @@ from mechsvd.edits.gates import Basis, Gate, directions_of, gate_of, ridge_gains
 from mechsvd.edits.stacks import SiteGates
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.linalg.subspace import Subspace
-from mechsvd.results import Provenance
 
 Bases = Basis | Sequence[Basis]
 
@@ -213,8 +212,3 @@ def first_of(basis: Bases, rank: int | None) -> Any:
         )
     firsts = [Subspace(directions[:, : int(rank)], source) for directions, source in parts]
     return firsts if is_several(basis) else firsts[0]
-
-
-def source_of(basis: Any) -> Provenance | None:
-    """The model that a basis comes from; of several bases, that of the first."""
-    return directions_of(basis[0] if is_several(basis) else basis)[1]

@@ -130,12 +130,11 @@ def _by_text(writes: Writes) -> list[Float[Tensor, "site pos d_model"]]:
     """The writes of each text, at all its positions from 0."""
     texts = []
     for index in range(int(writes.task_index.max()) + 1):
-        chosen = writes.task_index == index
-        positions = writes.positions[chosen]
-        if not torch.equal(positions, torch.arange(len(positions)).to(positions)):
+        text = writes.at(writes.task_index == index)
+        if not torch.equal(text.positions, torch.arange(len(text.positions)).to(text.positions)):
             raise ValueError(
                 f"The writes of text {index} lack positions (`positions` or `skip_bos`); a baseline "
                 "by position needs all of them."
             )
-        texts.append(writes.values[:, chosen])
+        texts.append(text.values)
     return texts

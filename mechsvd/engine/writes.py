@@ -1,10 +1,11 @@
 """Collecting writes: what every site adds to the residual stream at every position of a text."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -52,6 +53,18 @@ class Writes(Result):
     def __len__(self) -> int:
         """Number of writes: sites × positions."""
         return self.values.shape[0] * self.values.shape[1]
+
+    def at(self, kept: Bool[Tensor, " pos"]) -> "Writes":
+        """The writes at some of the positions; texts keep their numbers."""
+        pieces = zip(self.pieces, kept.tolist(), strict=False)  # there may be none
+        return replace(
+            self,
+            values=self.values[:, kept],
+            tokens=self.tokens[kept],
+            positions=self.positions[kept],
+            task_index=self.task_index[kept],
+            pieces=tuple(piece for piece, is_kept in pieces if is_kept),
+        )
 
     def to_pandas(self) -> Any:
         """One row per write, with its L2 norm."""

@@ -246,25 +246,14 @@ def _quantile(texts: int) -> float:
 
 def _by_text(writes: Writes) -> list[Writes]:
     texts = range(int(writes.task_index.max()) + 1)
-    return [_at(writes, writes.task_index == text) for text in texts]
+    return [writes.at(writes.task_index == text) for text in texts]
 
 
 def _halves(writes: Writes) -> tuple[Writes, Writes]:
     even = torch.arange(len(writes.tokens)) % 2 == 0
     if bool(even.all()):
         raise ValueError("A text of one position has no halves; pass longer texts.")
-    return _at(writes, even), _at(writes, ~even)
-
-
-def _at(writes: Writes, kept: Tensor) -> Writes:
-    return Writes(
-        writes.values[:, kept],
-        writes.sites,
-        writes.tokens[kept],
-        writes.positions[kept],
-        writes.task_index[kept],
-        source=writes.source,
-    )
+    return writes.at(even), writes.at(~even)
 
 
 def _decomposed(writes: Writes) -> Decomposition:

@@ -235,24 +235,10 @@ def _folds(count: int, groups: Any, folds: Any, seed: int) -> Int[Tensor, " task
     return torch.tensor([fold_of[label] for label in labels])
 
 
-def _of_texts(writes: Writes, texts: Sequence[int]) -> Writes:
-    """The writes of some of the texts."""
-    chosen = torch.isin(writes.task_index, torch.tensor(texts))
-    places = chosen.nonzero().flatten().tolist()
-    return Writes(
-        writes.values[:, chosen],
-        writes.sites,
-        writes.tokens[chosen],
-        writes.positions[chosen],
-        writes.task_index[chosen],
-        tuple(writes.pieces[i] for i in places) if writes.pieces else (),
-        writes.source,
-    )
-
-
 def _decomposed(writes: Writes, texts: Sequence[int], per: str) -> Any:
+    chosen = torch.isin(writes.task_index, torch.tensor(texts))
     with quiet():  # few texts leave directions unseen: that is what is measured
-        return decompose(_of_texts(writes, texts), per=per)  # type: ignore[call-overload]
+        return decompose(writes.at(chosen), per=per)  # type: ignore[call-overload]
 
 
 def _order(
