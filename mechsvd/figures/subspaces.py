@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 import torch
 
-from mechsvd.experiments.anchors import OverlapAnchors
+from mechsvd.experiments.anchors import FORCED, OverlapAnchors
 from mechsvd.figures.display import label
 from mechsvd.figures.style import CLEAN, DISTINCT, EDITED, empty_figure, heat_map, line
 from mechsvd.linalg.comparison import Overlap, Pool
@@ -100,7 +100,8 @@ def pooled_spectrum(pool: Pool) -> go.Figure:
 def overlap_anchors(anchors: OverlapAnchors) -> go.Figure:
     """Chance-corrected overlap against the rank, one line per kind, with intervals over texts.
 
-    0 is the mean of random subspaces, and 1 is the same subspace.
+    0 is the mean of random subspaces, and 1 is the same subspace. What is computed and not measured
+    is grey: dotted for random subspaces, dashed for what is forced.
     """
     require_kind(anchors, OverlapAnchors)
     figure = empty_figure(
@@ -110,10 +111,12 @@ def overlap_anchors(anchors: OverlapAnchors) -> go.Figure:
     ranks = anchors.ranks[order]
     for number, kind in enumerate(anchors.kinds):
         values = anchors.chance_corrected[number, order]
-        colour = DISTINCT[number % len(DISTINCT)]
+        colour = DISTINCT[number % len(DISTINCT)] if anchors.pairs[number] else CLEAN
         hover = f"{kind}<br>k = %{{x}}<br>overlap %{{y:.4f}}<br>%{{customdata:.2f}} shared"
         trace = line(ranks, values, kind, colour, hover=hover)
         trace.customdata = anchors.shared[number, order].numpy()
+        if not anchors.pairs[number]:
+            trace.line.dash = "dash" if kind == FORCED else "dot"
         low, high = anchors.low[number, order], anchors.high[number, order]
         if anchors.pairs[number] and bool(low.isfinite().all()):
             trace.error_y = {
