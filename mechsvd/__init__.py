@@ -75,6 +75,7 @@ from mechsvd.experiments.optimal import (
     compare_baselines,
     optimal_baseline,
 )
+from mechsvd.experiments.random_texts import RandomTextComparison, compare_with_random_texts
 from mechsvd.experiments.ranking import (
     Ranking,
     Rankings,
@@ -145,7 +146,8 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     # comparison of subspaces
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     "to_transformer_lens", "from_transformer_lens",
-    "overlap_anchors", "OverlapAnchors", "null", "random_tokens", "reinitialised",
+    "overlap_anchors", "OverlapAnchors", "compare_with_random_texts",
+    "RandomTextComparison", "null", "random_tokens", "reinitialised",
     "another_text", "covariance_matched", "equal_energy",
     "contrast", "Contrast", "contrast_sweep", "ContrastSweep",
     # provenance and figures

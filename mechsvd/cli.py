@@ -4,25 +4,29 @@
 """
 
 import argparse
-import json
 import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mechsvd.checks import warn
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.loading import EMBEDDED, load_model
 from mechsvd.model.selfcheck import self_check
 from mechsvd.model.sites import COMPONENTS
 from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
+from mechsvd.model.texts import Text, read_texts, task_of
+from mechsvd.model.tokenization import prompt_tokens
 from mechsvd.version import __version__
 
+LEAST = 4  # texts of a group, for a contrast
+KIND_TEXTS, KIND_TOKENS = 8, 28  # of each kind of the embedded model's language
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -85,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a file of prompts: one per line, or JSON (see the README)",
+        help="a file of prompts: one per line, JSON lines or JSON (see `tasks_from`)",
     )
     run.add_argument(
         "--continuation",
@@ -151,32 +155,35 @@ def _reproduce(options: argparse.Namespace) -> None:
     texts = _texts(options)
     require_writable(options.out)
     model = _load(options)
-    make = partial(Task.from_text, model, max_new_tokens=options.max_new_tokens)
-    tasks: dict[str, Callable[[], Task]] = {
-        name: partial(make, prompt, continuation) for name, (prompt, continuation) in texts.items()
+    tasks = {
+        name: partial(task_of, model, text, options.max_new_tokens) for name, text in texts.items()
     }
+    groups: dict[str, list[Any]] = _kinds(texts)
+    if not groups and options.model == EMBEDDED and not (options.prompt or options.prompts):
+        groups = _embedded_kinds(model)
     reproduce(
         model,
         tasks,
         options.out,
+        groups=groups,
         components=options.components,
         cdn=options.cdn,
         say=partial(print, flush=True),
     )
 
 
-def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
+def _texts(options: argparse.Namespace) -> dict[str, Text]:
     if options.prompts:
         if options.prompt or options.continuation:
             raise ValueError(
                 "`--prompts` stands alone: put the prompts and continuations of --prompt "
                 "into the file."
             )
-        return _texts_in(options.prompts)
+        return _named(options.prompts)
     if not options.prompt:
         if options.continuation:
             raise ValueError("`--continuation` needs a `--prompt` that it continues.")
-        return {name: (prompt, None) for name, prompt in SHORTFORM_PROMPTS.items()}
+        return {name: Text(name, name, prompt) for name, prompt in SHORTFORM_PROMPTS.items()}
     if not all([*options.prompt, *(options.continuation or [])]):
         raise ValueError("A --prompt or --continuation is empty; give some text.")
     continuations = options.continuation or [None] * len(options.prompt)
@@ -186,64 +193,58 @@ def _texts(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
             "give one for each, or none."
         )
     return {
-        f"prompt-{i}": pair
-        for i, pair in enumerate(zip(options.prompt, continuations, strict=True), start=1)
+        f"prompt-{i}": Text(f"prompt-{i}", "", prompt, continuation)
+        for i, (prompt, continuation) in enumerate(
+            zip(options.prompt, continuations, strict=True), start=1
+        )
     }
 
 
-def _texts_in(path: Path) -> dict[str, tuple[str, str | None]]:
-    """Read prompts from a file.
-
-    JSON is {"name": "prompt", …} or a list; ["prompt", "continuation"] may replace a prompt.
-    Any other file has one prompt per line.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file of prompts {path}.")
-    content = path.read_text(encoding="utf-8-sig")
-    if path.suffix != ".json":
-        prompts: Any = [line for line in content.splitlines() if line.strip()]
-    else:
-        try:
-            prompts = json.loads(content, object_pairs_hook=_without_repetition)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from error
-    if isinstance(prompts, list):
-        prompts = {f"prompt-{i}": entry for i, entry in enumerate(prompts, start=1)}
-    if not isinstance(prompts, dict) or not prompts:
+def _named(path: Path) -> dict[str, Text]:
+    """The texts of a file by their names, each of which makes a folder."""
+    texts: dict[str, Text] = {}
+    for i, text in enumerate(read_texts(path), start=1):
+        name = text.name or f"prompt-{i}"
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+            raise ValueError(
+                f"{text.place}: the name {name!r} must be letters, digits, - and _, "
+                "beginning with a letter or digit, because it makes a folder."
+            )
+        if name in texts:
+            raise ValueError(f"{text.place} is named {name!r}, as {texts[name].place} is.")
+        texts[name] = text
+    if not texts:
         raise ValueError(
-            f'{path} must hold prompts: one per line, or in JSON {{"name": "prompt", …}}, '
-            "but holds none."
+            f'{path} holds no prompts: give one per line, or in JSON {{"name": "prompt", …}}.'
         )
-    return {name: _pair(path, name, entry) for name, entry in prompts.items()}
+    return texts
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(
-            f"The file of prompts names {sorted(repeated)} more than once; "
-            "each name makes a folder."
+def _kinds(texts: dict[str, Text]) -> dict[str, list[str]]:
+    """The names of the texts of each group, if the file gives groups."""
+    groups: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        if text.group:
+            groups.setdefault(text.group, []).append(name)
+    if (groups and len(groups) < 2) or any(len(names) < LEAST for names in groups.values()):
+        warn(
+            f"Directions special to a group need two groups of at least {LEAST} texts, but there "
+            f"are { ({name: len(names) for name, names in groups.items()}) }; left out."
         )
-    return dict(pairs)
+        return {}
+    return groups
 
 
-def _pair(path: Path, name: str, entry: Any) -> tuple[str, str | None]:
-    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):  # the name becomes a folder
-        raise ValueError(
-            f"{path}: the name {name!r} must be letters, digits, - and _, "
-            "beginning with a letter or digit."
-        )
-    texts = [entry] if isinstance(entry, str) else entry
-    if (
-        not isinstance(texts, list)
-        or len(texts) not in (1, 2)
-        or not all(isinstance(t, str) and t for t in texts)
-    ):
-        raise ValueError(
-            f'{path}: {name!r} must be a prompt or ["prompt", "continuation"], neither empty, '
-            f"but is {entry!r:.60}."
-        )
-    return texts[0], texts[1] if len(texts) == 2 else None
+def _embedded_kinds(model: Any) -> dict[str, list[Task]]:
+    """Texts of the four shapes of the embedded model's language, cut to one length."""
+    from mechsvd.demo.language import kinds
+
+    found: dict[str, list[Task]] = {}
+    for shape, texts in kinds(KIND_TEXTS).items():
+        ids = [torch.tensor(prompt_tokens(model, text)) for text in texts]
+        cut = {tuple(one[:KIND_TOKENS].tolist()) for one in ids if len(one) >= KIND_TOKENS}
+        found[shape] = [Task(torch.tensor(one), KIND_TOKENS // 3) for one in sorted(cut)]
+    return found
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
+import json
 import math
 import re
 import warnings
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -29,7 +31,7 @@ def data(out):
 def test_reproduce_writes_a_page_that_needs_no_network(report):
     page = (report / "report.html").read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    assert page.count('class="plotly-graph-div"') == 4 * 20 + 4
+    assert page.count('class="plotly-graph-div"') == 4 * 20 + 4 + 2
     for name, prompt in ms.SHORTFORM_PROMPTS.items():
         assert f'id="{name}"' in page
         assert prompt.split("\n")[0].split(" => ")[0] in page
@@ -106,9 +108,9 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
 def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(report):
     page = (report / "report.html").read_text()
     anchors = ("spectrum", "clipping", "directions", "orders", "critical", "texts", "held-out")
-    for anchor in (*anchors, "prompts"):
+    for anchor in (*anchors, "prompts", "special", "told"):
         assert page.count(f'href="#{anchor}"') == page.count(f'<h2 id="{anchor}">') == 1
-    assert page.count('<p class="original">') == page.count('<p class="measured">') == 10
+    assert page.count('<p class="original">') == page.count('<p class="measured">') == 11
     assert "1886, 3329, 2696 and 2518 of 4096" in page
     critical = {
         name: ms.CriticalRank.load(data(report) / name / "critical_rank.safetensors").rank
@@ -184,19 +186,46 @@ def test_prompts_from_a_file_are_those_of_the_report(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", " \n", "must hold prompts"),
-        ("p.json", "[]", "must hold prompts"),
+        ("p.txt", " \n", "p.txt holds no prompts"),
+        ("p.json", "[]", "p.json holds no prompts"),
         ("p.json", '{"a": "x", "a": "y"}', "names ['a'] more than once"),
         ("p.json", "{", "is not JSON: "),
         ("p.json", '{"../x": "hi"}', "the name '../x' must be letters"),
-        ("p.json", '{"a": ["hi", ""]}', "'a' must be a prompt or"),
-        ("p.json", '{"a": 5}', "'a' must be a prompt or"),
+        ("p.json", '{"a": ["hi", ""]}', "text 0 (a): `continuation` is empty"),
+        ("p.json", '{"a": 5}', "text 0 (a) must be a prompt, a pair"),
+        ("p.jsonl", '{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "x"}', "as text 0"),
     ],
 )
 def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, name, content, message):
     (tmp_path / name).write_text(content)
     assert main(["reproduce", "--prompts", str(tmp_path / name), "--out", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kinds", "warned"),
+    [
+        ((4, 5), {"a": [f"prompt-{i}" for i in range(1, 5)], "b": 5}, None),
+        ((4, 3), {}, "there are {'a': 4, 'b': 3}; left out"),
+        ((6,), {}, "there are {'a': 6}; left out"),
+    ],
+)
+def test_groups_in_a_file_are_contrasted(tmp_path, embedded, monkeypatch, sizes, kinds, warned):
+    asked = []
+    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *_, **given: asked.append(given))
+    lines = [
+        json.dumps({"prompt": f"I {kind} {i}", "group": kind})
+        for kind, size in zip("ab", sizes, strict=False)
+        for i in range(size)
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    arguments = ["reproduce", "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path)]
+    with pytest.warns(UserWarning, match=re.escape(warned)) if warned else nullcontext():
+        assert main(arguments) == 0
+    groups = asked[0]["groups"]
+    assert groups.get("a") == kinds.get("a")
+    assert len(groups.get("b", ())) == kinds.get("b", 0)
 
 
 def test_doctor_says_versions_device_and_the_self_check(capsys):
@@ -221,7 +250,7 @@ def test_doctor_says_versions_device_and_the_self_check(capsys):
             "2 --prompt but 1 --continuation",
         ),
         (["reproduce", "--prompt", "good", "--prompt", ""], "--continuation is empty"),
-        (["reproduce", "--prompts", "no such file"], "There is no file of prompts no such file"),
+        (["reproduce", "--prompts", "no such file"], "There is no file of texts no such file"),
         (["reproduce", "--prompts", "x", "--prompt", "y"], "`--prompts` stands alone"),
         (["doctor", "nobody/nothing"], "mechsvd: Cannot load 'nobody/nothing' from the hub"),
     ],

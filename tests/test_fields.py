@@ -52,6 +52,17 @@ def tiny_results():
         ms.OverlapAnchors(
             ("a",), torch.tensor([2, 3]), *[torch.ones(1, 2)] * 4, (1,), 3, 4, 0, SOURCE
         ),
+        ms.RandomTextComparison(
+            ("a",),
+            ("b",),
+            torch.ones(1, 2).double(),
+            torch.ones(3, 1).double(),
+            torch.ones(1).double(),
+            torch.ones(1).double(),
+            0.01,
+            0,
+            SOURCE,
+        ),
         ms.Faithfulness(
             whole,
             sizes,

@@ -1,20 +1,21 @@
 """The sentences of the report say what the numbers say: checked against numbers computed here in another way."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 import mechsvd as ms
+from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.report import findings
-from mechsvd.report.study import SIGNED, compare, study_task
+from mechsvd.report.sections import SECTIONS
+from mechsvd.report.study import SIGNED, compare, study_task, with_held_out
 
 
 @pytest.fixture(scope="module")
 def studies(embedded):
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = {
@@ -164,8 +165,12 @@ def test_texts_are_those_of_generate(embedded, studies):
         assert task.text()[1].removesuffix("</s>") == said
 
 
-def test_overlaps_are_stated_and_nothing_is_concluded(embedded, studies):
-    comparison = compare(embedded, studies)
+@pytest.fixture(scope="module")
+def comparison(embedded, studies):
+    return compare(embedded, studies)
+
+
+def test_overlaps_are_stated_and_nothing_is_concluded(comparison):
     shared, ratio = float(comparison.overlap.values[0, 1]), float(comparison.overlap.ratio[0, 1])
     said = findings.several(comparison)
     assert (
@@ -180,15 +185,78 @@ def test_overlaps_are_stated_and_nothing_is_concluded(embedded, studies):
     )
 
 
-def test_held_out_sentences_have_intervals_and_cannot_tell_from_two_texts(embedded, studies):
-    found = compare(embedded, studies)
-    said = findings.held_out(found)
-    table = found.held_out.summary()
+def test_held_out_sentences_have_intervals_over_the_texts(studies, comparison):
+    said = findings.held_out(comparison)
+    table = comparison.held_out.summary()
     own = table[(table.fitted == "own text") & (table.basis == "pooled")].iloc[0]
     expected = np.mean([lasting(s.sweep.to_pandas()) for s in studies])
     assert own["mean"] == pytest.approx(expected)
     assert f"is {own['mean']:.0f} ({own['low']:.0f} to {own['high']:.0f}) with a prompt" in said
-    assert said.count("cannot be told from chance: 2 texts can show p = 0.5 at best") == 3
+    ranks = {
+        fitted: comparison.held_out.fit(fitted).lasting_ranks()
+        for fitted in ("own text", "other texts")
+    }
+    saved = float((ranks["other texts"] - ranks["own text"]).double().mean())
+    assert f"measured on save {saved:.0f} (" in said
+
+
+def test_other_directions_stand_next_to_a_texts_own_in_its_figures(studies, comparison):
+    (found, _) = with_held_out(studies, comparison.held_out)
+    assert list(found.fits) == ["own text", "other texts", "one other text", "random directions"]
+    fit = comparison.held_out.fit("other texts").sweeps[0]
+    drawn = {trace.name: trace for trace in ms.figures.surprise(found.fits).data}
+    assert list(drawn) == list(found.fits)
+    assert list(drawn["other texts"].y) == pytest.approx((-fit.measurement.log_prob).tolist())
+    ranks = ms.figures.probability({"a": found.sweep, "b": fit}).data[1].x
+    assert list(ranks) == fit.ranks.tolist()
+
+
+def test_special_directions_are_claimed_only_where_the_interval_says_so():
+    """A contrast whose effects on the own group are ten times those on others, and one of chance."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 3, 2, 12, generator=generator, dtype=torch.float64) + 0.5
+    group = torch.arange(12) % 2
+    own = group == torch.arange(2)[:, None]
+    held = (torch.arange(12) // 2 % 2 == torch.arange(2)[:, None]).contiguous()
+
+    def contrast(factor):
+        values = noise.clone()
+        values[:, 0] *= torch.where(own, factor, 1.0)
+        values = values.where(held[:, None, None], torch.nan)
+        null = noise[:, 0].where(held[:, None], torch.nan)
+        basis = torch.eye(6)[:, :2].expand(2, 3, 2, 1, 6, 2).contiguous()
+        return Contrast(("a", "b"), values, null, group, held, basis, 0.05, "pool", 0.0)
+
+    assert "So there are directions that texts of one kind need" in findings.special(contrast(10.0))
+    said = findings.special(contrast(1.0))
+    assert "cannot be told from chance" in said
+    assert "So there are" not in said
+
+
+def test_of_a_model_that_learnt_nothing_and_random_tokens_no_sentence_claims_anything(embedded):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = ms.reinitialised(embedded, 1)
+        tasks = [ms.random_tokens(model, ms.Task(torch.arange(12), 7), seed) for seed in (1, 2)]
+        start = {"none": torch.tensor([0])}
+        found = [
+            study_task(model, f"text-{i}", task, start, progress=False)
+            for i, task in enumerate(tasks)
+        ]
+        together = compare(model, found)
+    said = [part.measured(found) for part in SECTIONS]
+    said += [findings.texts(found), findings.held_out(together), findings.several(together)]
+    said += findings.told(together.random_texts)
+    for sentence in said:
+        for claim in (
+            "than in random tokens",
+            "So there are",
+            "significant",
+            "proves",
+            "shows that",
+        ):
+            assert claim not in sentence
+    assert sum("cannot be told from chance" in sentence for sentence in said) == 5
 
 
 def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
@@ -218,23 +286,20 @@ def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
     assert ("once each" in findings.critical_ranks(once)) == (len(once[0].critical.crossings) == 1)
 
 
-def test_without_a_critical_rank_nothing_is_claimed(embedded, studies):
+def with_overlap(comparison, studies):
+    return dataclasses.replace(comparison, overlap=ms.overlap([s.subspace for s in studies]))
+
+
+def test_without_a_critical_rank_nothing_is_claimed(studies, comparison):
     first, second = studies
     never = dataclasses.replace(first.critical, margins=first.critical.margins - 1e6)
     without = dataclasses.replace(first, critical=never)
     assert "none (meaning)" in findings.critical_ranks([without, second])
     assert "of 1 prompts (1 prompts have none" in findings.texts([without, second])
-    whole = compare(
-        embedded,
-        [
-            without,
-            dataclasses.replace(
-                second, critical=dataclasses.replace(second.critical, margins=never.margins)
-            ),
-        ],
-    )
+    assert without.subspace.rank == without.pooled.rank
+    whole = with_overlap(comparison, [without, without])
     assert "Here this test cannot tell" in findings.several(whole)
-    mixed = compare(embedded, [without, second, first])
+    mixed = with_overlap(comparison, [without, second, first])
     assert "in the 1 of 3 pairs where neither is all or nothing" in findings.several(mixed)
 
 

@@ -200,6 +200,18 @@ def write(shape: str, rng: random.Random) -> tuple[str, float]:
     return fill(shape), nats
 
 
+def kinds(count: int, seed: int = 0) -> dict[str, list[str]]:
+    """Different texts of each shape."""
+    rng = random.Random(seed)
+    texts: dict[str, list[str]] = {}
+    for shape in SHAPES:
+        own: dict[str, None] = {}
+        while len(own) < count:
+            own[write(shape, rng)[0]] = None
+        texts[shape] = list(own)
+    return texts
+
+
 def is_grammatical(text: str, shape: str) -> bool:
     """Whether `write` can produce this whole text for this shape."""
     if shape == "translation":

@@ -55,12 +55,12 @@ class Fit(Result):
         A text that never comes so close with the directions that there are counts as `d_model`,
         which is too few: it needs what they do not span.
         """
-        ranks = [_lasting(sweep, nats) for sweep in self.sweeps.parts]
+        ranks = [lasting_rank_within(sweep, nats) for sweep in self.sweeps.parts]
         return torch.tensor([self.d_model if rank is None else rank for rank in ranks])
 
     def reached(self, nats: float = 1.0) -> int:
         """The number of texts that have a lasting rank."""
-        return sum(_lasting(sweep, nats) is not None for sweep in self.sweeps.parts)
+        return sum(lasting_rank_within(sweep, nats) is not None for sweep in self.sweeps.parts)
 
     @property
     def source(self) -> Provenance | None:
@@ -196,7 +196,7 @@ def fit_and_measure(
             own = (fold == number).nonzero().flatten().tolist()
             others = (fold != number).nonzero().flatten().tolist()
             for basis, per in BASES.items():
-                svd = _decomposed(everything, others, per)
+                svd = decompose_texts(everything, others, per)
                 sweep((OTHERS, basis), svd, others, own)
         generator = torch.Generator().manual_seed(seed)
         for i in range(len(texts)):
@@ -204,7 +204,7 @@ def fit_and_measure(
             other = others[int(torch.randint(len(others), (1,), generator=generator))]
             for basis, per in BASES.items():
                 for fitted, source in ((OWN, i), (ONE, other)):
-                    svd = _decomposed(everything, [source], per)
+                    svd = decompose_texts(everything, [source], per)
                     sweep((fitted, basis), svd, [source], [i])
         random = _random(everything, seed)
         sweeps = sweep_rank(model, texts, random, chosen_ranks, **options)
@@ -235,7 +235,8 @@ def _folds(count: int, groups: Any, folds: Any, seed: int) -> Int[Tensor, " task
     return torch.tensor([fold_of[label] for label in labels])
 
 
-def _decomposed(writes: Writes, texts: Sequence[int], per: str) -> Any:
+def decompose_texts(writes: Writes, texts: Sequence[int], per: str) -> Any:
+    """The decomposition of the writes of some texts, by their numbers; see `decompose`."""
     chosen = torch.isin(writes.task_index, torch.tensor(texts))
     with quiet():  # few texts leave directions unseen: that is what is measured
         return decompose(writes.at(chosen), per=per)  # type: ignore[call-overload]
@@ -268,6 +269,7 @@ def _random(writes: Writes, seed: int) -> Decomposition:
     )
 
 
-def _lasting(sweep: RankSweep, nats: float) -> int | None:
+def lasting_rank_within(sweep: RankSweep, nats: float) -> int | None:
+    """The rank from which all larger ones stay within `nats`, summed over the text; or None."""
     criterion = kl_at_most(nats / sweep.measurement.log_probs.shape[1])
     return critical_rank_of(sweep, criterion=criterion).lasting_rank

@@ -1,12 +1,13 @@
 """Plotly figures of rank sweeps, searches and ridge sweeps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import cycle
 
 import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from mechsvd.engine.measurement import Measurement
 from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.experiments.search import CriticalRank
 from mechsvd.experiments.sweeps import RankSweep
@@ -32,40 +33,63 @@ _AXES = {
 }
 
 
-def probability(sweep: RankSweep) -> go.Figure:
-    """Probability of the continuation against the number of kept directions."""
-    require_kind(sweep, RankSweep)
+def probability(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
+    """Probability of the continuation against the number of kept directions.
+
+    Args:
+        sweep: one, or several by name, such as those with directions of other texts.
+
+    Raises:
+        TypeError, ValueError: no sweep, or sweeps of different models.
+    """
     figure = empty_figure(
         "Generation probability", "kept directions", "probability of the continuation"
     )
-    figure.add_trace(
-        line(
-            sweep.ranks,
-            sweep.measurement.log_prob.exp(),
-            "clipped",
-            EDITED,
-            hover="k = %{x}<br>p = %{y:.4g}",
-        )
-    )
-    return with_clean(figure, sweep.measurement.clean_run.log_prob.exp())
+    return _curves(figure, sweep, lambda measured: measured.log_prob.exp(), "p = %{y:.4g}")
 
 
-def surprise(sweep: RankSweep) -> go.Figure:
-    """Surprise (−log-probability) of the continuation against the number of kept directions."""
-    require_kind(sweep, RankSweep)
+def surprise(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
+    """Surprise (−log-probability) of the continuation against the number of kept directions.
+
+    Args:
+        sweep: see `probability`.
+
+    Raises:
+        TypeError, ValueError: no sweep, or sweeps of different models.
+    """
     figure = empty_figure(
         "Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True
     )
-    figure.add_trace(
-        line(
-            sweep.ranks,
-            -sweep.measurement.log_prob,
-            "clipped",
-            EDITED,
-            hover="k = %{x}<br>%{y:.4g} nats",
+    return _curves(figure, sweep, lambda measured: -measured.log_prob, "%{y:.4g} nats")
+
+
+def _curves(
+    figure: go.Figure,
+    sweep: RankSweep | Mapping[str, RankSweep],
+    values: Callable[[Measurement], Tensor],
+    hover: str,
+) -> go.Figure:
+    """Draw a value of each sweep, and the clean value of the first."""
+    sweeps = dict(sweep) if isinstance(sweep, Mapping) else {"clipped": sweep}
+    if not sweeps:
+        raise ValueError("There are no sweeps to draw; give at least one, by its name.")
+    first = next(iter(sweeps.values()))
+    colours = [EDITED] if len(sweeps) == 1 else cycle(DISTINCT)
+    for colour, (name, one) in zip(colours, sweeps.items(), strict=False):
+        require_kind(one, RankSweep)
+        require_same_model(first.source, one.source, "The sweeps")
+        which = f"{label(name)}<br>" if len(sweeps) > 1 else ""
+        figure.add_trace(
+            line(
+                one.ranks,
+                values(one.measurement),
+                label(name),
+                colour,
+                hover=f"{which}k = %{{x}}<br>{hover}",
+            )
         )
-    )
-    return with_clean(figure, -sweep.measurement.clean_run.log_prob)
+    figure = with_clean(figure, values(first.measurement.clean_run))
+    return figure.update_layout(showlegend=True) if len(sweeps) > 1 else figure
 
 
 def deltas(sweep: RankSweep) -> go.Figure:
@@ -115,16 +139,26 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     )
 
 
-def metric(sweep: RankSweep) -> go.Figure:
-    """The metric that was measured against the number of kept directions."""
-    require_kind(sweep, RankSweep)
-    name, unit = label(sweep.measurement.metric), label(sweep.measurement.unit)
+def metric(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
+    """The metric that was measured against the number of kept directions.
+
+    Args:
+        sweep: see `probability`.
+
+    Raises:
+        TypeError, ValueError: no sweep, or sweeps of different models or metrics.
+    """
+    sweeps = list(sweep.values()) if isinstance(sweep, Mapping) else [sweep]
+    for one in sweeps:
+        require_kind(one, RankSweep)
+    if len(metrics := {one.measurement.metric for one in sweeps}) > 1:
+        raise ValueError(f"The sweeps measure different metrics: {sorted(metrics)}.")
+    measured = sweeps[0].measurement if sweeps else None
+    name, unit = (label(measured.metric), label(measured.unit)) if measured else ("", "")
     figure = empty_figure(
         name.replace("_", " ").capitalize(), "kept directions", f"{name} ({unit})" if unit else name
     )
-    hover = f"k = %{{x}}<br>%{{y:.4g}} {unit}"
-    figure.add_trace(line(sweep.ranks, sweep.measurement.value, "clipped", EDITED, hover=hover))
-    return with_clean(figure, sweep.measurement.clean_run.value)
+    return _curves(figure, sweep, lambda measured: measured.value, f"%{{y:.4g}} {unit}")
 
 
 def race_of_orders(sweeps: Mapping[str, RankSweep], by: str = "surprise") -> go.Figure:

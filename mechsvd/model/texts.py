@@ -11,7 +11,7 @@ from mechsvd.checks import warn
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tasks import Task
 
-KEYS = ("name", "prompt", "continuation", "wrong", "messages")
+KEYS = ("name", "prompt", "continuation", "wrong", "messages", "group")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Text:
         continuation: None for what the model continues with greedily.
         wrong: texts of single tokens, for a choice.
         messages: of a chat, instead of a prompt.
+        group: its kind, for a contrast of kinds.
         place: for messages, such as "text 3 (line 5 of prompts.txt)".
     """
 
@@ -31,6 +32,7 @@ class Text:
     continuation: str | None = None
     wrong: str | list[str] | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
+    group: str = ""
 
 
 def tasks_from(
@@ -67,7 +69,7 @@ def tasks_from(
     made: list[tuple[Text, Task]] = []
     for text in read_texts(source, bad if on_bad == "skip" else None):
         try:
-            made.append((text, _task(model, text, max_new_tokens, prepend_bos, truncate)))
+            made.append((text, task_of(model, text, max_new_tokens, prepend_bos, truncate)))
         except (ValueError, TypeError) as error:
             problem = f"{text.place}: {error}"
             if on_bad == "error":
@@ -172,7 +174,7 @@ def _text(place: str, name: str, entry: Any) -> Text:
     fields.setdefault("name", name)
     if not messages and not fields.get("prompt"):
         raise ValueError(f"{place} has no `prompt`: it is empty or missing.")
-    for key in ("name", "prompt", "continuation"):
+    for key in ("name", "prompt", "continuation", "group"):
         if key in fields and not isinstance(fields[key], str):
             raise TypeError(f"{place}: `{key}` must be text, but is {fields[key]!r:.40}.")
     if fields.get("continuation") == "":
@@ -182,13 +184,18 @@ def _text(place: str, name: str, entry: Any) -> Text:
     return Text(place, messages=messages, **fields)
 
 
-def _task(
+def task_of(
     model: Model,
     text: Text,
     max_new_tokens: int,
-    prepend_bos: bool | None,
-    truncate: Literal["left"] | None,
+    prepend_bos: bool | None = None,
+    truncate: Literal["left"] | None = None,
 ) -> Task:
+    """Make the task of one text; see `tasks_from`.
+
+    Raises:
+        ValueError, TypeError: it does not fit the model.
+    """
     prompt = text.prompt
     if text.messages:
         template = getattr(model.tokenizer, "chat_template", None)

@@ -14,6 +14,7 @@ import torch
 from mechsvd.checks import about
 from mechsvd.engine.passes import estimate_seconds
 from mechsvd.engine.session import open_session
+from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.figures.display import escape, file_name
 from mechsvd.model.selfcheck import SelfCheck, self_check
 from mechsvd.model.sites import COMPONENTS, Model
@@ -30,9 +31,19 @@ from mechsvd.report.sections import (
     prompt_text,
     section,
     several,
+    special,
     texts,
+    told,
 )
-from mechsvd.report.study import SWEEPS, Comparison, Study, compare, study_task
+from mechsvd.report.study import (
+    SWEEPS,
+    Comparison,
+    Study,
+    compare,
+    compare_groups,
+    study_task,
+    with_held_out,
+)
 from mechsvd.report.tables import write_tables
 from mechsvd.results import Provenance
 
@@ -46,6 +57,7 @@ def write_report(
     out: Path,
     *,
     comparison: Comparison | None = None,
+    contrast: Contrast | None = None,
     cdn: bool = False,
     seconds: float | None = None,
 ) -> Path:
@@ -56,6 +68,7 @@ def write_report(
 
     Args:
         comparison: of the prompts, if there are several.
+        contrast: of groups of texts, if there are some.
         cdn: load plotly from the network instead of including it in the page (5 MB).
         seconds: how long the run took; the page shows it.
 
@@ -67,10 +80,10 @@ def write_report(
     """
 
     def write(folder: Path, name: str) -> str:
-        write_tables(studies, comparison, folder)
+        write_tables(studies, comparison, contrast, folder)
         if len(studies) > MANY:
             _write_pages(studies, folder, cdn)
-        return _page(studies, comparison, check, cdn, seconds, f"{DATA}/{name}/")
+        return _page(studies, comparison, contrast, check, cdn, seconds, f"{DATA}/{name}/")
 
     return replace_run(out, write)
 
@@ -80,6 +93,7 @@ def reproduce(
     tasks: Mapping[str, Callable[[], Task]],
     out: Path,
     *,
+    groups: Mapping[str, Sequence[Task | str]] | None = None,
     components: Sequence[str] = COMPONENTS,
     cdn: bool = False,
     say: Callable[[str], None] = print,
@@ -88,6 +102,7 @@ def reproduce(
 
     Args:
         tasks: functions that make the tasks, by name.
+        groups: tasks, or names of prompts, by their kind, whose special directions are looked for.
         say: is called with one line per step.
 
     Raises:
@@ -98,11 +113,28 @@ def reproduce(
     with open_session(model):  # common warnings come once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
         studies = [_study(model, name, made, components, say) for name in made]
-        with about("several prompts"):
-            comparison = compare(model, studies, components) if len(studies) > 1 else None
+        kinds = {
+            kind: [made[task] if isinstance(task, str) else task for task in own]
+            for kind, own in (groups or {}).items()
+        }
+        comparison = contrast = None
+        if len(studies) > 1:
+            with about("several prompts"):
+                every = [task for own in kinds.values() for task in own]
+                comparison = compare(model, studies, components, more=every)
+            studies = with_held_out(studies, comparison.held_out)
+        if kinds:
+            with about("special directions"):
+                contrast = compare_groups(model, kinds, components)
     seconds = time.perf_counter() - started
     path = write_report(
-        studies, self_check(model), out, comparison=comparison, cdn=cdn, seconds=seconds
+        studies,
+        self_check(model),
+        out,
+        comparison=comparison,
+        contrast=contrast,
+        cdn=cdn,
+        seconds=seconds,
     )
     say(f"{path} after {time.perf_counter() - started:.0f} s")
     return path
@@ -156,6 +188,7 @@ def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, tor
 def _page(
     studies: Sequence[Study],
     comparison: Comparison | None,
+    contrast: Contrast | None,
     check: SelfCheck,
     cdn: bool,
     seconds: float | None,
@@ -163,27 +196,26 @@ def _page(
 ) -> str:
     source = studies[0].sweep.source
     assert source is not None  # `measure` always sets it
-    titles = {s.name: s.title for s in SECTIONS} | {
-        "texts": "Text from inside",
-        "held-out": "Held-out texts",
-        "prompts": "Several prompts",
-    }
-    links = "".join(
-        f'<a href="#{name}">{title}</a>'
-        for name, title in titles.items()
-        if comparison or name not in ("prompts", "held-out")
-    )
+    titles = {"told": "What can be told"} | {s.name: s.title for s in SECTIONS}
+    titles["texts"] = "Text from inside"
+    if comparison:
+        titles |= {"held-out": "Held-out texts", "prompts": "Several prompts"}
+    if contrast:
+        titles["special"] = "Special directions"
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles.items())
     body = "\n".join(
         [
             *(section(part, studies) for part in SECTIONS),
             texts(studies),
             held_out(comparison) + several(comparison) if comparison else "",
+            special(contrast) if contrast else "",
         ]
     )
     content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
 <p>The shortform's experiments on Llama-3-8B, repeated on this model. Each section says what the
 shortform saw. The text in bold says what was measured here.</p>
 <nav>{links}</nav>
+{told(comparison)}
 {_prompts(studies, data)}
 {body}
 <h2>Provenance</h2>

@@ -3,22 +3,25 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechsvd.attribution.scores import Attribution
 from mechsvd.engine.measurement import Measurement
+from mechsvd.experiments.contrast_results import NULL, Contrast
 from mechsvd.experiments.criteria import (
     Criterion,
     change_at_most,
     kl_at_most,
     same_greedy_text,
 )
-from mechsvd.experiments.heldout import ONE, OTHERS, OWN, RANDOM
+from mechsvd.experiments.heldout import ONE, OTHERS, OWN, RANDOM, Fit
+from mechsvd.experiments.intervals import interval_columns
+from mechsvd.experiments.random_texts import RandomTextComparison
 from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.experiments.search import critical_rank_of, ranks_without_each_token
-from mechsvd.experiments.statistics import sign_flip, smallest_p
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.model.sites import Site
 from mechsvd.report.study import Comparison, Study, Text
@@ -26,7 +29,8 @@ from mechsvd.report.study import Comparison, Study, Text
 NEAR = 1.0  # nats of KL divergence, summed over the text, that count as close to clean
 
 LISTED = 6  # with more prompts, a sentence gives their spread
-ALPHA = 0.05  # a difference with a larger p-value cannot be told from chance
+CONFIDENCE = 0.99  # of the interval that must exclude 1 before directions are called special
+CANNOT = "cannot be told from chance"
 
 
 def main_numbers(study: Study) -> dict[str, str]:
@@ -323,32 +327,23 @@ def held_out(comparison: Comparison) -> str:
         row = table.loc[(fitted, basis)]
         return f"{row['mean']:.0f} ({row['low']:.0f} to {row['high']:.0f})"
 
-    pooled, by_site = (
-        found.fit(OTHERS, basis).lasting_ranks(NEAR) - found.fit(OWN, basis).lasting_ranks(NEAR)
-        for basis in ("pooled", "per site")
-    )
-    gain = found.fit(OTHERS).lasting_ranks(NEAR) - found.fit(OTHERS, "per site").lasting_ranks(NEAR)
+    def fewer(first: Fit, second: Fit) -> str:
+        difference = (second.lasting_ranks(NEAR) - first.lasting_ranks(NEAR)).double()
+        columns = interval_columns(difference[:, None], 0.95)
+        mean, low, high = (float(columns[name][0]) for name in ("mean", "low", "high"))
+        return f"{mean:.0f} ({low:.0f} to {high:.0f})"
+
     return (
         f"Here the lasting rank for {NEAR:g} nat of KL divergence, in the mean over {count} prompts "
         f"with a 95 % interval, is {number(OWN)} with a prompt’s own directions, {number(OTHERS)} "
         f"with those of other prompts, {number(ONE)} with those of one other, and "
         f"{table.loc[(RANDOM, 'pooled')]['mean']:.0f} at random. With a basis per site it is "
         f"{number(OWN, 'per site')} and {number(OTHERS, 'per site')}. "
-        f"Own directions: {_compared(pooled)} than those of others with one basis, and "
-        f"{_compared(by_site)} with a basis per site. Of the directions of others, a basis per site "
-        f"needs {_compared(gain)} than one basis."
+        "Directions fitted on the text that they are measured on save "
+        f"{fewer(found.fit(OWN), found.fit(OTHERS))} of these directions with one basis, and "
+        f"{fewer(found.fit(OWN, 'per site'), found.fit(OTHERS, 'per site'))} with a basis per site: "
+        "the part of the curves above that is fitted."
     )
-
-
-def _compared(fewer: Tensor) -> str:
-    """A paired difference over texts, and whether the sign-flip test tells it from chance."""
-    effects, least = fewer.double()[:, None], smallest_p(len(fewer))
-    p, mean = float(sign_flip(effects).p_value[0]), float(effects.mean())
-    verdict = f"p = {p:.2g}"
-    if p > ALPHA:
-        why = verdict if least <= ALPHA else f"{len(fewer)} texts can show p = {least:.2g} at best"
-        verdict = f"cannot be told from chance: {why}"
-    return f"{abs(mean):.0f} {'fewer' if mean >= 0 else 'more'} ({verdict})"
 
 
 def several(comparison: Comparison) -> str:
@@ -388,8 +383,60 @@ def _anchored(comparison: Comparison) -> str:
     return (
         f"Of the first {rank} directions, on a scale from 0 (random subspaces) to 1 (the same), two "
         f"prompts share {number('texts')}; random tokens {number('random tokens')}, and the prompts "
-        f"in a model with redrawn weights {number('reinitialised')}. So sharing more than "
-        "random subspaces is no sign of shared content."
+        f"in a model with redrawn weights {number('reinitialised')}."
+    )
+
+
+def told(found: RandomTextComparison | None) -> list[str]:
+    """What texts show that texts of random tokens do not, and what cannot be told.
+
+    One sentence per question, the certain ones first; then how certain they are.
+    """
+    if found is None:
+        return [
+            "With one text, nothing can be told from chance, and the directions are fitted on the "
+            "text that they are measured on. Every number below describes this text only."
+        ]
+    said = sorted(map(_difference, found.to_pandas().to_dict("records")), key=lambda s: CANNOT in s)
+    least = found.smallest_p
+    few = "" if least <= found.alpha else f", and {len(found.effects)} texts can show {least:.2g}"
+    return [
+        *said,
+        f"The p-values hold for the {len(said)} questions together. At most {found.alpha:g} counts "
+        f"as told{few}.",
+    ]
+
+
+def _difference(row: dict[str, Any]) -> str:
+    question, unit = row["question"], row["unit"] and f" {row['unit']}"
+    verdict = row["verdict"]
+    outcome = f"{verdict} than in random tokens" if verdict in ("more", "less") else CANNOT
+    numbers = (
+        f"{row['texts']:.3g}{unit} in {row['n']} texts, {row['random_texts']:.3g} in random tokens; "
+        f"difference {row['difference']:.2g} ({row['low']:.2g} to {row['high']:.2g})"
+    ).replace("-", "−")
+    return f"{question[0].upper()}{question[1:]}: {numbers}, p = {row['p_family']:.2g}: {outcome}."
+
+
+def special(contrast: Contrast) -> str:
+    """Whether there are directions special to groups of texts, and what is shared by all."""
+    table = contrast.summary(CONFIDENCE).set_index(["method", "group"])
+
+    def ratio(method: str) -> str:
+        row = table.loc[(method, "all")]
+        return f"{row['ratio']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
+
+    own, others = (table.loc[("special", "all"), side] for side in ("own", "others"))
+    if table.loc[("special", "all"), "low"] > 1:
+        verdict = "So there are directions that texts of one kind need and texts of others do not."
+    else:
+        verdict = f"Directions special to a kind of text {CANNOT}."
+    return (
+        f"Here removing {contrast.k} directions of a kind costs held-out texts of this kind "
+        f"{own:.3g} nats per token and texts of the others {others:.3g}: a ratio of "
+        f"{ratio('special')}, with a {CONFIDENCE:.0%} interval over texts and splits. It is "
+        f"{ratio('singular')} for as many top singular directions, {ratio('random')} for random "
+        f"ones, and {ratio(NULL)} between halves of one kind. {verdict}"
     )
 
 

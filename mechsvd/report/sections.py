@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mechsvd import figures
+from mechsvd.experiments.contrast_results import Contrast
+from mechsvd.experiments.heldout import OTHERS
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.figures.display import escape, file_name
 from mechsvd.report import findings
@@ -62,12 +64,12 @@ SECTIONS = (
         "writes against <i>k</i>, with one forward pass per point and no error bars.",
         findings.clipping,
         lambda s: {
-            "probability": figures.probability(s.sweep),
-            "surprise": figures.surprise(s.sweep),
+            "probability": figures.probability(s.fits if s.elsewhere else s.sweep),
+            "surprise": figures.surprise(s.fits if s.elsewhere else s.sweep),
             "bases": figures.race_of_orders(
-                {"one basis for all sites": s.sweep, "a basis per site": s.by_site},
+                {"one basis for all sites": s.sweep, "a basis per site": s.by_site, **s.elsewhere},
                 by="kl_divergence",
-            ).update_layout(title_text="One basis, and one per site"),
+            ).update_layout(title_text="What the directions are fitted on"),
             "deltas": figures.deltas(s.sweep),
             "kept_deltas_by_site": figures.delta_map(s.sweep),
             "orig_deltas_by_site": figures.delta_map(s.sweep, kept=False),
@@ -100,8 +102,8 @@ SECTIONS = (
         "The shortform repeated the sweep in other orders of the directions.",
         findings.orders,
         lambda s: {
-            "race_of_orders_by_divergence": figures.race_of_orders(s.sweeps, by="kl_divergence"),
-            "race_of_orders": figures.race_of_orders(s.sweeps),
+            "race_of_orders_by_divergence": figures.race_of_orders(_race(s), by="kl_divergence"),
+            "race_of_orders": figures.race_of_orders(_race(s)),
         },
     ),
     Section(
@@ -177,6 +179,49 @@ def one_prompt(study: Study) -> str:
     return f"{prompt_text(study)}{''.join(parts)}{texts([study])}"
 
 
+def told(comparison: Comparison | None) -> str:
+    """The first section: what can be told from chance."""
+    items = "".join(
+        f"<li>{escape(sentence)}</li>"
+        for sentence in findings.told(comparison.random_texts if comparison else None)
+    )
+    return (
+        '<h2 id="told">What can be told from chance</h2><p>Each text is compared with a text of '
+        "random tokens of the same length in the same model, and the test exchanges the two. "
+        "Everything else on this page describes the prompts that were measured.</p>"
+        f'<ul class="told">{items}</ul>'
+    )
+
+
+def special(contrast: Contrast) -> str:
+    """Which directions are special to a kind of text: the question that the shortform asked."""
+    top = heading(
+        "special",
+        "Directions special to a kind of text",
+        "Which directions do the texts of one kind need, and those of other kinds not? The special "
+        "directions of a kind come from some of its texts, by the eigenvectors of its writes’ "
+        "second moment relative to that of the other kinds. They are removed from texts that they "
+        "had not seen.",
+        "The shortform looked for dimensions general to all texts and special to each in the "
+        "singular vectors of all bases side by side, and saw none.",
+        findings.special(contrast),
+    )
+    plots = {
+        f"contrast_{method}": figures.contrast_map(contrast, method)
+        for method in ("special", "singular")
+    }
+    return top + grid([plot(name, "", figure) for name, figure in plots.items()])
+
+
+def _race(study: Study) -> dict[str, RankSweep]:
+    """The orders of a prompt's own directions, and the directions of other prompts."""
+    return study.sweeps | {
+        f"{name}, by singular value": sweep
+        for name, sweep in study.elsewhere.items()
+        if name == OTHERS
+    }
+
+
 def _lines(sweeps: dict[str, RankSweep], title: str) -> Any:
     figure = figures.race_of_orders(sweeps, by="kl_divergence")
     return figure.update_layout(title_text=title, showlegend=False)
@@ -224,9 +269,9 @@ def held_out(comparison: Comparison) -> str:
     top = heading(
         "held-out",
         "Held-out texts",
-        "All figures above use directions of the very text that they measure. Here the directions "
-        "come from other prompts, from one other prompt, or at random. Lines are means over the "
-        "prompts, bands 95 % intervals of the means.",
+        "Where nothing else is said, the figures above use directions of the very text that they "
+        "measure. Here the directions also come from other prompts, from one other prompt, or at "
+        "random. Lines are means over the prompts, bands 95 % intervals of the means.",
         "The shortform measured each prompt with its own directions.",
         findings.held_out(comparison),
     )

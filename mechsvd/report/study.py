@@ -1,7 +1,8 @@
 """The shortform's experiment on one prompt, in its order, and the comparison of prompts."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import torch
@@ -15,8 +16,11 @@ from mechsvd.edits.bases import keep
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
+from mechsvd.experiments.contrast_results import Contrast
+from mechsvd.experiments.contrasts import contrast
 from mechsvd.experiments.generation import generate_tasks
-from mechsvd.experiments.heldout import HeldOut, fit_and_measure
+from mechsvd.experiments.heldout import OWN, RANDOM, HeldOut, fit_and_measure
+from mechsvd.experiments.random_texts import RandomTextComparison, compare_with_random_texts
 from mechsvd.experiments.ranking import (
     Ranking,
     order_at_random,
@@ -40,6 +44,8 @@ SIGNED = "the shortform's signed effect"
 SWEEPS = 7  # over all directions, per task: six orders, and the ranking
 RANKS = (8, 16, 32)  # of the subspaces whose overlap is compared with nulls
 ANCHORED = 12  # texts at most in that comparison
+TWINNED, FEWEST = 24, 8  # texts compared with random ones: at most, and enough to tell
+SPECIAL = 8  # directions of each group of texts
 FOLDS = 5  # of the texts, or one text a fold if there are fewer
 FEWER = (0.75, 0.5, 0.25)  # shares of the critical rank that also write texts
 
@@ -75,11 +81,17 @@ class Study:
     critical: CriticalRank
     texts: tuple[Text, ...]
     attribution: Attribution  # of the probability to the gains
+    elsewhere: dict[str, RankSweep] = field(default_factory=dict)  # directions of other texts
 
     @property
     def sweep(self) -> RankSweep:
         """The sweep by falling singular value."""
         return self.sweeps[BY_SIZE]
+
+    @property
+    def fits(self) -> dict[str, RankSweep]:
+        """Sweeps with one basis for all sites, by what it is fitted on; see `with_held_out`."""
+        return {OWN: self.sweep} | self.elsewhere
 
     @property
     def subspace(self) -> Subspace:
@@ -97,6 +109,7 @@ class Comparison:
     angles: dict[tuple[str, str], Tensor]  # principal angles of each pair, in radians
     held_out: HeldOut
     anchors: OverlapAnchors
+    random_texts: RandomTextComparison
 
 
 def study_task(
@@ -150,9 +163,17 @@ def study_task(
 
 
 def compare(
-    model: Model, studies: Sequence[Study], components: Sequence[str] = COMPONENTS
+    model: Model,
+    studies: Sequence[Study],
+    components: Sequence[str] = COMPONENTS,
+    *,
+    more: Sequence[Task] = (),
 ) -> Comparison:
-    """Compare at least two prompts: their subspaces, and directions of one on another."""
+    """Compare at least two prompts: their subspaces, and directions of one on another.
+
+    Args:
+        more: eight of these are compared with random ones if the prompts are fewer.
+    """
     subspaces = [study.subspace for study in studies]
     names = tuple(study.name for study in studies)
     pairs = combinations(zip(names, subspaces, strict=True), 2)
@@ -163,9 +184,34 @@ def compare(
     half = min(len(study.writes) for study in studies) // 2  # writes of half a text
     most = min(half // 2, studies[0].pooled.d_model // 2)
     sizes = [rank for rank in RANKS if rank <= most] or [1]
-    few = [study.task for study in studies][:ANCHORED]
-    anchors = overlap_anchors(model, few, sizes, components=components)
-    return Comparison(names, overlap(subspaces), pool(subspaces), angles, held_out, anchors)
+    tasks = [study.task for study in studies]
+    anchors = overlap_anchors(model, tasks[:ANCHORED], sizes, components=components)
+    several, most = (more, FEWEST) if len(tasks) < FEWEST <= len(more) else (tasks, TWINNED)
+    chosen = several[:: math.ceil(len(several) / most)]
+    random = compare_with_random_texts(model, chosen, components=components)
+    return Comparison(names, overlap(subspaces), pool(subspaces), angles, held_out, anchors, random)
+
+
+def with_held_out(studies: Sequence[Study], held_out: HeldOut) -> list[Study]:
+    """Give each study the sweeps of its text with directions of other texts, and random ones."""
+    fits = {
+        fit.fitted: fit.sweeps.parts
+        for fit in held_out.fits
+        if fit.basis == "pooled"
+        and fit.fitted != OWN
+        and (fit.order == BY_SIZE or fit.fitted == RANDOM)
+    }
+    return [
+        replace(study, elsewhere={name: parts[i] for name, parts in fits.items()})
+        for i, study in enumerate(studies)
+    ]
+
+
+def compare_groups(
+    model: Model, groups: Mapping[str, Sequence[Task]], components: Sequence[str] = COMPONENTS
+) -> Contrast:
+    """Split the dimensions into those special to each group of texts and those shared."""
+    return contrast(model, groups, min(SPECIAL, model.cfg.d_model // 4), components=components)
 
 
 def _rank_or_all(critical: CriticalRank, svd: Decomposition) -> int:

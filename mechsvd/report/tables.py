@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.figures.display import file_name
 from mechsvd.report.study import Comparison, Study
 from mechsvd.results import write_atomically
@@ -13,7 +14,12 @@ TOGETHER = "_all"  # folder for all prompts together; no prompt's folder begins 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets compute cells that begin so
 
 
-def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder: Path) -> None:
+def write_tables(
+    studies: Sequence[Study],
+    comparison: Comparison | None,
+    contrast: Contrast | None,
+    folder: Path,
+) -> None:
     """Write the tables and results of every prompt, and of all together, into a folder.
 
     Raises:
@@ -21,9 +27,16 @@ def write_tables(studies: Sequence[Study], comparison: Comparison | None, folder
     """
     for study in studies:
         _write(folder / file_name(study.name), _tables(study), _results(study))
+    tables: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if comparison:
+        tables = _tables_together(comparison)
         results = {"overlap": comparison.overlap, "pool": comparison.pool}
-        _write(folder / TOGETHER, _tables_together(comparison), results)
+    if contrast:
+        tables |= {"contrast": contrast.to_pandas(), "contrast_ratios": contrast.summary()}
+        results["contrast"] = contrast
+    if tables:
+        _write(folder / TOGETHER, tables, results)
 
 
 def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> None:
@@ -118,6 +131,7 @@ def _tables_together(comparison: Comparison) -> dict[str, Any]:
             task=lambda table: table["task"].map(names)
         ),
         "held_out_lasting_ranks": comparison.held_out.summary(),
+        "random_texts": comparison.random_texts.to_pandas(),
         "overlap": pairs,
         "overlap_anchors": comparison.anchors.to_pandas(),
         "pool": comparison.pool.to_pandas(),
