@@ -29,6 +29,7 @@ from mechsvd.attribution.gradients import (
 )
 from mechsvd.attribution.hessian import hessian_attribution, hessian_attribution_of
 from mechsvd.attribution.scores import Attribution
+from mechsvd.attribution.stress import WorstGains, worst_gains
 from mechsvd.edits.baselines import Baseline
 from mechsvd.edits.bases import ablate, gate, keep, shrink
 from mechsvd.edits.exchange import from_transformer_lens, to_transformer_lens
@@ -135,7 +136,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
     "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
     "dose_response", "DoseResponse", "fit_and_measure", "HeldOut", "Fit",
-    "measure_faithfulness", "Faithfulness", "areas",
+    "measure_faithfulness", "worst_gains", "WorstGains", "Faithfulness", "areas",
     # the critical rank, and text from inside a subspace
     "critical_rank", "critical_rank_of", "CriticalRank", "ranks_without_each_token", "drop_at_most", "kl_at_most",
     "change_at_most", "same_greedy_text",

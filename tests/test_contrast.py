@@ -19,6 +19,8 @@ from mechsvd.linalg.contrasts import (
     top_directions,
 )
 
+from .conftest import tiny, tiny_hf
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -61,6 +63,46 @@ def test_a_planted_subspace_is_found_and_a_larger_shared_one_is_not():
     assert ms.principal_angles(top, ms.Subspace(shared)).max() < 0.1
     _, none = special_directions(moments[1], moments[1][None], 3)
     assert none.max() <= 1
+
+
+def kinds_model(planted):
+    """Tokens below and above 128 switch on one neuron each, which writes along a direction of its own."""
+    hf_model = tiny_hf("Llama")
+    sign = torch.where(torch.arange(256) < 128, 4.0, -4.0)
+    with torch.no_grad():
+        hf_model.model.embed_tokens.weight.mul_(0.3)[:, 0] = sign
+        for layer in hf_model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.02)
+            layer.mlp.down_proj.weight.mul_(0.02)
+        block = hf_model.model.layers[1]
+        block.post_attention_layernorm.weight.fill_(1.0)
+        for neuron, side in enumerate((1.0, -1.0)):
+            for projection in (block.mlp.gate_proj, block.mlp.up_proj):
+                projection.weight[neuron] = 0.0
+                projection.weight[neuron, 0] = side
+            block.mlp.down_proj.weight[:, neuron] = planted[:, neuron]
+    return tiny("Llama", hf_model)
+
+
+def kind(low, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(low, low + 126, (count, 12), generator=generator)
+    return [ms.Task(torch.cat([torch.tensor([0]), row]), 6) for row in ids]
+
+
+def test_a_planted_subspace_of_a_model_is_found_and_none_between_texts_of_one_kind():
+    planted = ms.random_subspace(32, 2, 5).basis.float()
+    model = kinds_model(planted)
+    at = {"layers": [1], "components": ["mlp"]}
+    found = contrast(model, {"low": kind(2, 8, 0), "high": kind(130, 8, 1)}, 1, seeds=1, **at)
+    for number, name in enumerate(found.groups):
+        angle = ms.principal_angles(found.subspace(name), ms.Subspace(planted[:, [number]]))
+        assert float(angle) < 0.1
+    own = found.summary(draws=200).set_index(["method", "group"]).loc[("special", "all")]
+    assert own.low > 3
+    same = contrast(model, {"one": kind(2, 8, 2), "other": kind(2, 8, 3)}, 1, seeds=1, **at)
+    none = same.summary(draws=200).set_index(["method", "group"]).loc[("special", "all")]
+    assert none.low < 1 < none.high
 
 
 def test_nothing_is_special_between_two_samples_of_one_kind():

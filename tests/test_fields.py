@@ -52,6 +52,15 @@ def tiny_results():
         ms.OverlapAnchors(
             ("a",), torch.tensor([2, 3]), *[torch.ones(1, 2)] * 4, (1,), 3, 4, 0, SOURCE
         ),
+        ms.WorstGains(
+            whole,
+            torch.ones(1, 3),
+            torch.ones(1).double(),
+            torch.ones(1, 2).double(),
+            "a",
+            "b",
+            SOURCE,
+        ),
         ms.RandomTextComparison(
             ("a",),
             ("b",),

@@ -40,7 +40,7 @@ def test_all_effects_on_a_real_model_agree_with_raw_modules_in_float64(real, exa
     torch.testing.assert_close(found.effect.double(), exact_effects, rtol=1e-6, atol=1e-3)
 
 
-def test_a_direction_that_alone_carries_the_answer_is_ranked_first(silent):
+def planted_model():
     """Every output projection but one is nearly silenced, and that one writes along a single direction."""
     hf_model = tiny_hf("Llama")
     with torch.no_grad():
@@ -49,8 +49,12 @@ def test_a_direction_that_alone_carries_the_answer_is_ranked_first(silent):
             layer.mlp.down_proj.weight.mul_(0.01)
         planted = torch.nn.functional.normalize(torch.randn(32), dim=0)
         hf_model.model.layers[1].mlp.down_proj.weight.copy_(torch.outer(planted, torch.randn(64)))
-    model = bridge("Llama", hf_model)
-    prompt = tiny_task(length=10).tokens[None]
+    return bridge("Llama", hf_model), planted
+
+
+def own_text(model, seed):
+    """What the planted direction makes the model say."""
+    prompt = tiny_task(length=10, seed=seed).tokens[None]
     options = {
         "max_new_tokens": 20,
         "do_sample": False,
@@ -58,12 +62,29 @@ def test_a_direction_that_alone_carries_the_answer_is_ranked_first(silent):
         "verbose": False,
         "stop_at_eos": False,
     }
-    task = ms.Task(
-        tokens=model.generate(prompt, **options)[0], prompt_length=10
-    )  # what the planted direction makes it say
+    return ms.Task(tokens=model.generate(prompt, **options)[0], prompt_length=10)
+
+
+def test_a_direction_that_alone_carries_the_answer_is_ranked_first(silent):
+    model, planted = planted_model()
+    task = own_text(model, 0)
     svd = ms.decompose(ms.collect_writes(model, task))
     first = int(ms.order_by_effect(ms.rank_directions(model, task, svd))[0])
     assert abs(float(svd.directions[:, first] @ planted)) > 0.999
+
+
+def test_over_12_texts_a_planted_direction_is_found_by_both_corrections(silent):
+    """And the interval covers its effect on the population, here 60 further texts."""
+    model, planted = planted_model()
+    texts = [own_text(model, seed) for seed in range(72)]
+    svd = ms.decompose(ms.collect_writes(model, texts[:12]))
+    first = int((svd.directions.T @ planted).abs().argmax())
+    table = ms.rank_directions(model, texts[:12], svd).summary().set_index("direction")
+    found = table.loc[first]
+    assert found["mean"] == table["mean"].max()
+    assert max(found.p_value, found.p_family, found.q_value) <= 0.05
+    others = ms.measure(model, texts[12:], [ms.ablate(svd.directions[:, first : first + 1])])
+    assert found.low <= float(others.effect.mean()) <= found.high
 
 
 def test_the_noise_floor_is_small_and_marks_ties(ranking):

@@ -138,7 +138,8 @@ class Contrast(Result):
         draw gives every text and every split a random weight. The directions are not fitted again,
         so it says nothing of other training texts than those of these splits, and with few splits
         it is too narrow for "random". The null, "same kind", contrasts two random halves of one
-        group: its ratio is 1 up to chance.
+        group: its ratio is 1 up to chance. Costs below the noise floor count as the noise floor in
+        a ratio, so a very large one is a lower bound.
 
         Args:
             confidence: of the interval.
@@ -152,12 +153,13 @@ class Contrast(Result):
         draws = require_whole("draws", draws, 1)
         if not is_number(confidence, 0) or not 0 < confidence < 1:
             raise ValueError(f"`confidence` is {confidence!r:.40}, but must be between 0 and 1.")
-        tail = (1 - confidence) / 2
+        tail, least = (1 - confidence) / 2, max(self.noise_floor, 1e-12)
         rows = []
         for method in (*METHODS, NULL):
             own, others = self._costs(method, self._weights(draws))
             own, others = (torch.cat([x, x.mean(1, keepdim=True)], dim=1) for x in (own, others))
-            ratio = own / others
+            # a cost within rounding has no sign: it counts as the noise floor
+            ratio = own.clamp(min=least) / others.clamp(min=least)
             low, high = ratio[1:].quantile(torch.tensor([tail, 1 - tail]).to(ratio), dim=0)
             for i, group in enumerate((*self.groups, "all")):
                 numbers = (own[0, i], others[0, i], ratio[0, i], low[i], high[i])

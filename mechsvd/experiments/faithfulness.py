@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import require_whole, whole_numbers, with_options
+from mechsvd.checks import require_whole, with_options
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.metrics import AnyMetric
@@ -16,7 +16,11 @@ from mechsvd.engine.passes import measure
 from mechsvd.engine.session import RunOptions
 from mechsvd.experiments.sweeps import RankSweep, RankSweeps
 from mechsvd.fields import require_declared, require_finite, require_length
-from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.linalg.decomposition import (
+    Decomposition,
+    kept_directions,
+    require_decomposition,
+)
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import Provenance, Result, result
@@ -160,6 +164,7 @@ def measure_faithfulness(
     All edits share forward passes: the kept directions alone, the rest alone, each kept direction
     dropped, each removed one alone, and 64 random gains from 0 to 1 on the removed directions. What
     the decomposition did not see is dropped where only kept directions stay, as in `sweep_rank`.
+    `worst_gains` looks for gains that are worse than random ones.
 
     Args:
         kept: numbers of the directions to keep, or how many of the first.
@@ -172,7 +177,7 @@ def measure_faithfulness(
     require_decomposition(svd)
     require_baseline(baseline, svd.d_model, svd.source)
     seed = require_whole("seed", seed)
-    chosen = _valid_kept(svd, kept)
+    chosen = kept_directions(svd, kept)
     is_kept = torch.zeros(svd.rank)
     is_kept[chosen] = 1.0
     removed = (is_kept == 0).nonzero().flatten()
@@ -207,18 +212,6 @@ def measure_faithfulness(
         seed,
         measured.source,
     )
-
-
-def _valid_kept(svd: Decomposition, kept: Any) -> Int[Tensor, " direction"]:
-    first = torch.arange(require_whole("kept", kept)) if isinstance(kept, int) else None
-    chosen = whole_numbers("kept", kept) if first is None else first
-    is_valid = len(chosen.unique()) == len(chosen) and (chosen >= 0).all()
-    if not is_valid or len(chosen) in (0, svd.rank) or chosen.max() >= svd.rank:
-        raise ValueError(
-            f"`kept` is {kept!r:.60}, but must be different directions from 0 to {svd.rank - 1}, "
-            "neither none nor all of them."
-        )
-    return chosen
 
 
 def _area(x: Float[Tensor, " rank"], y: Float[Tensor, " rank"]) -> float:

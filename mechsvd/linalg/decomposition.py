@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.checks import is_whole, warn
+from mechsvd.checks import is_whole, require_whole, warn, whole_numbers
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
 from mechsvd.linalg.svd import numerical_rank, thin_svd
@@ -288,6 +288,23 @@ def require_decompositions(svd: Any) -> tuple[Decomposition, ...]:
             else f"{what} no directions to measure."
         )
     return bases
+
+
+def kept_directions(svd: Decomposition, kept: Any) -> Int[Tensor, " direction"]:
+    """Take the numbers of some directions, or how many of the first, as numbers.
+
+    Raises:
+        ValueError: directions out of range or repeated, or none or all of them.
+    """
+    first = torch.arange(require_whole("kept", kept)) if isinstance(kept, int) else None
+    chosen = whole_numbers("kept", kept) if first is None else first
+    is_valid = len(chosen.unique()) == len(chosen) and (chosen >= 0).all()
+    if not is_valid or len(chosen) in (0, svd.rank) or chosen.max() >= svd.rank:
+        raise ValueError(
+            f"`kept` is {kept!r:.60}, but must be different directions from 0 to {svd.rank - 1}, "
+            "neither none nor all of them."
+        )
+    return chosen
 
 
 def joint_source(bases: Sequence[Decomposition]) -> Provenance | None:
