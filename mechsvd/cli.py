@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from mechsvd.checks import warn
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.loading import EMBEDDED, load_model
 from mechsvd.model.selfcheck import self_check
@@ -25,7 +24,6 @@ from mechsvd.model.texts import Text, read_texts, task_of
 from mechsvd.model.tokenization import prompt_tokens
 from mechsvd.version import __version__
 
-LEAST = 4  # texts of a group, for a contrast
 KIND_TEXTS, KIND_TOKENS = 8, 28  # of each kind of the embedded model's language
 DTYPES = {
     "float32": torch.float32,
@@ -226,12 +224,6 @@ def _kinds(texts: dict[str, Text]) -> dict[str, list[str]]:
     for name, text in texts.items():
         if text.group:
             groups.setdefault(text.group, []).append(name)
-    if (groups and len(groups) < 2) or any(len(names) < LEAST for names in groups.values()):
-        warn(
-            f"Directions special to a group need two groups of at least {LEAST} texts, but there "
-            f"are { ({name: len(names) for name, names in groups.items()}) }; left out."
-        )
-        return {}
     return groups
 
 

@@ -10,7 +10,9 @@ import pytest
 import mechsvd as ms
 from mechsvd.cli import main
 from mechsvd.demo import WEIGHTS
-from mechsvd.report.build import reproduce
+from mechsvd.report.build import _kinds, reproduce
+
+from .conftest import tiny_task
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +207,9 @@ def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, name, content, messa
 @pytest.mark.parametrize(
     ("sizes", "kinds", "warned"),
     [
-        ((4, 5), {"a": [f"prompt-{i}" for i in range(1, 5)], "b": 5}, None),
-        ((4, 3), {}, "there are {'a': 4, 'b': 3}; left out"),
-        ((6,), {}, "there are {'a': 6}; left out"),
+        ((4, 5), ["a", "b"], None),
+        ((4, 3), [], "there are {'a': 4, 'b': 3}; left out"),
+        ((6,), [], "there are {'a': 6}; left out"),
     ],
 )
 def test_groups_in_a_file_are_contrasted(tmp_path, embedded, monkeypatch, sizes, kinds, warned):
@@ -221,11 +223,16 @@ def test_groups_in_a_file_are_contrasted(tmp_path, embedded, monkeypatch, sizes,
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     arguments = ["reproduce", "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path)]
-    with pytest.warns(UserWarning, match=re.escape(warned)) if warned else nullcontext():
-        assert main(arguments) == 0
+    assert main(arguments) == 0
     groups = asked[0]["groups"]
-    assert groups.get("a") == kinds.get("a")
-    assert len(groups.get("b", ())) == kinds.get("b", 0)
+    assert groups["a"] == [f"prompt-{i}" for i in range(1, 1 + sizes[0])]
+    made = {name: tiny_task(8, 4, i) for i, name in enumerate(sum(groups.values(), []))}
+    with pytest.warns(UserWarning, match=re.escape(warned)) if warned else nullcontext():
+        assert [*_kinds(groups, made)] == kinds
+    if kinds:
+        with pytest.warns(UserWarning, match="of kind 'a' is there twice"):
+            twice = _kinds(groups | {"a": [*groups["a"], groups["a"][0]]}, made)
+        assert [len(tasks) for tasks in twice.values()] == list(sizes)
 
 
 def test_doctor_says_versions_device_and_the_self_check(capsys):

@@ -16,8 +16,8 @@ from tests.conftest import tiny, tiny_task
 @pytest.fixture
 def reads(monkeypatch):
     """How often the weights of a model were read."""
-    read, count = identity._read, []
-    monkeypatch.setattr(identity, "_read", lambda model: count.append(1) or read(model))
+    read, count = identity._digest, []
+    monkeypatch.setattr(identity, "_digest", lambda model: count.append(1) or read(model))
     return count
 
 
@@ -62,7 +62,7 @@ def test_a_session_leaves_nothing_behind_after_an_exception(silent, reads):
     with suppress(ZeroDivisionError), open_session(model, [tiny_task()]) as session:
         session.provenance()
         raise ZeroDivisionError
-    assert model not in identity._FINGERPRINTS
+    assert model not in identity._READ
     with open_session(model) as outer, open_session(model) as inner:
         assert outer.provenance().weights == inner.provenance().weights
     assert len(reads) == 2

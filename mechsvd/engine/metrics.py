@@ -165,9 +165,12 @@ def divergences(edited: Logits, clean: Clean) -> Float[Tensor, "edit scored"]:
     Args:
         edited, clean: log-probabilities of all tokens.
     """
-    probabilities = clean.exp()
-    terms = probabilities * (clean - edited)
-    return torch.where(probabilities > 0, terms, 0.0).sum(dim=-1)  # a masked token has p = 0
+    probabilities, change = clean.exp(), clean - edited
+    divergence = torch.einsum("sv,esv->es", probabilities, change)  # one pass over the vocabulary
+    if not divergence.isfinite().all():  # a masked token has p = 0, and its terms count as 0
+        terms = torch.where(probabilities > 0, probabilities * change, 0.0)
+        divergence = terms.sum(dim=-1)
+    return divergence
 
 
 def token_log_probs(logits: Logits, task: Task) -> Float[Tensor, "edit scored"]:

