@@ -3,6 +3,7 @@ import math
 import re
 import warnings
 from contextlib import nullcontext
+from itertools import chain
 
 import pandas as pd
 import pytest
@@ -226,7 +227,7 @@ def test_groups_in_a_file_are_contrasted(tmp_path, embedded, monkeypatch, sizes,
     assert main(arguments) == 0
     groups = asked[0]["groups"]
     assert groups["a"] == [f"prompt-{i}" for i in range(1, 1 + sizes[0])]
-    made = {name: tiny_task(8, 4, i) for i, name in enumerate(sum(groups.values(), []))}
+    made = {name: tiny_task(8, 4, i) for i, name in enumerate(chain(*groups.values()))}
     with pytest.warns(UserWarning, match=re.escape(warned)) if warned else nullcontext():
         assert [*_kinds(groups, made)] == kinds
     if kinds:
