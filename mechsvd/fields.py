@@ -4,10 +4,10 @@ Types, dtypes and shapes are cheap to read, so every constructor checks them.
 What a tensor holds is checked on loading.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -33,19 +33,29 @@ def require_declared(result: Any) -> None:
         TypeError: a field has another type or dtype.
         ValueError: a tensor has another number of axes, or an axis of another size than elsewhere.
     """
-    cls: Any = type(result)
     sizes: dict[str, tuple[int, str]] = {}
-    for name, hint in _declared(cls).items():
+    cls: Any = type(result)
+    for name, hint, fits, axes in _declared(cls):
         value = getattr(result, name)
-        if not _fits(value, hint):
+        if not fits(value):
             raise TypeError(
                 f"{_field(result, name)} is {_described(value)}, but must be {_expected(hint)}."
             )
-        if isinstance(value, Tensor):
-            axes = next(
-                part.dim_str.split() for part in (hint, *get_args(hint)) if hasattr(part, "dim_str")
+        if not isinstance(value, Tensor):
+            continue
+        shape = list(value.shape)
+        if len(shape) != len(axes):
+            raise ValueError(
+                f"{_field(result, name)} has shape {shape}, "
+                f"but must have the axes [{', '.join(axes)}]."
             )
-            _require_axes(result, name, axes, sizes)
+        for axis, size in zip(axes, shape, strict=True):
+            expected, other = sizes.setdefault(axis, (size, name))
+            if size != expected:
+                raise ValueError(
+                    f"{_field(result, name)} has shape {shape}, but its axis `{axis}` must have "
+                    f"size {expected}, as in `{other}`."
+                )
 
 
 def require_length(result: Any, name: str, length: int, counted: str) -> None:
@@ -104,49 +114,57 @@ def _field(result: Any, name: str) -> str:
     return f"`{name}` of {named(type(result).__name__)}"
 
 
+class _Declared(NamedTuple):
+    """A field: its annotation, whether a value fits that, and the axes if it is a tensor."""
+
+    name: str
+    hint: Any
+    fits: Callable[[Any], bool]
+    axes: tuple[str, ...]
+
+
 @cache
-def _declared(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)  # "Measurement | None" is text until the class exists
+def _declared(cls: Any) -> tuple[_Declared, ...]:
+    hints = get_type_hints(cls)  # "Measurement | None" is text until the class exists
+    return tuple(
+        _Declared(name, hint, _test_of(hint), _axes_of(hint)) for name, hint in hints.items()
+    )
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type, or the dtype, that an annotation declares."""
+def _test_of(hint: Any) -> Callable[[Any], bool]:
+    """Make the test whether a value is of the type, or the dtype, that an annotation declares."""
     inner = get_args(hint)
     if hasattr(hint, "dim_str"):
-        return isinstance(value, Tensor) and value.dtype in _tensors(hint)[1]
+        dtypes = _tensors(hint)[1]
+        return lambda value: isinstance(value, Tensor) and value.dtype in dtypes
     if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, option) for option in inner)
+        options = [*map(_test_of, inner)]
+        return lambda value: any(fits(value) for fits in options)
     if get_origin(hint) is not tuple:
-        return _is_a(type(value), hint)
-    if not isinstance(value, tuple):
-        return False
+        is_a = _kind_test(hint)
+        return lambda value: is_a(type(value))
     if inner[-1] is not Ellipsis:
-        return len(value) == len(inner) and all(map(_fits, value, inner))
-    if get_args(inner[0]):
-        return all(_fits(item, inner[0]) for item in value)
-    kinds = {*map(type, value)}  # checked by type: a text has many tokens
-    return all(_is_a(kind, inner[0]) for kind in kinds)
-
-
-def _is_a(kind: type, hint: type) -> bool:
-    return issubclass(kind, (int, float) if hint is float else hint) and kind is not bool
-
-
-def _require_axes(
-    result: Any, name: str, axes: list[str], sizes: dict[str, tuple[int, str]]
-) -> None:
-    shape = list(getattr(result, name).shape)
-    if len(shape) != len(axes):
-        raise ValueError(
-            f"{_field(result, name)} has shape {shape}, but must have the axes [{', '.join(axes)}]."
+        items = [*map(_test_of, inner)]
+        return lambda value: (
+            isinstance(value, tuple)
+            and len(value) == len(items)
+            and all(fits(item) for fits, item in zip(items, value, strict=True))
         )
-    for axis, size in zip(axes, shape, strict=True):
-        expected, other = sizes.setdefault(axis, (size, name))
-        if size != expected:
-            raise ValueError(
-                f"{_field(result, name)} has shape {shape}, but its axis `{axis}` must have size "
-                f"{expected}, as in `{other}`."
-            )
+    if get_args(inner[0]):
+        item_fits = _test_of(inner[0])
+        return lambda value: isinstance(value, tuple) and all(map(item_fits, value))
+    is_a = _kind_test(inner[0])  # checked by type: a text has many tokens
+    return lambda value: isinstance(value, tuple) and all(map(is_a, {*map(type, value)}))
+
+
+def _kind_test(hint: Any) -> Callable[[type], bool]:
+    kinds = (int, float) if hint is float else hint
+    return lambda kind: issubclass(kind, kinds) and kind is not bool
+
+
+def _axes_of(hint: Any) -> tuple[str, ...]:
+    parts = (part for part in (hint, *get_args(hint)) if hasattr(part, "dim_str"))
+    return next((tuple(part.dim_str.split()) for part in parts), ())
 
 
 def _tensors(hint: Any) -> tuple[str, set[torch.dtype]]:

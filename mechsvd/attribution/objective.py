@@ -208,10 +208,8 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
 
 
 def _added(site: Site, shifts: Float[Tensor, "row pos d_model"]) -> Hook:
-    def added(x: Tensor, hook: Any = None) -> Tensor:
-        return x + shifts.to(x.dtype)
-
-    return site.hook_name, bind(added, site, rows=len(shifts))
+    edit = lambda x, hook=None: x + shifts.to(x.dtype)  # noqa: E731 (compiled once, unlike a def)
+    return site.hook_name, bind(edit, site, rows=len(shifts))
 
 
 def _over_weights(session: Session, task: Task, patterns: Sequence[str]) -> Objective:

@@ -190,14 +190,15 @@ def write(shape: str, rng: random.Random) -> tuple[str, float]:
     """
     if shape == "translation":
         return _write_translation(rng)
-    nats = 0.0
+    choices: list[float] = []
+    text = _filled(shape, rng, choices)
+    return text, sum(choices)
 
-    def fill(name: str) -> str:
-        nonlocal nats
-        nats += math.log(len(RULES[name]))
-        return _SLOT.sub(lambda slot: fill(slot[1]), rng.choice(RULES[name]))
 
-    return fill(shape), nats
+def _filled(name: str, rng: random.Random, choices: list[float]) -> str:
+    """Write one part of a text, and note the nats of each choice."""
+    choices.append(math.log(len(RULES[name])))
+    return _SLOT.sub(lambda slot: _filled(slot[1], rng, choices), rng.choice(RULES[name]))
 
 
 def kinds(count: int, seed: int = 0) -> dict[str, list[str]]:

@@ -1,7 +1,6 @@
 """Edits bound to sites: `(name, function)` pairs for `run_with_hooks(fwd_hooks=…)`."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -194,31 +193,52 @@ def bind(
         reading: gives the place in the text where a run starts; by default its beginning.
     """
 
-    @lru_cache(maxsize=1)
-    def mask_of(start: int, length: int, device: torch.device) -> Tensor:
-        return torch.isin(
-            torch.arange(start, start + length), torch.tensor(sorted(positions or ()))
-        ).to(device)
+    return _Bound(edit, site, positions, observe, rows, reading)
 
-    def hook_function(x: Tensor, hook: Any = None) -> Tensor:
+
+class _Bound:
+    """The hook function that `bind` makes; a class, since many are made and run only once."""
+
+    def __init__(
+        self,
+        edit: Edit,
+        site: Site,
+        positions: Sequence[int] | None,
+        observe: Observer | None,
+        rows: int | None,
+        reading: Reading | None,
+    ):
+        self.edit, self.site, self.positions = edit, site, positions
+        self.observe, self.rows, self.reading = observe, rows, reading
+        self._mask: tuple[Any, Tensor] | None = None
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        site, reading = self.site, self.reading
         if site.head is not None and x.ndim == 4:
-            h, own = site.head, hook_function(x[:, :, site.head], hook)
+            h, own = site.head, self(x[:, :, site.head], hook)
             return torch.cat([x[:, :, :h], own[:, :, None], x[:, :, h + 1 :]], dim=2)
         if x.ndim == 2:  # OPT's MLP sees [batch·pos, d_model]
             shape = (reading.rows, reading.length, x.shape[-1]) if reading else (1, *x.shape)
-            return hook_function(x.reshape(shape), hook).flatten(0, 1)
+            return self(x.reshape(shape), hook).flatten(0, 1)
         start = reading.start(site) if reading else 0
-        edited = _run(edit, x, SitePoint(site, hook, start), rows)
-        if positions is None:
-            if observe:
-                observe(site, x, edited)
+        edited = _run(self.edit, x, SitePoint(site, hook, start), self.rows)
+        if self.positions is None:
+            if self.observe:
+                self.observe(site, x, edited)
             return edited
-        mask = mask_of(start, x.shape[1], x.device)
-        if observe:
-            observe(site, x[:, mask], edited[:, mask])
+        mask = self._mask_of(start, x.shape[1], x.device)
+        if self.observe:
+            self.observe(site, x[:, mask], edited[:, mask])
         return torch.where(mask[:, None], edited, x)
 
-    return hook_function
+    def _mask_of(self, start: int, length: int, device: torch.device) -> Tensor:
+        """Which of the positions from `start` on are edited; the last answer is kept."""
+        asked = (start, length, device)
+        if self._mask is None or self._mask[0] != asked:
+            own = torch.tensor(sorted(self.positions or ()))
+            mask = torch.isin(torch.arange(start, start + length), own)
+            self._mask = (asked, mask.to(device))
+        return self._mask[1]
 
 
 class SitePoint:

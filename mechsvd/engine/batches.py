@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -80,18 +81,18 @@ def halving(model: Model, task: Task) -> Callable[[int], int]:
 
     It raises a MemoryError with the bytes needed if a single row does not fit.
     """
+    return partial(_halve, model, task)
 
-    def halve(size: int) -> int:
-        if size == 1:
-            raise MemoryError(
-                "One edit alone does not fit into memory: about "
-                f"{bytes_per_row(model, task) / 2**20:,.0f} MiB are needed next to the model. "
-                "Shorten the task, or load the model in a smaller dtype."
-            )
-        warn(f"Out of memory with {size} edits per forward pass; going on with {size // 2}.")
-        return size // 2
 
-    return halve
+def _halve(model: Model, task: Task, size: int) -> int:
+    if size == 1:
+        raise MemoryError(
+            "One edit alone does not fit into memory: about "
+            f"{bytes_per_row(model, task) / 2**20:,.0f} MiB are needed next to the model. "
+            "Shorten the task, or load the model in a smaller dtype."
+        )
+    warn(f"Out of memory with {size} edits per forward pass; going on with {size // 2}.")
+    return size // 2
 
 
 def progress_bar(total: int | None, what: str, progress: bool | None) -> Any:

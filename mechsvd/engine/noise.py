@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,13 +51,11 @@ class _Perturbations:
         return NOISE_ROWS
 
     def __getitem__(self, rows: Int[Tensor, " row"]) -> Edit:
-        generator = torch.Generator().manual_seed(0)
+        return partial(self._perturbed, rows, torch.Generator().manual_seed(0))
 
-        def perturbed(x: Tensor, hook: Any = None) -> Tensor:
-            units = torch.empty(NOISE_ROWS, *x.shape[1:]).uniform_(
-                -UNITS, UNITS, generator=generator
-            )
-            units[0] = 0
-            return torch.addcmul(x, x, units[rows].to(x), value=self.precision)
-
-        return perturbed
+    def _perturbed(
+        self, rows: Tensor, generator: torch.Generator, x: Tensor, hook: Any = None
+    ) -> Tensor:
+        units = torch.empty(NOISE_ROWS, *x.shape[1:]).uniform_(-UNITS, UNITS, generator=generator)
+        units[0] = 0
+        return torch.addcmul(x, x, units[rows].to(x), value=self.precision)

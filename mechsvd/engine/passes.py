@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, overload
 
 import torch
@@ -207,20 +207,13 @@ class _Setup:
             tuple(stacks[text][own] for text, own in zip(chosen, rows.split(counts), strict=True)),
             tuple(counts),
         )
-        orig: list[Tensor] = []
-        kept: list[Tensor] = []
-
-        def observe(site: Site, attempted: Tensor, let_through: Tensor) -> None:
-            orig.append(_rms_norm(attempted).expand(len(rows)))
-            kept.append(_rms_norm(let_through))
-
-        sites = self.session.sites
+        seen, sites = _Sizes(len(rows)), self.session.sites
         hooks = [
-            (site.hook_name, bind(edit, site, self.positions, observe, len(rows))) for site in sites
+            (site.hook_name, bind(edit, site, self.positions, seen, len(rows))) for site in sites
         ]
         tasks = [self.tasks[text] for text in chosen]
         logits = predict(self.session.model, tasks, self.session.check, hooks, counts)
-        deltas = [torch.stack(sizes, dim=1).cpu().split(counts) for sizes in (orig, kept)]
+        deltas = [torch.stack(sizes, dim=1).cpu().split(counts) for sizes in (seen.orig, seen.kept)]
         first = scored_by(tasks).start
         return [
             (text, self._measured(text, part[:, _own(self.tasks[text], first)], *sizes))
@@ -256,15 +249,28 @@ class _Setup:
         Args:
             clean: of each text; its first row is the clean run.
         """
-
-        def values(perturbed: Stack) -> Tensor:
-            every = [torch.arange(len(perturbed))] * len(self.tasks)
-            parts = self.run([perturbed] * len(self.tasks), every)
-            pairs = zip(clean, parts, strict=True)
-            return torch.stack([concatenate([one[:1], part]).value for one, part in pairs])
-
         dtype = next(self.session.model.parameters()).dtype
-        return [float(spread) for spread in spread_by_rounding(values, dtype)]
+        spreads = spread_by_rounding(partial(self._values_under, clean), dtype)
+        return [float(spread) for spread in spreads]
+
+    def _values_under(self, clean: Sequence[Measurement], perturbed: Stack) -> Tensor:
+        every = [torch.arange(len(perturbed))] * len(self.tasks)
+        parts = self.run([perturbed] * len(self.tasks), every)
+        pairs = zip(clean, parts, strict=True)
+        return torch.stack([concatenate([one[:1], part]).value for one, part in pairs])
+
+
+class _Sizes:
+    """Observes the sizes of attempted and kept writes, one number per row, site after site."""
+
+    def __init__(self, rows: int):
+        self.orig: list[Tensor] = []
+        self.kept: list[Tensor] = []
+        self._rows = rows
+
+    def __call__(self, site: Site, attempted: Tensor, kept: Tensor) -> None:
+        self.orig.append(_rms_norm(attempted).expand(self._rows))
+        self.kept.append(_rms_norm(kept))
 
 
 @dataclass(frozen=True)

@@ -47,14 +47,17 @@ def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
         ValueError: a drop below 0, or not finite.
     """
     _require_amount("A drop of {} nats", nats, "drop_at_most")
-
-    def margin(measurement: Measurement) -> Float[Tensor, " edit"]:
-        if each_token:
-            return (measurement.log_probs - measurement.clean_run.log_probs).amin(dim=-1) + nats
-        return measurement.log_prob - measurement.clean_run.log_prob + nats
-
     name = f"a drop of at most {nats:g} nats" + (" at each token" if each_token else "")
-    return Criterion(name, "nats", margin, log_prob.name)
+    margin = _worst_change if each_token else _change
+    return Criterion(name, "nats", lambda m: margin(m) + nats, log_prob.name)
+
+
+def _change(measured: Measurement) -> Float[Tensor, " edit"]:
+    return measured.log_prob - measured.clean_run.log_prob
+
+
+def _worst_change(measured: Measurement) -> Float[Tensor, " edit"]:
+    return (measured.log_probs - measured.clean_run.log_probs).amin(dim=-1)
 
 
 def kl_at_most(nats: float) -> Criterion:

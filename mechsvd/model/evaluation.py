@@ -116,16 +116,12 @@ def other_hooks(model: Model) -> list[str]:
     Returns:
         Names of TransformerLens's hook points, and paths of modules with torch hooks or patches.
     """
-    # of several names for a point, the last one is the one that users know
-    names = {id(point): name for name, point in model.hook_dict.items()}
-    places = [
-        names[id(point)] for point in _points(model) if any(map(_is_foreign, _functions(point)))
-    ]
+    places = [name for name, _ in _points_of_user(model)]
     for path, module in _named_modules(model):
         functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(_is_foreign(function) for function in functions):
+        if any(map(_is_foreign, functions)):
             places.append(f"{path} (a torch hook)")
-        if _is_foreign(vars(module).get("forward")):
+        if "forward" in vars(module) and _is_foreign(vars(module)["forward"]):
             places.append(f"{path} (a patched forward)")
     global_hooks = [
         *torch_module._global_forward_hooks.values(),
@@ -140,7 +136,7 @@ def other_hooks(model: Model) -> list[str]:
 @contextmanager
 def without_hook_points(model: Model) -> Iterator[None]:
     """Take the user's hooks off the hook points, then restore them in their order."""
-    points = [point for point in _points(model) if any(map(_is_foreign, _functions(point)))]
+    points = [point for _, point in _points_of_user(model)]
     saved_hooks = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
     try:
         for point in points:
@@ -163,16 +159,17 @@ def _warn_hooks(others: OtherHooks) -> None:
     )
 
 
-def _is_foreign(function: Callable[..., Any] | None) -> bool:
+def _is_foreign(function: Callable[..., Any]) -> bool:
     while isinstance(function, partial):
         function = function.func
-    return function is not None and not str(getattr(function, "__module__", "")).startswith(
-        _LIBRARIES
-    )
+    return not str(getattr(function, "__module__", "")).startswith(_LIBRARIES)
 
 
-def _points(model: Model) -> list[Any]:
-    return list({id(point): point for point in model.hook_dict.values()}.values())
+def _points_of_user(model: Model) -> list[tuple[str, Any]]:
+    """The hook points that carry hooks of the user, by the names that users know."""
+    # of several names for a point, the last one is the one that users know
+    hooked = {id(p): (name, p) for name, p in model.hook_dict.items() if p.fwd_hooks}
+    return [pair for pair in hooked.values() if any(map(_is_foreign, _functions(pair[1])))]
 
 
 def _functions(point: Any) -> list[Any]:

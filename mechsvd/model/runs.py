@@ -38,15 +38,16 @@ def run_model(
         RuntimeError: a hook did not fire exactly once.
     """
     _require_points(model, hooks)
-    counted_hooks, fired = _counted(hooks, (-1, tokens.shape[1]))
+    counted = _counted(hooks, (-1, tokens.shape[1]))
+    all_hooks: list[Hook] = [*counted]
     cut_early = cut_early and scored is not None and not has_other_hooks(model)
     if cut_early:
-        counted_hooks.append((before_unembedding(model), lambda x, hook=None: x[:, scored]))
-    logits = model.run_with_hooks(tokens, fwd_hooks=counted_hooks, return_type="logits")
-    for (name, _), times in zip(hooks, fired, strict=True):
-        if times != 1:
+        all_hooks.append((before_unembedding(model), lambda x, hook=None: x[:, scored]))
+    logits = model.run_with_hooks(tokens, fwd_hooks=all_hooks, return_type="logits")
+    for name, hook in counted:
+        if hook.times != 1:
             raise RuntimeError(
-                f"The hook at `{name}` fired {times} of 1 times: "
+                f"The hook at `{name}` fired {hook.times} of 1 times: "
                 "this model does not pass there once per run."
             )
     return logits if cut_early or scored is None else logits[:, scored]
@@ -76,7 +77,7 @@ def continue_tokens(
         RuntimeError: a hook never fired.
     """
     _require_points(model, hooks)
-    counted_hooks, fired = _counted(hooks, (len(tokens), -1))
+    counted = _counted(hooks, (len(tokens), -1))
     device = next(model.parameters()).device
     options = {
         "do_sample": temperature > 0,
@@ -86,7 +87,7 @@ def continue_tokens(
     }
     with (
         _seeded(seed, device) if temperature > 0 else nullcontext(),
-        model.hooks(fwd_hooks=counted_hooks),
+        model.hooks(fwd_hooks=counted),
     ):
         longer = model.generate(
             tokens.to(device),
@@ -95,7 +96,7 @@ def continue_tokens(
             verbose=False,
             **options,
         ).cpu()
-    if silent := [name for (name, _), times in zip(hooks, fired, strict=True) if times == 0]:
+    if silent := [name for name, hook in counted if hook.times == 0]:
         raise RuntimeError(
             f"The hook at `{silent[0]}` never fired: "
             "this model does not pass there when it generates."
@@ -130,27 +131,26 @@ def _require_points(model: Model, hooks: Sequence[Hook]) -> None:
             )
 
 
-def _counted(hooks: Sequence[Hook], shape: tuple[int, int]) -> tuple[list[Hook], list[int]]:
-    """The hooks with counters, and the list of how often each fired.
+class _Counted:
+    """A hook that counts how often it fires.
 
-    A hook gets both axes of `shape`, even if the model has merged them into one.
+    It gets both axes of `shape`, even if the model has merged them into one.
     """
-    fired = [0] * len(hooks)
 
-    def counted(
-        index: int, hook_function: Callable[..., Tensor | None]
-    ) -> Callable[..., Tensor | None]:
-        def run(x: Tensor, hook: Any = None) -> Tensor | None:
-            fired[index] += 1
-            if x.ndim != 2:
-                return hook_function(x, hook=hook)
-            # OPT's MLP sees [batch·pos, d_model]
-            rows = hook_function(x.reshape(*shape, x.shape[-1]), hook=hook)
-            return None if rows is None else rows.flatten(0, 1)
+    def __init__(self, function: Callable[..., Tensor | None], shape: tuple[int, int]):
+        self.times, self._function, self._shape = 0, function, shape
 
-        return run
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor | None:
+        self.times += 1
+        if x.ndim != 2:
+            return self._function(x, hook=hook)
+        # OPT's MLP sees [batch·pos, d_model]
+        rows = self._function(x.reshape(*self._shape, x.shape[-1]), hook=hook)
+        return None if rows is None else rows.flatten(0, 1)
 
-    return [(name, counted(i, f)) for i, (name, f) in enumerate(hooks)], fired
+
+def _counted(hooks: Sequence[Hook], shape: tuple[int, int]) -> list[tuple[str, _Counted]]:
+    return [(name, _Counted(function, shape)) for name, function in hooks]
 
 
 def _until_its_end(model: Model, row: Tensor, start: int) -> Tensor:

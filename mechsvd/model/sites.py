@@ -4,11 +4,11 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from jaxtyping import Int
 from torch import Tensor, nn
-from typing_extensions import TypedDict
+from typing_extensions import Protocol, TypedDict, runtime_checkable
 
 from mechsvd.checks import is_whole, once
 from mechsvd.fields import require_declared
