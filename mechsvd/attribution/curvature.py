@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.engine.batches import progress_bar, run_batches
+from mechsvd.engine.batches import independent, progress_bar, run_batches
 from mechsvd.engine.memory import free_bytes
 from mechsvd.linalg.eigenpairs import BLOCK, Eigenpairs, capacity, dense_eigenpairs, lanczos
 from mechsvd.linalg.subspace import widest
@@ -70,6 +70,7 @@ class Function:
                 self.forward_size,
                 self.halve,
                 False,
+                restored=independent,
             )
         return torch.cat(batches)
 
@@ -106,7 +107,14 @@ class Function:
             )  # df/dvalues
             return (weights[rows] * outer).to(wide) @ wide
 
-        parts = run_batches(run, torch.arange(steps), self.backward_size, self.halve, False)
+        parts = run_batches(
+            run,
+            torch.arange(steps),
+            self.backward_size,
+            self.halve,
+            False,
+            restored=independent,
+        )
         return torch.stack(parts).sum(dim=0)
 
 
@@ -147,6 +155,7 @@ class Curvature:
             f.halve,
             progress,
             "Hessian",
+            restored=independent,
         )
         return torch.cat(parts).mT
 

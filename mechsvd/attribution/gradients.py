@@ -10,8 +10,8 @@ from typing_extensions import Unpack
 
 from mechsvd.attribution.curvature import Function, backward
 from mechsvd.attribution.objective import Objective, Over, Part, objective_over, require_parts
-from mechsvd.checks import with_options
-from mechsvd.engine.batches import run_batches
+from mechsvd.engine.batches import independent, run_batches
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.linalg.decomposition import decompose_groups
@@ -70,7 +70,7 @@ class Gradients(Result):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def collect_gradients(
     model: Model,
     tasks: Task | Sequence[Task],
@@ -232,6 +232,11 @@ def _jacobian(f: Objective, function: Function) -> Float[Tensor, "scored entry"]
     order, size = torch.arange(len(identity)), function.backward_size
     return torch.cat(
         run_batches(
-            lambda rows: backward(log_probs, w, identity[rows]), order, size, function.halve, False
+            lambda rows: backward(log_probs, w, identity[rows]),
+            order,
+            size,
+            function.halve,
+            False,
+            restored=independent,
         )
     )

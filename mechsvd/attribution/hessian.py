@@ -21,10 +21,11 @@ from mechsvd.attribution.scores import (
     Attribution,
     score_directions,
 )
-from mechsvd.checks import is_number, is_whole, require_whole, with_options
+from mechsvd.checks import is_number, is_whole, require_whole
 from mechsvd.edits.gates import Basis, directions_of
 from mechsvd.engine.metrics import AnyMetric, log_prob, metric_for
 from mechsvd.engine.passes import clean_noise
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.linalg.comparison import random_subspace
 from mechsvd.model.sites import Model
@@ -35,7 +36,7 @@ CONTROLS = 128  # at most so many random directions
 Kind = Literal["probability", "log_prob"]
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def hessian_attribution(
     model: Model,
     task: Task,

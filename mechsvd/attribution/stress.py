@@ -9,9 +9,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.attribution.objective import objective_over
-from mechsvd.checks import require_whole, with_options
-from mechsvd.engine.batches import run_batches
+from mechsvd.checks import require_whole
+from mechsvd.engine.batches import independent, run_batches
 from mechsvd.engine.metrics import AnyMetric, metric_for
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.fields import require_between, require_declared, require_finite
 from mechsvd.linalg.decomposition import (
@@ -73,7 +74,7 @@ class WorstGains(Result):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def worst_gains(
     model: Model,
     tasks: Task | Sequence[Task],
@@ -172,7 +173,12 @@ def _slopes(
         return values.detach(), slopes
 
     parts = run_batches(
-        run, torch.arange(len(points)), size, session.halve(session.tasks[0]), False
+        run,
+        torch.arange(len(points)),
+        size,
+        session.halve(session.tasks[0]),
+        False,
+        restored=independent,
     )
     values, slopes = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(slopes)

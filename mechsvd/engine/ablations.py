@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import require_whole, with_options
+from mechsvd.checks import require_whole
 from mechsvd.edits.baselines import Baseline
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.model.sites import Model
@@ -87,7 +88,7 @@ def resample_baseline(writes: Writes, seed: int = 0) -> Baseline:
     return replace(baseline, source=writes.source and replace(writes.source, seed=seed))
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def donor_baseline(model: Model, task: Task, **options: Unpack[RunOptions]) -> Baseline:
     """The writes of another run at each site and position, for activation patching.
 

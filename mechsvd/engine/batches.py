@@ -1,7 +1,7 @@
 """How many edits run in one forward pass: as free memory allows, halved when it runs out."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from mechsvd.checks import warn
 from mechsvd.engine.memory import free_bytes, is_out_of_memory
+from mechsvd.engine.resuming import kept_loop
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
 
@@ -49,6 +50,8 @@ def run_batches(
     halve: Callable[[int], int],
     progress: bool | None,
     what: str = "edits",
+    *,
+    restored: Callable[[Sequence[Int[Tensor, " row"]]], None] | None = None,
 ) -> list[Part]:
     """Run all rows in the order given, `size` at a time.
 
@@ -57,13 +60,20 @@ def run_batches(
     Args:
         halve: returns the next smaller size, or raises; see `halving`.
         what: name of the rows in the progress bar.
+        restored: where the batches may be kept for a later run. It is called with the rows of those
+            that an earlier run finished, which do not run again.
 
     Raises:
         MemoryError: one row alone does not fit.
     """
     parts: list[Part] = []
-    done, passes, patience, current = 0, 0, PATIENCE, size
+    kept = None if restored is None else kept_loop(order, size)
+    if kept is not None and restored is not None:
+        size, parts = kept.size, [*kept.parts]
+        restored(order[: sum(kept.counts)].split(kept.counts) if kept.counts else [])
+    done, passes, patience, current = sum(kept.counts) if kept else 0, 0, PATIENCE, size
     with progress_bar(len(order), what, progress) as bar:
+        bar.update(done)
         while done < len(order):
             if current < size and passes >= patience:  # memory may have been short only briefly
                 current, passes = min(size, 2 * current), 0
@@ -71,9 +81,15 @@ def run_batches(
             if not _fits(forward, rows, parts):
                 current, passes, patience = halve(len(rows)), 0, 2 * patience
                 continue
+            if kept is not None:
+                kept.add(len(rows), parts[-1])
             done, passes = done + len(rows), passes + 1
             bar.update(len(rows))
     return parts
+
+
+def independent(chunks: Sequence[Int[Tensor, " row"]]) -> None:
+    """For `restored` of `run_batches`: later batches need nothing of earlier ones."""
 
 
 def halving(model: Model, task: Task) -> Callable[[int], int]:

@@ -1,7 +1,7 @@
 """Running edits: many in one forward pass, next to the clean run, measured by a metric."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, overload
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import once, warn, with_options
+from mechsvd.checks import once, warn
 from mechsvd.edits.hooks import bind
 from mechsvd.edits.maps import Edit, EditList, Stack, chain, gates_of
 from mechsvd.edits.stacks import GateStack
@@ -30,6 +30,7 @@ from mechsvd.engine.metrics import (
     scored_by,
 )
 from mechsvd.engine.noise import spread_by_rounding
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.subspace import at_least_single
 from mechsvd.model.sites import Model, Site, Where, require_model
@@ -58,7 +59,7 @@ def measure(
     noise_floor: bool = False,
     **options: Unpack[RunOptions],
 ) -> Measurements: ...
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def measure(
     model: Model,
     task: Task | Sequence[Task],
@@ -164,6 +165,7 @@ class _Setup:
     tasks: tuple[Task, ...]
     metrics: tuple[Metric, ...]
     _clean: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _before: dict[int, Callable[[], Any]] = field(default_factory=dict)
 
     @cached_property
     def positions(self) -> tuple[int, ...] | None:
@@ -191,6 +193,7 @@ class _Setup:
             size,
             halve,
             progress,
+            restored=lambda chunks: self._remember(stacks, chunks, width),
         )
         own: list[list[Measurement]] = [[] for _ in stacks]
         for text, part in (pair for pairs in parts for pair in pairs):
@@ -223,6 +226,8 @@ class _Setup:
     def _measured(self, text: int, logits: Logits, orig: Tensor, kept: Tensor) -> Measurement:
         task, metric = self.tasks[text], self.metrics[text]
         predictions = logits.log_softmax(dim=-1)
+        if text in self._before:  # the same pass again, for the very same clean logits
+            self._before.pop(text)()
         if text not in self._clean:  # clones, since a view would keep the whole batch
             self._clean[text] = (logits[0].clone(), predictions[0].clone())
         clean_logits, clean = self._clean[text]
@@ -242,6 +247,15 @@ class _Setup:
             unit=metric.unit,
             better=metric.better,
         )
+
+    def _remember(
+        self, stacks: Sequence[Stack], chunks: Sequence[Int[Tensor, " row"]], width: int
+    ) -> None:
+        """Note the passes of an earlier run that had clean runs, which others need."""
+        if isinstance(stacks[0], _CleanFirst):
+            for rows in chunks:
+                for text in (rows[rows % width == 0] // width).tolist():
+                    self._before[text] = partial(self.forward, stacks, rows // width, rows % width)
 
     def noise_floors(self, clean: Sequence[Measurement]) -> list[float]:
         """How much each text's clean metric changes by rounding noise; see `measure`.

@@ -41,12 +41,15 @@ class RunOptions(SiteOptions, total=False):
         batched_hooks: your own hooks on the model act on every row of a batch. By default they
             may act on a single row, so each row runs alone while there are any.
         progress: a bar with an estimate; by default only in a terminal or a notebook.
+        checkpoint: a file that keeps what is done. After a stop of any kind, the same call goes on
+            from there, and its result is the same bit for bit on a CPU.
     """
 
     check: bool
     batch_size: int | None
     batched_hooks: bool
     progress: bool | None
+    checkpoint: Any
 
 
 class MeasureOptions(RunOptions, total=False):

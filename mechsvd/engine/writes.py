@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import with_options
 from mechsvd.engine.batches import run_batches
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.model.runs import run_model
@@ -100,7 +100,7 @@ class Writes(Result):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def collect_writes(
     model: Model,
     tasks: Task | Sequence[Task],

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import quiet, require_whole, whole_numbers, with_options
+from mechsvd.checks import quiet, require_whole, whole_numbers
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.nulls import RUN, random_tokens, reinitialised, require_null
@@ -98,7 +99,7 @@ class OverlapAnchors(Result):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def overlap_anchors(
     model: Model,
     tasks: Task | Sequence[Task],

@@ -10,8 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_number, require_whole, whole_numbers, with_options
+from mechsvd.checks import is_number, require_whole, whole_numbers
 from mechsvd.engine.batches import progress_bar
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import collect_writes
 from mechsvd.experiments.contrast_results import Contrast, ContrastSweep
@@ -23,7 +24,7 @@ DAMPINGS = (0.01, 0.05, 0.2, 1.0)
 RANKS = (1, 2, 4, 8, 16)
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def contrast(
     model: Model,
     groups: Mapping[str, Sequence[Task]],
@@ -67,7 +68,7 @@ def contrast(
     return found
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def contrast_sweep(
     model: Model,
     groups: Mapping[str, Sequence[Task]],

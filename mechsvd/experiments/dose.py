@@ -8,12 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import require_whole, whole_numbers, with_options
+from mechsvd.checks import require_whole, whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import measure
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session, warn_other_sites
 from mechsvd.fields import require_declared, require_finite, require_length
 from mechsvd.linalg.comparison import random_subspace
@@ -125,7 +126,7 @@ class DoseResponse(Result):
         return 1 - left / torch.where(whole > 0, whole, torch.nan)
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def dose_response(
     model: Model,
     tasks: Task | Sequence[Task],

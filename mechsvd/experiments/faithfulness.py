@@ -8,11 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import require_whole, with_options
+from mechsvd.checks import require_whole
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import measure
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions
 from mechsvd.experiments.sweeps import RankSweep, RankSweeps
 from mechsvd.fields import require_declared, require_finite, require_length
@@ -147,7 +148,7 @@ class Faithfulness(Result):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def measure_faithfulness(
     model: Model,
     tasks: Task | Sequence[Task],

@@ -9,11 +9,12 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_number, require_whole, warn, with_options
+from mechsvd.checks import is_number, require_whole, warn
 from mechsvd.edits.hooks import hooks_at
 from mechsvd.edits.maps import Edit, chain
 from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import run_batches
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.model.runs import continue_tokens, end_tokens
 from mechsvd.model.sites import Model, Site, require_model
@@ -47,7 +48,7 @@ def generate(
 def generate(
     model: Model, prompt: list[Prompt], edit: Any = None, **options: Unpack[GenerateOptions]
 ) -> list[Any]: ...
-@with_options(GenerateOptions)
+@runs_model(GenerateOptions)
 def generate(
     model: Model,
     prompt: Prompt | list[Prompt],
@@ -82,7 +83,7 @@ def generate(
     return texts if is_list else texts[0]
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def generate_tasks(
     model: Model,
     prompt: Prompt,

@@ -8,7 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_whole, quiet, require_whole, with_options
+from mechsvd.checks import is_whole, quiet, require_whole
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.criteria import kl_at_most
@@ -145,7 +146,7 @@ class HeldOut(Result):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def fit_and_measure(
     model: Model,
     tasks: Sequence[Task],

@@ -8,12 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import with_options
 from mechsvd.edits.baselines import Baseline, Shifted
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.ablations import mean_baseline, resample_baseline
 from mechsvd.engine.metrics import AnyMetric, kl_divergence
 from mechsvd.engine.passes import measure
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import collect_writes
 from mechsvd.experiments.ranking import rank_directions
@@ -64,7 +64,7 @@ class OptimalBaseline(Baseline):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def optimal_baseline(
     model: Model,
     tasks: Task | Sequence[Task],
@@ -189,7 +189,7 @@ class BaselineComparison(Result):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def compare_baselines(
     model: Model,
     tasks: Task | Sequence[Task],

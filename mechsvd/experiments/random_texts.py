@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_number, quiet, require_whole, with_options
+from mechsvd.checks import is_number, quiet, require_whole
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import collect_writes
 from mechsvd.experiments.heldout import decompose_texts, lasting_rank_within
@@ -118,7 +119,7 @@ class RandomTextComparison(Result):
         )
 
 
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def compare_with_random_texts(
     model: Model,
     tasks: Sequence[Task],

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import whole_numbers, with_options
+from mechsvd.checks import whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import is_several, site_gates
 from mechsvd.edits.gates import Gate
@@ -16,6 +16,7 @@ from mechsvd.edits.stacks import SiteRemovals
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import measure
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, warn_other_sites
 from mechsvd.experiments.intervals import interval_columns
 from mechsvd.experiments.statistics import (
@@ -247,7 +248,7 @@ def rank_directions(
     after: Iterable[int] | None = None,
     **options: Unpack[RunOptions],
 ) -> Rankings: ...
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def rank_directions(
     model: Model,
     task: Task | Sequence[Task],

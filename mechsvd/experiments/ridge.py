@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import with_options
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import cheapest_gate, ridge_gains
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.passes import measure
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.experiments.intervals import summary
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
@@ -114,7 +114,7 @@ def sweep_ridge(
     baseline: Baseline | None = None,
     **options: Unpack[MeasureOptions],
 ) -> RidgeSweeps: ...
-@with_options(MeasureOptions)
+@runs_model(MeasureOptions)
 def sweep_ridge(
     model: Model,
     task: Task | Sequence[Task],

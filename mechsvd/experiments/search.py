@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import once, with_options
+from mechsvd.checks import once
 from mechsvd.edits.baselines import Baseline
 from mechsvd.engine.measurement import Measurement, concatenate
 from mechsvd.engine.metrics import READY, AnyMetric, Metric, log_prob, metric_for
 from mechsvd.engine.noise import NOISE_ROWS
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.experiments.criteria import Criterion, drop_at_most, effect_at_most
 from mechsvd.experiments.intervals import interval_columns
@@ -231,7 +232,7 @@ def critical_rank(
     baseline: Baseline | None = None,
     **options: Unpack[RunOptions],
 ) -> CriticalRanks: ...
-@with_options(RunOptions)
+@runs_model(RunOptions)
 def critical_rank(
     model: Model,
     task: Task | Sequence[Task],

@@ -8,12 +8,13 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import whole_numbers, with_options
+from mechsvd.checks import whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import is_several, site_gates
 from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.passes import measure
+from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.experiments.intervals import summary
 from mechsvd.fields import require_between, require_declared, require_length
@@ -131,7 +132,7 @@ def sweep_rank(
     baseline: Baseline | None = None,
     **options: Unpack[MeasureOptions],
 ) -> RankSweeps: ...
-@with_options(MeasureOptions)
+@runs_model(MeasureOptions)
 def sweep_rank(
     model: Model,
     task: Task | Sequence[Task],
