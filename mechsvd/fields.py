@@ -20,7 +20,13 @@ _DTYPES: dict[str, tuple[str, set[torch.dtype]]] = {
     ),
     "Bool": ("a tensor of truth values", {torch.bool}),
 }
-_WORDS = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    type(None): "None",
+}
 
 
 def require_declared(result: Any) -> None:
@@ -129,7 +135,9 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _is_a(kind: type, hint: type) -> bool:
-    return issubclass(kind, (int, float) if hint is float else hint) and kind is not bool
+    if kind is bool or hint is bool:  # a bool is an int, but no number
+        return kind is hint
+    return issubclass(kind, (int, float) if hint is float else hint)
 
 
 def _require_axes(
