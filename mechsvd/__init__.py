@@ -36,6 +36,7 @@ from mechsvd.edits.exchange import from_transformer_lens, to_transformer_lens
 from mechsvd.edits.hooks import fwd_hooks
 from mechsvd.edits.maps import chain, shift
 from mechsvd.engine.ablations import donor_baseline, mean_baseline, resample_baseline
+from mechsvd.engine.checkpoint import Checkpoint
 from mechsvd.engine.measurement import Measurement, Measurements
 from mechsvd.engine.metrics import (
     Metric,
@@ -47,6 +48,8 @@ from mechsvd.engine.metrics import (
     logit_difference,
 )
 from mechsvd.engine.passes import estimate_seconds, measure
+from mechsvd.engine.stream import stream_writes
+from mechsvd.engine.stream_results import WriteStream, merge
 from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
@@ -122,7 +125,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "SHORTFORM_PROMPTS",
     # writes and their directions
     "collect_writes", "Writes", "decompose", "Decomposition", "weight_svd",
-    "span", "Subspace",
+    "stream_writes", "WriteStream", "merge", "Checkpoint", "span", "Subspace",
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
     "Baseline", "mean_baseline", "resample_baseline", "donor_baseline",

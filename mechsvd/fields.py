@@ -20,7 +20,13 @@ _DTYPES: dict[str, tuple[str, set[torch.dtype]]] = {
     ),
     "Bool": ("a tensor of truth values", {torch.bool}),
 }
-_WORDS = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    type(None): "None",
+}
 
 
 def require_declared(result: Any) -> None:
@@ -158,8 +164,12 @@ def _test_of(hint: Any) -> Callable[[Any], bool]:
 
 
 def _kind_test(hint: Any) -> Callable[[type], bool]:
+    if hint is Any:
+        return lambda kind: True
+    if hint is bool:
+        return lambda kind: kind is bool
     kinds = (int, float) if hint is float else hint
-    return lambda kind: issubclass(kind, kinds) and kind is not bool
+    return lambda kind: issubclass(kind, kinds) and kind is not bool  # a bool is no number
 
 
 def _axes_of(hint: Any) -> tuple[str, ...]:

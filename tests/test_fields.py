@@ -9,6 +9,8 @@ import mechsvd as ms
 from mechsvd.attribution.gradients import GradientBasis, Gradients
 from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.linalg.comparison import Pool
+from mechsvd.linalg.moments import Moments
+from mechsvd.model.rows import Layout, Place
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.results import _CLASSES, Provenance
 
@@ -33,7 +35,17 @@ def tiny_results():
         torch.ones(1, 4) > 0, torch.eye(3)[:, :2].expand(1, 3, 2, 1, 3, 2).clone(), 0.05, "pool",
         1e-6, SOURCE,
     )  # fmt: skip
+    moments = Moments(
+        whole[1:], sizes[:2].double(), torch.eye(2).expand(2, 2, 2).double(), "float32"
+    )
+    place = Place((0, 2), 3, 9, 0, 1, whole, "ab")
+    layout = Layout(8, False, True, (1, 2), 0)
     found = [
+        moments,
+        place,
+        layout,
+        ms.WriteStream(moments, SITES, layout, (place,), 64, SOURCE),
+        ms.Checkpoint("count", (("n", "3"),), SOURCE, ms.Subspace(basis), True),
         ms.Task(whole, 1, ("a", "b", "c")),
         ms.Writes(torch.ones(2, 3, 4), SITES, whole, whole, whole, ("a", "b", "c"), SOURCE),
         ms.Decomposition(falling, basis, torch.eye(2)[None], 0, SOURCE),
@@ -131,7 +143,8 @@ def test_there_is_a_tiny_result_of_every_class_that_can_be_saved():
 def test_a_field_of_another_kind_is_refused_by_name(name):
     result = tiny_results()[name]
     for field in fields(result):
-        for wrong in (object(), [1], torch.ones(1, dtype=torch.complex64), True):
+        is_bool = isinstance(getattr(result, field.name), bool)
+        for wrong in (object(), [1], torch.ones(1, dtype=torch.complex64), 1 if is_bool else True):
             with pytest.raises((TypeError, ValueError), match=f"`{field.name}` .*(must be|needs)"):
                 replace(result, **{field.name: wrong})
 

@@ -51,7 +51,7 @@ def run_batches(
     progress: bool | None,
     what: str = "edits",
     *,
-    restored: Callable[[Sequence[Int[Tensor, " row"]]], None] | None = None,
+    restored: Callable[[Sequence[Int[Tensor, " _"]]], None] | None = None,
 ) -> list[Part]:
     """Run all rows in the order given, `size` at a time.
 
@@ -88,7 +88,7 @@ def run_batches(
     return parts
 
 
-def independent(chunks: Sequence[Int[Tensor, " row"]]) -> None:
+def independent(chunks: Sequence[Int[Tensor, " _"]]) -> None:
     """For `restored` of `run_batches`: later batches need nothing of earlier ones."""
 
 

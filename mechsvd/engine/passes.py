@@ -249,7 +249,7 @@ class _Setup:
         )
 
     def _remember(
-        self, stacks: Sequence[Stack], chunks: Sequence[Int[Tensor, " row"]], width: int
+        self, stacks: Sequence[Stack], chunks: Sequence[Int[Tensor, " _"]], width: int
     ) -> None:
         """Note the passes of an earlier run that had clean runs, which others need."""
         if isinstance(stacks[0], _CleanFirst):

@@ -209,8 +209,8 @@ def describe_value(value: Any) -> Any:
         return described if len(repr(described)) < 200 else f"{len(described)} items ({digest})"
     if isinstance(value, Result):
         body, tensors = pack(value)
-        content = [body, *(describe_value(tensor) for tensor in tensors.values())]
-        return f"{type(value).__name__} ({hashlib.sha256(repr(content).encode()).hexdigest()[:12]})"
+        digests = [body, *(describe_value(tensor) for tensor in tensors.values())]
+        return f"{type(value).__name__} ({hashlib.sha256(repr(digests).encode()).hexdigest()[:12]})"
     if is_dataclass(value) and not isinstance(value, type):
         return {type(value).__name__: describe_value(vars(value))}
     return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,6 +1,6 @@
 """Collecting writes: what every site adds to the residual stream at every position of a text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,7 +133,7 @@ def collect_writes(
     with open_session(model, chosen, **options) as session:
         sites = session.sites
         kept = [_kept_positions(session, task, skip_bos) for task in chosen]
-        values = _run_by_length(session)
+        values = _values_of_tasks(session)
         source = session.provenance(sites)
     values = [value[:, keep] for value, keep in zip(values, kept, strict=True)]
     for number, (value, keep) in enumerate(zip(values, kept, strict=True)):
@@ -154,41 +154,60 @@ def collect_writes(
     )
 
 
-def _run_by_length(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
-    model, tasks = session.model, session.tasks
-    device = next(model.parameters()).device
-    writes: dict[int, Tensor] = {}
+def _values_of_tasks(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
+    tasks, parts = session.tasks, [[torch.empty(0)] * len(session.sites) for _ in session.tasks]
 
-    def forward(rows: Tensor) -> None:
-        stored: list[Tensor] = []
+    def take(site: int, texts: Sequence[int], values: Tensor) -> None:
+        for text, value in zip(texts, values, strict=True):
+            parts[text][site] = value.clone()  # the module may change the tensor in place
 
-        def store(site: Site) -> Hook:
-            head = site.head
-            return site.hook_name, lambda x, hook=None: stored.append(
-                (x if head is None else x[:, :, head]).clone()
-            )
+    def passes_of(texts: Sequence[int]) -> tuple[int, Callable[[int], int]]:
+        return session.rows_per_pass(tasks[texts[0]]), session.halve(tasks[texts[0]])
 
-        hooks = [store(site) for site in session.sites]
-        run_model(
-            model,
-            torch.stack([tasks[i].tokens for i in rows]).to(device),
-            hooks,
-            scored=slice(0, 1),
-        )
-        for row, i in enumerate(rows):
-            writes[int(i)] = torch.stack([x[row] for x in stored])
+    progress = session.progress or False
+    run_by_length(session, [task.tokens for task in tasks], take, passes_of, progress)
+    return [torch.stack(parts.pop(0)) for _ in tasks]
 
-    for length in {len(task.tokens) for task in tasks}:
-        same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
-        first = tasks[same[0]]
-        run_batches(
-            forward,
-            torch.tensor(same),
-            session.rows_per_pass(first),
-            session.halve(first),
-            session.progress or False,
-        )
-    return [writes[i] for i in range(len(tasks))]
+
+def run_by_length(
+    session: Session,
+    rows: Sequence[Tensor],
+    take: Callable[[int, Sequence[int], Float[Tensor, "row pos d_model"]], None],
+    passes_of: Callable[[Sequence[int]], tuple[int, Callable[[int], int]]],
+    progress: bool | None = False,
+) -> None:
+    """Run rows of tokens, those of one length together, and hand on what each site writes.
+
+    Args:
+        rows: of any lengths, " pos" each.
+        take: is called with the number of a site, the numbers of some rows, and their writes, while
+            the model runs; once per site and row, also where memory runs out within a pass.
+        passes_of: how many of some rows of one length share a pass, and what halves that; see
+            `halving`.
+    """
+    device = next(session.model.parameters()).device
+    taken: list[set[int]] = [set() for _ in session.sites]
+
+    def hook_of(index: int, site: Site, numbers: list[int]) -> Hook:
+        def hand_on(x: Tensor, hook: Any = None) -> None:
+            new = [k for k, number in enumerate(numbers) if number not in taken[index]]
+            values = x if site.head is None else x[:, :, site.head]
+            if new:
+                values = values if len(new) == len(numbers) else values[new]
+                take(index, [numbers[k] for k in new], values)
+                taken[index].update(numbers)
+
+        return site.hook_name, hand_on
+
+    def forward(chosen: Tensor) -> None:
+        numbers = chosen.tolist()
+        tokens = torch.stack([rows[number] for number in numbers]).to(device)
+        hooks = [hook_of(index, site, numbers) for index, site in enumerate(session.sites)]
+        run_model(session.model, tokens, hooks, scored=slice(0, 1))
+
+    for length in sorted({len(row) for row in rows}):
+        same = [number for number, row in enumerate(rows) if len(row) == length]
+        run_batches(forward, torch.tensor(same), *passes_of(same), progress)
 
 
 def _kept_positions(session: Session, task: Task, skip_bos: bool) -> Int[Tensor, " kept"]:

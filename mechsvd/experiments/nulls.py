@@ -148,10 +148,9 @@ def _gaussian(svd: Decomposition, count: int, seed: int) -> Float[Tensor, "d_mod
 
     Singular values are divided by the root of the number of writes, so sizes match too.
     """
-    number = svd.left.shape[0] * svd.left.shape[1]
     generator = _generator(seed)
     parts = torch.randn(svd.rank, count, generator=generator, dtype=torch.float64)
-    sizes = svd.singular_values.cpu().double() / number**0.5
+    sizes = svd.singular_values.cpu().double() / svd.n_writes**0.5
     return svd.directions.cpu().double() @ (sizes[:, None] * parts)
 
 

@@ -69,6 +69,11 @@ def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
 def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Figure:
     """Share of each site and token in a direction: the squared left singular vector."""
     require_kind(svd, Decomposition)
+    if svd.is_streamed:
+        raise ValueError(
+            "The writes of this decomposition were streamed, so nothing is known of single "
+            f"positions; `svd.writer_map({direction})` has the share of each site."
+        )
     if svd.left.shape[:2] != writes.values.shape[:2]:
         raise ValueError(
             f"The decomposition is of {list(svd.left.shape[:2])} sites and positions, but these "

@@ -30,9 +30,13 @@ class Decomposition(Result):
         singular_values: in the units of the residual stream.
         directions: right singular vectors as orthonormal columns; in each, the entry largest in
             size is positive.
-        left: left singular vectors: how much of each direction each write holds, with sign.
+        left: left singular vectors: how much of each direction each write holds, with sign. Of
+            streamed writes, which are not kept, it has no positions.
         layer, component: of the writes; None when pooled over several.
         source: the model and tokens that the writes came from.
+        site_shares: of streamed writes: the share of each site in writing each direction, which
+            is the sum of its squared left singular vectors. They sum to 1 over the sites.
+        n_positions: of streamed writes: how many positions there were.
     """
 
     singular_values: Float[Tensor, " rank"]
@@ -41,10 +45,20 @@ class Decomposition(Result):
     layer: int | None = None
     source: Provenance | None = None
     component: str | None = None
+    site_shares: Float[Tensor, "site rank"] | None = None
+    n_positions: int | None = None
 
     def __post_init__(self) -> None:
         require_declared(self)
-        require_between(self, ["layer"], 0)
+        require_between(self, ["layer", "n_positions"], 0)
+        if (self.site_shares is None) != (self.n_positions is None) or (
+            self.is_streamed and self.left.shape[1]
+        ):
+            raise ValueError(
+                "A Decomposition of streamed writes has `site_shares` and `n_positions`, and no "
+                f"positions in `left`, but its shape is {list(self.left.shape)}; other "
+                "decompositions have neither."
+            )
 
     def _require_values(self) -> None:
         require_finite(self, "singular_values", "directions", "left")
@@ -59,6 +73,22 @@ class Decomposition(Result):
             raise ValueError(
                 f"`left` must have columns of length 1, but has one of {lengths[wrong][0]:g}."
             )
+        if self.site_shares is not None:
+            require_between(self, ["site_shares"], 0, 1)
+            totals = self.site_shares.double().sum(dim=0)
+            if ((totals - 1).abs() > 1e-3).any():
+                raise ValueError("`site_shares` must sum to 1 over the sites, but do not.")
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the writes were streamed, so that nothing of single positions is known."""
+        return self.site_shares is not None
+
+    @property
+    def n_writes(self) -> int:
+        """Number of writes: sites × positions."""
+        sites, positions = self.left.shape[:2]
+        return sites * (positions if self.n_positions is None else self.n_positions)
 
     @property
     def rank(self) -> int:
@@ -86,13 +116,16 @@ class Decomposition(Result):
     def writer_map(self, direction: int) -> Float[Tensor, "site pos"]:
         """The share of each site and position in writing a direction.
 
-        The shares are the squared left singular vector, and sum to 1.
+        The shares are the squared left singular vector, and sum to 1. Of streamed writes there is
+        one column, with the share of each site over all positions.
         """
         if not 0 <= direction < self.rank:
             raise ValueError(
                 f"`direction` is {direction}, but the decomposition has directions "
                 f"0 to {self.rank - 1}."
             )
+        if self.site_shares is not None:
+            return self.site_shares[:, direction, None]
         return self.left[:, :, direction].square()
 
     def to_pandas(self) -> Any:
@@ -115,9 +148,10 @@ class Decomposition(Result):
         where = "pooled over layers" if self.layer is None else f"layer {self.layer}"
         where += f" {self.component}" if self.component else ""
         top = ", ".join(f"{s:.3g}" for s in self.singular_values[:4].tolist())
+        sites, kept = self.left.shape[:2]
+        positions = f"{kept}" if self.n_positions is None else f"{self.n_positions:,} streamed"
         return (
-            f"Decomposition of {self.left.shape[0]} sites × {self.left.shape[1]} positions, "
-            f"{where}\n"
+            f"Decomposition of {sites} sites × {positions} positions, {where}\n"
             f"  rank {self.rank} of {self.d_model} dimensions, singular values {top}, …\n"
             f"  from {self._origin('bare tensors')}"
         )
@@ -202,17 +236,14 @@ def decompose(
     values: Any = writes if isinstance(writes, Tensor) else getattr(writes, "values", None)
     source: Provenance | None = getattr(writes, "source", None)
     _require_sample(values)
-    kind = "layer" if per_layer and per == "pool" else per
-    if kind not in ("pool", "layer", "site") or (per_layer and kind != "layer"):
-        raise ValueError(f"`per` is {per!r:.40}, but must be 'pool', 'layer' or 'site'.")
+    kind = kind_of(per, per_layer)
     values, source = _scaled(values, source, scale)
     if kind == "pool":
         pooled = decompose_groups(values[None], (None,), center, source)
-        _warn_unseen([values], pooled)
+        warn_unseen(pooled)
         return pooled[0]
     sites = _sites_of(writes, kind)
-    names = [(s.layer, None if kind == "layer" else s.name) for s in sites]
-    groups = {name: [i for i, other in enumerate(names) if other == name] for name in names}
+    groups = groups_of(sites, kind)
     samples = [values[chosen] for chosen in groups.values()]
     layers = tuple(layer for layer, _ in groups)
     if len({len(sample) for sample in samples}) > 1:  # a hybrid: some layers have fewer sites
@@ -223,11 +254,31 @@ def decompose(
     else:
         svds = decompose_groups(torch.stack(samples), layers, center, source)
     svds = tuple(
-        _of_sites(svd, [sites[i] for i in chosen], kind)
+        of_sites(svd, [sites[i] for i in chosen], kind)
         for svd, chosen in zip(svds, groups.values(), strict=True)
     )
-    _warn_unseen(samples, svds)
+    warn_unseen(svds)
     return svds
+
+
+def kind_of(per: str, per_layer: bool) -> str:
+    """What there is one decomposition for: "pool", "layer" or "site".
+
+    Raises:
+        ValueError: another `per`, or one that `per_layer` contradicts.
+    """
+    kind = "layer" if per_layer and per == "pool" else per
+    if kind not in ("pool", "layer", "site") or (per_layer and kind != "layer"):
+        raise ValueError(f"`per` is {per!r:.40}, but must be 'pool', 'layer' or 'site'.")
+    return kind
+
+
+def groups_of(sites: Sequence[Any], kind: str) -> dict[tuple[int | None, str | None], list[int]]:
+    """The places of the sites of each layer or site, by layer and, per site, by name."""
+    if kind == "pool":
+        return {(None, None): list(range(len(sites)))}
+    names = [(s.layer, None if kind == "layer" else s.name) for s in sites]
+    return {name: [i for i, other in enumerate(names) if other == name] for name in names}
 
 
 def _scaled(
@@ -248,7 +299,8 @@ def _scaled(
     return scaled, source and with_notes(source, f"writes divided by {SCALES[scale]}")
 
 
-def _of_sites(svd: Decomposition, sites: Sequence[Any], kind: str) -> Decomposition:
+def of_sites(svd: Decomposition, sites: Sequence[Any], kind: str) -> Decomposition:
+    """A decomposition that names the sites of its writes."""
     source = svd.source and replace(svd.source, hooks=tuple(site.name for site in sites))
     component = str(sites[0]).split(" ", 1)[-1] if kind == "site" else None
     return replace(svd, source=source, component=component)
@@ -340,11 +392,9 @@ def decompose_groups(
     return tuple(svds)
 
 
-def _warn_unseen(groups: Sequence[Tensor], svds: Sequence[Decomposition]) -> None:
-    sizes = [group.shape[0] * group.shape[1] for group in groups]
-    few = [
-        svd for svd, size in zip(svds, sizes, strict=True) if svd.rank == 0 or size < svd.d_model
-    ]
+def warn_unseen(svds: Sequence[Decomposition]) -> None:
+    """Warn of fewer writes than dimensions, or none but zero."""
+    few = [svd for svd in svds if svd.rank == 0 or svd.n_writes < svd.d_model]
     if not few:
         return
     ranks, d_model = sorted({svd.rank for svd in few}), few[0].d_model
@@ -353,8 +403,8 @@ def _warn_unseen(groups: Sequence[Tensor], svds: Sequence[Decomposition]) -> Non
     whose = "the decomposition" if few[0].layer is None else f"each {kind}'s decomposition"
     directions = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     warn(
-        f"{min(sizes)} writes{where} for {d_model} dimensions: {whose} has {directions} "
-        "directions, and the rest of the residual stream is unseen"
+        f"{min(svd.n_writes for svd in svds)} writes{where} for {d_model} dimensions: {whose} has "
+        f"{directions} directions, and the rest of the residual stream is unseen"
         f"{' (all writes are zero)' if ranks[0] == 0 else ''}.",
     )
 
@@ -363,7 +413,7 @@ def _require_sample(values: Any) -> None:
     if not isinstance(values, Tensor):
         raise TypeError(
             "`writes` must be what `collect_writes` gives (of several tasks, too), "
-            "or a tensor [site, pos, d_model]."
+            "or a tensor [site, pos, d_model]; what `stream_writes` gives has its own `.decompose`."
         )
     if values.ndim != 3 or values.numel() == 0 or not values.is_floating_point():
         raise ValueError(

@@ -36,8 +36,9 @@ def thin_svd(
 def numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:
     """The number of singular values that can be told from zero."""
     # what a float64 Gram matrix can tell from zero; the thin SVD could tell more, but the rank of
-    # a sample must not depend on the method
-    cutoff = sizes[0] * (max(shape) * torch.finfo(torch.float64).eps) ** 0.5
+    # a sample must not depend on the method. Rounding adds up like a random walk, so that beyond a
+    # million vectors the bound n · eps would leave out directions that are well above it
+    cutoff = sizes[0] * (min(max(shape), 10**6) * torch.finfo(torch.float64).eps) ** 0.5
     return int((sizes > cutoff).sum())
 
 

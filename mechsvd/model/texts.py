@@ -12,6 +12,7 @@ from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tasks import Task
 
 KEYS = ("name", "prompt", "continuation", "wrong", "messages", "group")
+TEXT = "text"  # another name of `prompt`, as in many datasets
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def tasks_from(
     Args:
         source: a file with one prompt per line, of JSON lines or of one JSON document; or a list.
             An entry is a prompt, a pair of prompt and continuation, or an object (a row of a
-            dataset) with `prompt` and, as wanted, `continuation`, `wrong` (a choice between single
+            dataset) with `prompt` (or `text`) and, as wanted, `continuation`, `wrong` (a choice between single
             tokens; see `Task.from_choice`) and `name`. Instead of `prompt` it may have `messages`,
             a chat that the tokenizer's template turns into text.
         max_new_tokens, prepend_bos, truncate: as in `Task.from_text`.
@@ -99,17 +100,17 @@ def read_texts(
     Raises:
         FileNotFoundError, ValueError, TypeError: as `tasks_from`.
     """
-    for place, name, entry in _entries(source):
+    for place, name, entry in read_entries(source):
         try:
-            yield _text(place, name, entry)
+            yield text_of(place, name, entry)
         except (ValueError, TypeError) as error:
             if bad is None:
                 raise
             bad.append(str(error))
 
 
-def _entries(source: Any) -> Iterator[tuple[str, str, Any]]:
-    """Each entry with its place and, in a JSON object, its name."""
+def read_entries(source: Any) -> Iterator[tuple[str, str, Any]]:
+    """Each entry with its place and, in a JSON object, its name; those of a file one by one."""
     if not isinstance(source, str | os.PathLike):
         if isinstance(source, Mapping):
             for number, (name, entry) in enumerate(source.items()):
@@ -122,24 +123,40 @@ def _entries(source: Any) -> Iterator[tuple[str, str, Any]]:
                 f"`source` must be a file or a list of texts, but is {type(source).__name__}."
             )
         return
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file of texts {path}.")
-    content = path.read_text(encoding="utf-8-sig")
+    path = file_of_texts(source)
     if path.suffix == ".json":
-        yield from _entries_of_json(path, content)
+        yield from _entries_of_json(path, path.read_text(encoding="utf-8-sig"))
         return
-    lines = [(i, line) for i, line in enumerate(content.splitlines(), start=1) if line.strip()]
-    for number, (line_number, line) in enumerate(lines):
-        place = f"text {number} (line {line_number} of {path.name})"
-        if path.suffix == ".jsonl":
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} is not JSON: {error}.") from error
-        else:
-            entry = line
-        yield place, "", entry
+    with open(path, encoding="utf-8-sig") as file:
+        lines = ((i, line.rstrip("\n")) for i, line in enumerate(file, start=1) if line.strip())
+        for number, (line_number, line) in enumerate(lines):
+            place = f"text {number} (line {line_number} of {path.name})"
+            yield place, "", _entry_of_line(place, line) if path.suffix == ".jsonl" else line
+
+
+def file_of_texts(path: str | os.PathLike[str]) -> Path:
+    """The path of a file of texts.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = Path(path).expanduser()
+    try:
+        is_file = found.is_file()
+    except (OSError, ValueError):  # a text, too long for a name
+        is_file = False
+    if not is_file:
+        raise FileNotFoundError(
+            f"There is no file of texts {found!s:.200}; give a text itself in a list, [text]."
+        )
+    return found
+
+
+def _entry_of_line(place: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}.") from error
 
 
 def _entries_of_json(path: Path, content: str) -> Iterator[tuple[str, str, Any]]:
@@ -149,7 +166,7 @@ def _entries_of_json(path: Path, content: str) -> Iterator[tuple[str, str, Any]]
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(document, dict | list):
         raise ValueError(f"{path} must hold an object or a list of texts.")
-    yield from _entries(document)
+    yield from read_entries(document)
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,7 +176,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _text(place: str, name: str, entry: Any) -> Text:
+def text_of(place: str, name: str, entry: Any) -> Text:
+    """The text of one entry of a source.
+
+    Raises:
+        ValueError, TypeError: it is no text, with its place.
+    """
     if isinstance(entry, str):
         entry = {"prompt": entry}
     elif isinstance(entry, list | tuple) and len(entry) == 2:
@@ -169,6 +191,8 @@ def _text(place: str, name: str, entry: Any) -> Text:
             f"{place} must be a prompt, a pair of prompt and continuation, or an object, "
             f"but is {entry!r:.60}."
         )
+    if entry.get("prompt") is None and entry.get(TEXT) is not None:
+        entry = {**entry, "prompt": entry[TEXT]}
     fields = {key: entry[key] for key in KEYS if entry.get(key) is not None}
     messages = tuple(fields.pop("messages", ()))
     fields.setdefault("name", name)
@@ -184,6 +208,24 @@ def _text(place: str, name: str, entry: Any) -> Text:
     return Text(place, messages=messages, **fields)
 
 
+def prompt_of(model: Model, text: Text) -> str:
+    """The prompt of a text; of chat messages, what the tokenizer's template makes of them.
+
+    Raises:
+        ValueError: messages, but no template.
+    """
+    if not text.messages:
+        return text.prompt
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError("the model's tokenizer has no chat template; give a `prompt`")
+    prompt = model.tokenizer.apply_chat_template(
+        list(text.messages), tokenize=False, add_generation_prompt=True
+    )
+    bos = getattr(model.tokenizer, "bos_token", None)
+    # the task puts it there
+    return prompt[len(bos) :] if bos and prompt.startswith(bos) else prompt
+
+
 def task_of(
     model: Model,
     text: Text,
@@ -196,17 +238,7 @@ def task_of(
     Raises:
         ValueError, TypeError: it does not fit the model.
     """
-    prompt = text.prompt
-    if text.messages:
-        template = getattr(model.tokenizer, "chat_template", None)
-        if not template:
-            raise ValueError("the model's tokenizer has no chat template; give a `prompt`")
-        prompt = model.tokenizer.apply_chat_template(
-            list(text.messages), tokenize=False, add_generation_prompt=True
-        )
-        bos = getattr(model.tokenizer, "bos_token", None)
-        if bos and prompt.startswith(bos):  # the task puts it there
-            prompt = prompt[len(bos) :]
+    prompt = prompt_of(model, text)
     if text.wrong is not None and text.continuation is not None:
         return Task.from_choice(
             model,

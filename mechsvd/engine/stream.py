@@ -1,0 +1,206 @@
+"""Streaming: the moments of the writes over a corpus of any length, in memory that does not grow."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from typing_extensions import Unpack
+
+from mechsvd.checks import with_options
+from mechsvd.engine.batches import progress_bar
+from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
+from mechsvd.engine.session import RunOptions, Session, open_session
+from mechsvd.engine.stream_results import WriteStream
+from mechsvd.engine.writes import run_by_length
+from mechsvd.linalg.moments import Accumulator, no_moments
+from mechsvd.model.corpus import Document, read_documents, size_in_bytes
+from mechsvd.model.places import width_of
+from mechsvd.model.rows import (
+    Layout,
+    Place,
+    Row,
+    first_place,
+    layout_of,
+    require_end,
+    windows,
+)
+from mechsvd.model.sites import Model, Site, require_model
+from mechsvd.model.tasks import Task
+
+# tokens between two states: enough that rows of one length fill the passes, and little to run
+# again after an interruption
+WINDOW = 2**16
+
+
+@with_options(RunOptions)
+def stream_writes(
+    model: Model,
+    texts: str | os.PathLike[str] | Task | Iterable[Any],
+    *,
+    context: int | None = None,
+    packing: bool = False,
+    skip_bos: bool = False,
+    shard: tuple[int, int] | None = None,
+    **options: Unpack[RunOptions],
+) -> WriteStream:
+    """Collect the moments of the writes over a corpus, in memory that does not grow with it.
+
+    Nothing is kept of single writes, so the result can be decomposed, merged and saved, but not
+    shown by position. Documents are read once, as they are needed. Rows of one length run together,
+    without padding. A document longer than `context` goes on in further rows, each of which begins
+    with BOS if the document does: there it lacks what came before.
+
+    Args:
+        texts: a file with one document per line, or of JSON lines with `prompt` or `text`; or an
+            iterable of texts, tasks, or objects such as rows of a dataset. Empty texts are counted.
+        context: longest row; by default what the model's context holds.
+        packing: join the documents and cut rows of `context` tokens from them. It wastes nothing,
+            but writes then depend on the documents before in the row, and so does the spectrum.
+        skip_bos: leave out the BOS token; when packed, all of them.
+        shard: (i, n) takes documents i, i + n, i + 2n, … of the source; see `merge`.
+        options: see `RunOptions` (layers, components, at, positions, batch_size, …). Positions
+            count within a row, and rows without them are left out.
+
+            With `checkpoint`, the same call goes on where it stopped: on a CPU, with as many
+            threads and if memory never ran out, to the same bits. What was read is read again, but
+            not tokenised, and must be the same. A finished one gives its result at once.
+
+    Raises:
+        ValueError: no writes, a bad document, a model that fails the self-check, NaN or inf in the
+            writes, or a checkpoint of another call, model or source, naming the differences.
+        FileNotFoundError: no such file, or no folder for the checkpoint.
+        RuntimeError: another run uses the checkpoint.
+        KeyError: an unknown layer or component.
+    """
+    require_model(model)
+    start, size = first_place(shard), size_in_bytes(texts)
+    path = options.pop("checkpoint", None)
+    with open_checkpoint(path) as file, open_session(model, **options) as session:
+        layout = layout_of(model, context, packing, skip_bos, session.where.positions)
+        arguments = {field.name: getattr(layout, field.name) for field in fields(Layout)}  # type: ignore[arg-type]
+        arguments |= {"shard": start.shard, "window": WINDOW, "size of the file": size}
+        source = session.provenance(session.sites)
+        saved = file.resume(describe("stream_writes", arguments, source))
+        state = saved.state
+        stream = state if isinstance(state, WriteStream) else _begin(session, layout, start)
+        documents = read_documents(model, texts, start.shard)
+        if saved.is_finished:
+            require_end(documents, stream.places[0])
+            return stream
+        total = len(texts) // start.shard[1] if isinstance(texts, Sized) and size is None else None
+        with progress_bar(total, "documents", session.progress) as bar:
+            return _run(session, stream, documents, file, bar)
+
+
+def _begin(session: Session, layout: Layout, start: Place) -> WriteStream:
+    dtype = next(session.model.parameters()).dtype
+    width = width_of(session.model, session.sites)
+    return WriteStream(
+        no_moments(len(session.sites), width, dtype),
+        session.sites,
+        layout,
+        (start,),
+        session.rows_per_pass(_longest(layout)) * layout.context,
+        session.provenance(session.sites),
+    )
+
+
+def _longest(layout: Layout) -> Task:
+    return Task(torch.zeros(layout.context, dtype=torch.int64), layout.context - 1)
+
+
+def _run(
+    session: Session,
+    stream: WriteStream,
+    documents: Iterator[Document],
+    file: CheckpointFile,
+    bar: Any,
+) -> WriteStream:
+    """Go on from where a stream stands to the end of the documents."""
+    accumulator = Accumulator(stream.moments, next(session.model.parameters()).device)
+    for window in windows(documents, stream.places[0], stream.layout, WINDOW):
+        bar.update(window.place.documents - bar.n)
+        _add(session, stream, window.rows, accumulator)
+        stream = replace(stream, places=(window.place,))
+        if file.is_due():
+            stream = replace(stream, moments=accumulator.moments())
+            file.save(stream)
+    stream = replace(stream, moments=accumulator.moments())
+    _require_writes(stream)
+    file.save(stream, is_finished=True)
+    return stream
+
+
+def _add(
+    session: Session, stream: WriteStream, rows: Sequence[Row], accumulator: Accumulator
+) -> None:
+    """Run some rows and add their writes; rows by length, in the order given."""
+    layout, limit = stream.layout, stream.tokens_per_pass
+    halve = session.halve(_longest(layout))
+
+    def passes_of(chosen: Sequence[int]) -> tuple[int, Callable[[int], int]]:
+        length = len(rows[chosen[0]].tokens)
+
+        def smaller(size: int) -> int:
+            nonlocal limit  # for the other rows, too
+            half = halve(size)
+            limit = min(limit, half * length)
+            return half
+
+        return _rows_per_pass(session, limit, length), smaller
+
+    def take(site: int, chosen: Sequence[int], values: Float[Tensor, "row pos d_model"]) -> None:
+        kept = layout.kept(torch.stack([rows[number].tokens for number in chosen]))
+        vectors = values.flatten(0, 1) if kept.all() else values[kept.to(values.device)]
+        # the sum is faster to check, and not finite for other reasons at most in vain
+        if not vectors.sum(dtype=torch.float32).isfinite():
+            _require_finite(values, kept, stream.sites[site], [rows[i].document for i in chosen])
+        accumulator.add(site, vectors)
+
+    run_by_length(session, [row.tokens for row in rows], take, passes_of)
+
+
+def _rows_per_pass(session: Session, tokens: int, length: int) -> int:
+    if session.other_hooks.one_row:
+        return 1
+    batch_size = session.options.get("batch_size")
+    return max(1, min(tokens // length, tokens if batch_size is None else int(batch_size)))
+
+
+def _require_finite(
+    values: Float[Tensor, "row pos d_model"],
+    kept: Bool[Tensor, "row pos"],
+    site: Site,
+    documents: Sequence[str],
+) -> None:
+    wrong = (~values.isfinite().all(dim=-1).cpu() & kept).nonzero()
+    if len(wrong):
+        row, position = wrong[0].tolist()
+        hint = (
+            " Half precision overflows easily: load the model with dtype=torch.float32."
+            if values.element_size() < 4
+            else ""
+        )
+        raise ValueError(
+            f"The writes hold NaN or inf, first at {site.place}, position {position} of a row of "
+            f"{documents[row]} ({values.dtype}).{hint}"
+        )
+
+
+def _require_writes(stream: WriteStream) -> None:
+    if not stream.tokens:
+        empty = ", which are all empty" if stream.documents else ""
+        raise ValueError(f"There are no texts: {stream.documents} documents were read{empty}.")
+    if not len(stream):
+        raise ValueError(
+            f"No writes are left: `positions` and `skip_bos` exclude all {stream.tokens} tokens."
+        )
+    if not stream.moments.scatter.isfinite().all():
+        raise ValueError(
+            "The writes are too large to be squared in float32; load the model with "
+            "dtype=torch.float32, so that they are squared in float64."
+        )
