@@ -7,6 +7,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.attribution.gradients import GradientBasis, Gradients
+from mechsvd.engine.resuming import Loop, Loops
 from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.linalg.comparison import Pool
 from mechsvd.linalg.moments import Moments
@@ -64,6 +65,8 @@ def tiny_results():
         ms.OverlapAnchors(
             ("a",), torch.tensor([2, 3]), *[torch.ones(1, 2)] * 4, (1,), 3, 4, 0, SOURCE
         ),
+        Loop("a", 2, (2, 1), (sizes, sizes)),
+        Loops((Loop("a", 2, (2,), (sizes,)),), SOURCE),
         ms.WorstGains(
             whole,
             torch.ones(1, 3),
