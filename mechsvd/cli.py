@@ -58,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"mechsvd: {message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            "\nmechsvd: stopped. What is done is kept; the same command goes on.", file=sys.stderr
+        )
+        return 130
     finally:
         warnings.formatwarning = formatwarning
     return 0

@@ -15,7 +15,7 @@ import torch
 import mechsvd as ms
 from mechsvd import figures
 from mechsvd.figures.display import escape, file_name, label, visible
-from mechsvd.report.build import write_report
+from mechsvd.report.pages import write_report
 from mechsvd.report.study import compare, study_task
 
 OWNED = "document.documentElement.dataset.owned=1"

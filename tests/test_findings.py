@@ -336,7 +336,7 @@ def test_many_prompts_have_pages_of_their_own_and_sentences_of_their_spread(
     said = findings.critical_ranks(many)
     middle = np.median(ranks)
     assert f"{ranks[0]} to {ranks[-1]} (median {middle:.4g}, 8 prompts)" in said
-    from mechsvd.report.build import write_report
+    from mechsvd.report.pages import write_report
 
     page = write_report(many, ms.self_check(embedded), tmp_path)
     content = page.read_text()

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import mechsvd as ms
-from mechsvd.report.build import write_report
 from mechsvd.report.folders import _alone, replace_run
+from mechsvd.report.pages import write_report
 from mechsvd.report.study import study_task
 
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None

@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeVar, cast
@@ -178,13 +178,31 @@ def _run_with(path: Any, call: Callable[..., Any], bound: inspect.BoundArguments
     given = dict(bound.arguments)
     model, options = given.pop("model"), given.pop("options", {})
     given |= {k: v for k, v in options.items() if k != "progress"}
+    with keeping(path, call.__name__, given, provenance_of(model)):
+        return call(*bound.args, **bound.kwargs)
+
+
+@contextmanager
+def keeping(
+    path: Any, call: str, arguments: Mapping[str, Any], source: Provenance
+) -> Iterator[None]:
+    """Keep the finished batches of all loops of this block, and take those of an earlier run.
+
+    Args:
+        path: of the file.
+        call, arguments, source: what the batches depend on.
+
+    Raises:
+        ValueError: the file holds the batches of another call.
+        OSError, RuntimeError: as `open_checkpoint`.
+    """
+    described = {name: describe_value(value) for name, value in arguments.items()}
     with open_checkpoint(path) as file:
-        arguments = {name: describe_value(value) for name, value in given.items()}
-        saved = file.resume(describe(call.__name__, arguments, provenance_of(model)))
+        saved = file.resume(describe(call, described, source))
         journal = Journal(file, cast("Loops | None", saved.state))
         token = _JOURNAL.set(journal)
         try:
-            return call(*bound.args, **bound.kwargs)
+            yield
         finally:
             _JOURNAL.reset(token)
             with suppress(OSError):  # the first error counts

@@ -1,40 +1,25 @@
-"""The whole experiment in one run.
+"""The whole experiment in one run, which goes on where an earlier one was stopped."""
 
-It writes one page in the shortform's order, with its tables and results next to it.
-"""
-
-import platform
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from mechsvd.checks import about, warn
 from mechsvd.engine.passes import estimate_seconds
+from mechsvd.engine.resuming import describe_value, keeping
 from mechsvd.engine.session import open_session
 from mechsvd.experiments.contrast_results import Contrast
-from mechsvd.figures.display import escape, file_name
+from mechsvd.model.identity import provenance_of
 from mechsvd.model.selfcheck import SelfCheck, self_check
 from mechsvd.model.sites import COMPONENTS, Model
 from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
 from mechsvd.model.tokenization import prompt_tokens
-from mechsvd.report import findings
-from mechsvd.report.folders import DATA, replace_run, require_writable
-from mechsvd.report.html import page, table, write_plotly
-from mechsvd.report.sections import (
-    MANY,
-    SECTIONS,
-    held_out,
-    one_prompt,
-    prompt_text,
-    section,
-    several,
-    special,
-    texts,
-    told,
-)
+from mechsvd.report.folders import require_writable
+from mechsvd.report.pages import end_growing, write_growing, write_report
 from mechsvd.report.study import (
     SWEEPS,
     Comparison,
@@ -44,49 +29,11 @@ from mechsvd.report.study import (
     study_task,
     with_held_out,
 )
-from mechsvd.report.tables import write_tables
-from mechsvd.results import Provenance
+from mechsvd.version import __version__
 
-PLOTLY, FIGURES = "plotly.min.js", "figures.html"  # of the pages of many prompts
 LEAST = 4  # texts of a kind, for a contrast
 OTHERS = 8  # prompts whose gradients join those of each prompt
-
-
-def write_report(
-    studies: Sequence[Study],
-    check: SelfCheck,
-    out: Path,
-    *,
-    comparison: Comparison | None = None,
-    contrast: Contrast | None = None,
-    cdn: bool = False,
-    seconds: float | None = None,
-) -> Path:
-    """Write `report.html`, and its tables (CSV) and results into a folder of `report-data/`.
-
-    The page links the folder. Both replace an earlier run in one step. So a run that is killed
-    leaves either the earlier run or itself complete.
-
-    Args:
-        comparison: of the prompts, if there are several.
-        contrast: of groups of texts, if there are some.
-        cdn: load plotly from the network instead of including it in the page (5 MB).
-        seconds: how long the run took; the page shows it.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-
-    def write(folder: Path, name: str) -> str:
-        write_tables(studies, comparison, contrast, folder)
-        if len(studies) > MANY:
-            _write_pages(studies, folder, cdn)
-        return _page(studies, comparison, contrast, check, cdn, seconds, f"{DATA}/{name}/")
-
-    return replace_run(out, write)
+PATIENCE = 10  # times as long as writing the growing page takes, until it is written again
 
 
 def reproduce(
@@ -114,28 +61,87 @@ def reproduce(
     with open_session(model):  # common warnings come once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
         kinds = _kinds(groups or {}, made)  # before anything long runs
-        studies = [_study(model, name, made, components, say) for name in made]
-        comparison = contrast = None
-        if len(studies) > 1:
-            with about("several prompts"):
-                every = [task for own in kinds.values() for task in own]
-                comparison = compare(model, studies, components, more=every)
+        kept = _unfinished(model, made, kinds, components, out)
+        if kept.exists():
+            say(f"Going on from {kept}, which a run that was stopped left.")
+        arguments = {"tasks": made, "groups": kinds, "components": [*components]}
+        with keeping(kept, "reproduce", arguments, provenance_of(model)):
+            check = self_check(model)
+            studies = _studies(model, made, components, say, check, out, cdn)
+            comparison, contrast = _together(model, studies, kinds, components, say)
+        if comparison:
             studies = with_held_out(studies, comparison.held_out)
-        if kinds:
-            with about("special directions"):
-                contrast = compare_groups(model, kinds, components)
-    seconds = time.perf_counter() - started
-    path = write_report(
-        studies,
-        self_check(model),
-        out,
-        comparison=comparison,
-        contrast=contrast,
-        cdn=cdn,
-        seconds=seconds,
-    )
+        seconds = time.perf_counter() - started
+        path = write_report(
+            studies,
+            check,
+            out,
+            comparison=comparison,
+            contrast=contrast,
+            cdn=cdn,
+            seconds=seconds,
+        )
+    end_growing(out)
+    kept.unlink(missing_ok=True)
     say(f"{path} after {time.perf_counter() - started:.0f} s")
     return path
+
+
+def _unfinished(
+    model: Model,
+    made: Mapping[str, Task],
+    kinds: Mapping[str, Sequence[Task]],
+    components: Sequence[str],
+    out: Path,
+) -> Path:
+    """The file that keeps what is done until the report is complete; one per command."""
+    asked = describe_value([made, kinds, [*components], provenance_of(model), __version__])
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    return out / f"report-{digest}.unfinished"
+
+
+def _studies(
+    model: Model,
+    made: Mapping[str, Task],
+    components: Sequence[str],
+    say: Callable[[str], None],
+    check: SelfCheck,
+    out: Path,
+    cdn: bool,
+) -> list[Study]:
+    """The study of each prompt; the page of those that are done grows meanwhile."""
+    studies: list[Study] = []
+    due = 0.0
+    for name in made:
+        studies.append(_study(model, name, made, components, say))
+        if len(made) > len(studies) and time.perf_counter() >= due:
+            started = time.perf_counter()
+            path = write_growing(studies, check, out, of=len(made), cdn=cdn)
+            if not due:
+                say(f"{path} shows the prompts that are done.")
+            ended = time.perf_counter()
+            due = ended + PATIENCE * (ended - started)
+    return studies
+
+
+def _together(
+    model: Model,
+    studies: Sequence[Study],
+    kinds: Mapping[str, Sequence[Task]],
+    components: Sequence[str],
+    say: Callable[[str], None],
+) -> tuple[Comparison | None, Contrast | None]:
+    comparison = contrast = None
+    if len(studies) > 1:
+        say("several prompts: held-out directions, overlaps, and texts of random tokens")
+        with about("several prompts"):
+            every = [task for own in kinds.values() for task in own]
+            comparison = compare(model, studies, components, more=every)
+    if kinds:
+        say("special directions of kinds of text")
+        with about("special directions"):
+            contrast = compare_groups(model, kinds, components)
+    return comparison, contrast
 
 
 def _made(name: str, make: Callable[[], Task]) -> Task:
@@ -205,87 +211,3 @@ def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, tor
         other, ids = next((key, ids) for key, ids in candidates if not torch.equal(ids, own))
     starts = {"its own prompt": own, f"another prompt ({other})": ids}
     return starts if bos is None else starts | {"no prompt": torch.tensor([bos])}
-
-
-def _page(
-    studies: Sequence[Study],
-    comparison: Comparison | None,
-    contrast: Contrast | None,
-    check: SelfCheck,
-    cdn: bool,
-    seconds: float | None,
-    data: str,
-) -> str:
-    source = studies[0].sweep.source
-    assert source is not None  # `measure` always sets it
-    titles = {"told": "What can be told"} | {s.name: s.title for s in SECTIONS}
-    titles["texts"] = "Text from inside"
-    if comparison:
-        titles |= {"held-out": "Held-out texts", "prompts": "Several prompts"}
-    if contrast:
-        titles["special"] = "Special directions"
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles.items())
-    body = "\n".join(
-        [
-            *(section(part, studies) for part in SECTIONS),
-            texts(studies),
-            held_out(comparison) + several(comparison) if comparison else "",
-            special(contrast) if contrast else "",
-        ]
-    )
-    content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
-<p>The shortform's experiments on Llama-3-8B, repeated on this model. Each section says what the
-shortform saw. The text in bold says what was measured here.</p>
-<nav>{links}</nav>
-{told(comparison)}
-{_prompts(studies, data)}
-{body}
-<h2>Provenance</h2>
-{table({key: [value] for key, value in _provenance_rows(source, check, seconds).items()})}
-<footer>The tables (CSV) and results (safetensors) of this run are in
-<a href="{data}"><code>{data}</code></a>. Probabilities are of the whole continuation. Logarithms
-are natural. Sizes are root-mean-square L2 norms over sites and positions.</footer>"""
-    return page(f"Writes of {source.model}", content, cdn=cdn)
-
-
-def _write_pages(studies: Sequence[Study], folder: Path, cdn: bool) -> None:
-    """Write a page for each of many prompts into its folder."""
-    if not cdn:
-        write_plotly(folder / PLOTLY)
-    for study in studies:
-        content = f"<h1>{escape(study.name)}</h1>\n{one_prompt(study)}"
-        text = page(study.name, content, cdn=cdn, plotly_file=f"../{PLOTLY}")
-        (folder / file_name(study.name) / FIGURES).write_text(text, encoding="utf-8")
-
-
-def _prompts(studies: Sequence[Study], data: str) -> str:
-    """The texts and main numbers of the prompts; of many, as a table with links to their pages."""
-    numbers = [findings.main_numbers(s) for s in studies]
-    if len(studies) <= MANY:
-        columns = table({"": [s.name for s in studies]} | _columns(numbers))
-        return "".join(prompt_text(s) for s in studies) + columns
-    links = "".join(
-        f'<a href="{data}{file_name(s.name)}/{FIGURES}">{escape(s.name)}</a> ' for s in studies
-    )
-    rows = {"": list(numbers[0])} | {
-        s.name: list(own.values()) for s, own in zip(studies, numbers, strict=True)
-    }
-    return (
-        f"<details open><summary>One prompt at a time</summary><nav>{links}</nav></details>"
-        f"<details><summary>All numbers of {len(studies)} prompts</summary>{table(rows)}</details>"
-    )
-
-
-def _provenance_rows(source: Provenance, check: SelfCheck, seconds: float | None) -> dict[str, str]:
-    rows = {key: value for key, value in asdict(source).items() if isinstance(value, str)}
-    rows["torch"] = (
-        f"{torch.__version__}, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}"
-    )
-    rows["self-check"] = " ".join(repr(check).split())
-    rows["notes"] = "; ".join(source.notes) or "none"
-    return rows | ({"time": f"{seconds:.1f} s"} if seconds is not None else {})
-
-
-def _columns(numbers: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    return {key: [column[key] for column in numbers] for key in numbers[0]}
