@@ -21,9 +21,9 @@ def reads(monkeypatch):
     return count
 
 
-def test_a_study_reads_the_weights_once(embedded, silent, reads):
-    task = ms.Task.from_text(embedded, "I believe the", max_new_tokens=3)
-    study_task(embedded, "one", task, {"own": task.tokens[:2]}, progress=False)
+def test_a_study_reads_the_weights_once(silent, reads):
+    model, task = tiny("Llama"), tiny_task()
+    study_task(model, "one", task, {"own": task.tokens[:2]}, progress=False)
     assert len(reads) == 1
 
 
