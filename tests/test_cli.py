@@ -1,3 +1,4 @@
+import json
 import math
 import re
 import warnings
@@ -10,14 +11,22 @@ from mechsvd.cli import main
 from mechsvd.demo import WEIGHTS
 from mechsvd.report.build import reproduce
 
+PROMPTS = {
+    "meaning": ms.SHORTFORM_PROMPTS["meaning"],
+    "relativity": ms.SHORTFORM_PROMPTS["relativity"],
+    "words": "Translate English to French:\n\nsea => mer\ncheese =>",
+}
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
+    (out / "prompts.json").write_text(json.dumps(PROMPTS))
     warnings.simplefilter(
         "ignore"
     )  # short texts have fewer writes a layer than dimensions; pytest restores the filters
-    assert main(["reproduce", "--out", str(out), "--device", "cpu", "--max-new-tokens", "12"]) == 0
+    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "12", "--device", "cpu"]
+    assert main(["reproduce", "--out", str(out), *options]) == 0
     return out
 
 
@@ -29,8 +38,8 @@ def data(out):
 def test_reproduce_writes_a_page_that_needs_no_network(report):
     page = (report / "report.html").read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    assert page.count('class="plotly-graph-div"') == 4 * 20 + 4
-    for name, prompt in ms.SHORTFORM_PROMPTS.items():
+    assert page.count('class="plotly-graph-div"') == 3 * 20 + 4
+    for name, prompt in PROMPTS.items():
         assert f'id="{name}"' in page
         assert prompt.split("\n")[0].split(" => ")[0] in page
 
@@ -42,7 +51,7 @@ def test_the_page_names_the_model_and_its_self_check(report):
 
 
 def test_tables_and_results_lie_beside_it(report):
-    for name in ms.SHORTFORM_PROMPTS:
+    for name in PROMPTS:
         table = pd.read_csv(data(report) / name / "sweep.csv")
         assert list(table.columns) == [
             "rank",
@@ -112,7 +121,7 @@ def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(re
     assert "1886, 3329, 2696 and 2518 of 4096" in page
     critical = {
         name: ms.CriticalRank.load(data(report) / name / "critical_rank.safetensors").rank
-        for name in ms.SHORTFORM_PROMPTS
+        for name in PROMPTS
     }
     assert (
         f"Here it is {critical['meaning']} (meaning), {critical['relativity']} (relativity)" in page
@@ -121,7 +130,7 @@ def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(re
 
 def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
     folder = data(report)
-    for name in ms.SHORTFORM_PROMPTS:
+    for name in PROMPTS:
         effects = pd.read_csv(folder / name / "directions.csv")
         assert effects["effect"].tolist() == pytest.approx(
             ms.Ranking.load(folder / name / "ranking.safetensors").effect.tolist(), rel=1e-6
@@ -149,6 +158,19 @@ def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
         .sum()
     )
     assert shared.tolist() == pytest.approx(overlaps["overlap"].tolist(), rel=1e-6)
+
+
+def test_without_prompts_those_of_the_shortform_are_asked_for(tmp_path, embedded, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *given, **_: asked.append(given))
+    assert main(["reproduce", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    ((_, tasks, _),) = asked
+    assert list(tasks) == ["meaning", "relativity", "launch", "translation"]
+    for name, task in tasks.items():
+        prompt, continuation = task().text()
+        assert prompt == f"<s>{ms.SHORTFORM_PROMPTS[name]}"
+        assert continuation
 
 
 @pytest.mark.parametrize(

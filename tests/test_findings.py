@@ -1,6 +1,7 @@
 """The sentences of the report say what the numbers say: checked against numbers computed here in another way."""
 
 import dataclasses
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.report import findings
+from mechsvd.report.sections import MANY
 from mechsvd.report.study import SIGNED, compare, study_task
 
 
@@ -25,6 +27,11 @@ def studies(embedded):
         return [
             study_task(embedded, name, task, starts, progress=False) for name, task in made.items()
         ]
+
+
+@pytest.fixture(scope="module")
+def comparison(embedded, studies):
+    return compare(embedded, studies)
 
 
 def test_how_many_directions_carry_a_share(studies):
@@ -164,8 +171,7 @@ def test_texts_are_those_of_generate(embedded, studies):
         assert task.text()[1].removesuffix("</s>") == said
 
 
-def test_overlaps_are_stated_and_nothing_is_concluded(embedded, studies):
-    comparison = compare(embedded, studies)
+def test_overlaps_are_stated_and_nothing_is_concluded(comparison):
     shared, ratio = float(comparison.overlap.values[0, 1]), float(comparison.overlap.ratio[0, 1])
     said = findings.several(comparison)
     assert (
@@ -180,10 +186,9 @@ def test_overlaps_are_stated_and_nothing_is_concluded(embedded, studies):
     )
 
 
-def test_held_out_sentences_have_intervals_and_cannot_tell_from_two_texts(embedded, studies):
-    found = compare(embedded, studies)
-    said = findings.held_out(found)
-    table = found.held_out.summary()
+def test_held_out_sentences_have_intervals_and_cannot_tell_from_two_texts(comparison, studies):
+    said = findings.held_out(comparison)
+    table = comparison.held_out.summary()
     own = table[(table.fitted == "own text") & (table.basis == "pooled")].iloc[0]
     expected = np.mean([lasting(s.sweep.to_pandas()) for s in studies])
     assert own["mean"] == pytest.approx(expected)
@@ -218,24 +223,26 @@ def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
     assert ("once each" in findings.critical_ranks(once)) == (len(once[0].critical.crossings) == 1)
 
 
-def test_without_a_critical_rank_nothing_is_claimed(embedded, studies):
+def test_without_a_critical_rank_nothing_is_claimed(comparison, studies):
     first, second = studies
     never = dataclasses.replace(first.critical, margins=first.critical.margins - 1e6)
     without = dataclasses.replace(first, critical=never)
     assert "none (meaning)" in findings.critical_ranks([without, second])
     assert "of 1 prompts (1 prompts have none" in findings.texts([without, second])
-    whole = compare(
-        embedded,
-        [
-            without,
-            dataclasses.replace(
-                second, critical=dataclasses.replace(second.critical, margins=never.margins)
-            ),
-        ],
+    other = dataclasses.replace(
+        second, critical=dataclasses.replace(second.critical, margins=never.margins)
     )
-    assert "Here this test cannot tell" in findings.several(whole)
-    mixed = compare(embedded, [without, second, first])
-    assert "in the 1 of 3 pairs where neither is all or nothing" in findings.several(mixed)
+
+    def said_of(*chosen):
+        """What is said of other subspaces: neither the held-out texts nor the anchors depend on them."""
+        subspaces = [study.subspace for study in chosen]
+        for pair in combinations(subspaces, 2):
+            assert ms.principal_angles(*pair).isfinite().all()
+        several = {"overlap": ms.overlap(subspaces), "pool": ms.pool(subspaces)}
+        return findings.several(dataclasses.replace(comparison, **several))
+
+    assert "Here this test cannot tell" in said_of(without, other)
+    assert "in the 1 of 3 pairs where neither is all or nothing" in said_of(without, second, first)
 
 
 def test_a_rank_that_is_near_clean_by_chance_does_not_last(studies):
@@ -266,11 +273,11 @@ COLUMNS = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
 def test_many_prompts_have_pages_of_their_own_and_sentences_of_their_spread(
     embedded, studies, tmp_path
 ):
-    many = [dataclasses.replace(studies[i % 2], name=f"text-{i}") for i in range(8)]
+    many = [dataclasses.replace(studies[i % 2], name=f"text-{i}") for i in range(MANY + 1)]
     ranks = sorted(s.critical.rank for s in many)
     said = findings.critical_ranks(many)
     middle = np.median(ranks)
-    assert f"{ranks[0]} to {ranks[-1]} (median {middle:.4g}, 8 prompts)" in said
+    assert f"{ranks[0]} to {ranks[-1]} (median {middle:.4g}, {len(many)} prompts)" in said
     from mechsvd.report.build import write_report
 
     page = write_report(many, ms.self_check(embedded), tmp_path)
