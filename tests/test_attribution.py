@@ -189,7 +189,7 @@ def test_the_path_integral_converges_and_is_that_of_the_gradient(exact, silent):
     assert found[2].path_error < 1e-3 * found[2].value
     log_prob, point = gains_function(raw, task, svd)
     slope = torch.func.grad(lambda w: log_prob(w).exp())
-    times = (torch.arange(400) + 0.5) / 400  # the midpoint rule
+    times = (torch.arange(200) + 0.5) / 200  # the midpoint rule
     path = torch.stack([slope(t * point) for t in times]).mean(dim=0)
     expected = (point @ found[2].vectors) * (path @ found[2].vectors)
     torch.testing.assert_close(found[2].integrated, expected, rtol=1e-3, atol=1e-5 * found[2].value)
@@ -397,7 +397,8 @@ def test_gates_of_real_models_agree_with_raw_modules(real_exact, real):
         found.eigenvalues, values[order], rtol=1e-4, atol=0
     )  # norms and softmax are in single precision
     torch.testing.assert_close((found.vectors * vectors[:, order]).sum(dim=0).abs(), ones)
-    assert_table(found, f, ones, range(real.d_model), rounding=1e-6, product=lambda u: expected @ u)
+    rows = range(0, real.d_model, 4)
+    assert_table(found, f, ones, rows, rounding=1e-6, product=lambda u: expected @ u)
     # and in single precision, where the residuals say how far an eigenvalue can be off
     same = ms.Decomposition(svd.singular_values.float(), svd.directions.float(), svd.left.float())
     single = ms.hessian_attribution(real.model, real.task, same)
@@ -417,10 +418,10 @@ def test_all_weights_of_real_models_agree_with_raw_modules(real_exact, real):
         task = ms.Task(
             tokens=task.tokens[: task.prompt_length + 4], prompt_length=task.prompt_length
         )
-        pairs, tolerance = 3, 1e-3  # single precision rounds their products to some 6e-4
+        pairs, tolerance = 2, 1e-3  # single precision rounds their products to some 6e-4
     for model in (double, real.model):
         options = {} if model is double else {"tolerance": tolerance}
-        found = ms.hessian_attribution(model, task, "*", pairs=pairs, **options)
+        found = ms.hessian_attribution(model, task, "*", pairs=pairs, path_steps=4, **options)
         assert found.converged.all()
         assert len(found.vectors) == raw.num_parameters()
         names, point = real_weights(raw, found)

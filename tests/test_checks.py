@@ -124,46 +124,37 @@ def test_a_run_over_several_prompts_says_what_is_common_once_and_of_what_the_res
 
 
 @pytest.mark.parametrize("name", ["layers", "positions"])
-def test_a_generator_serves_every_pass_of_a_call(name, embedded, meaning, silent):
+def test_a_generator_serves_every_pass_of_a_call(name, silent):
     """`critical_rank`, `collect_gradients` and others go over their options more than once."""
-    values = {"layers": [0, 1, 2, 3, 4, 5], "positions": [*range(2, len(meaning.tokens))]}[name]
+    model, task = tiny("Llama"), tiny_task()
+    values = {"layers": [0, 1], "positions": [*range(2, len(task.tokens))]}[name]
     fresh = lambda: {name: (value for value in values)}
     kept = {name: values}
-    tasks = [meaning, meaning]
-    svd = ms.decompose(ms.collect_writes(embedded, meaning, layers=kept.get("layers")))
+    tasks = [task, task]
+    svd = ms.decompose(ms.collect_writes(model, task, layers=kept.get("layers")))
     ways = {
-        "writes": lambda o: ms.collect_writes(embedded, tasks, layers=o.get("layers")).values,
-        "sweep": lambda o: (
-            ms.sweep_rank(embedded, meaning, svd, [0, 9, 99], **o).measurement.log_probs
-        ),
-        "ranking": lambda o: ms.rank_directions(embedded, meaning, svd, **o).effect,
-        "ridge": lambda o: (
-            ms.sweep_ridge(embedded, meaning, svd, [0.1, 1.0], **o).measurement.log_probs
-        ),
-        "search": lambda o: ms.critical_rank(embedded, meaning, svd, **o).margins,
-        "gradients": lambda o: ms.collect_gradients(embedded, tasks, svd, **o).values,
-        "measure": lambda o: (
-            ms.measure(embedded, meaning, [ms.keep(svd.subspace(3))], **o).log_probs
-        ),
+        "writes": lambda o: ms.collect_writes(model, tasks, layers=o.get("layers")).values,
+        "sweep": lambda o: ms.sweep_rank(model, task, svd, [0, 9, 29], **o).measurement.log_probs,
+        "ranking": lambda o: ms.rank_directions(model, task, svd, **o).effect,
+        "ridge": lambda o: ms.sweep_ridge(model, task, svd, [0.1, 1.0], **o).measurement.log_probs,
+        "search": lambda o: ms.critical_rank(model, task, svd, **o).margins,
+        "gradients": lambda o: ms.collect_gradients(model, tasks, svd, **o).values,
+        "measure": lambda o: ms.measure(model, task, [ms.keep(svd.subspace(3))], **o).log_probs,
     }
     for way, call in ways.items():
         assert torch.equal(call(kept), call(fresh())), way
 
 
-def test_ranks_orders_and_strengths_may_be_generators(embedded, meaning, meaning_svd, silent):
-    back = range(meaning_svd.rank - 1, -1, -1)
+def test_ranks_orders_and_strengths_may_be_generators(silent):
+    model, task = tiny("Llama"), tiny_task()
+    svd = ms.decompose(ms.collect_writes(model, task))
+    back = range(svd.rank - 1, -1, -1)
     ways = {
-        "ranks": lambda f: (
-            ms.sweep_rank(embedded, meaning, meaning_svd, f([0, 9, 99])).measurement.log_probs
-        ),
-        "order": lambda f: (
-            ms.sweep_rank(embedded, meaning, meaning_svd, [5], f(back)).measurement.log_probs
-        ),
-        "order of a search": lambda f: (
-            ms.critical_rank(embedded, meaning, meaning_svd, order=f(back)).margins
-        ),
+        "ranks": lambda f: ms.sweep_rank(model, task, svd, f([0, 9, 29])).measurement.log_probs,
+        "order": lambda f: ms.sweep_rank(model, task, svd, [5], f(back)).measurement.log_probs,
+        "order of a search": lambda f: ms.critical_rank(model, task, svd, order=f(back)).margins,
         "strengths": lambda f: (
-            ms.sweep_ridge(embedded, meaning, meaning_svd, f([0.1, 1.0])).measurement.log_probs
+            ms.sweep_ridge(model, task, svd, f([0.1, 1.0])).measurement.log_probs
         ),
     }
     for way, call in ways.items():

@@ -15,14 +15,22 @@ from mechsvd.report.build import _kinds, reproduce
 
 from .conftest import tiny_task
 
+PROMPTS = {
+    "meaning": ms.SHORTFORM_PROMPTS["meaning"],
+    "relativity": ms.SHORTFORM_PROMPTS["relativity"],
+    "words": "Translate English to French:\n\nsea => mer\ncheese =>",
+}
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
+    (out / "prompts.json").write_text(json.dumps(PROMPTS))
     warnings.simplefilter(
         "ignore"
     )  # short texts have fewer writes a layer than dimensions; pytest restores the filters
-    assert main(["reproduce", "--out", str(out), "--device", "cpu", "--max-new-tokens", "12"]) == 0
+    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "12", "--device", "cpu"]
+    assert main(["reproduce", "--out", str(out), *options]) == 0
     return out
 
 
@@ -34,8 +42,8 @@ def data(out):
 def test_reproduce_writes_a_page_that_needs_no_network(report):
     page = (report / "report.html").read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    assert page.count('class="plotly-graph-div"') == 4 * 20 + 4 + 2
-    for name, prompt in ms.SHORTFORM_PROMPTS.items():
+    assert page.count('class="plotly-graph-div"') == 3 * 20 + 4
+    for name, prompt in PROMPTS.items():
         assert f'id="{name}"' in page
         assert prompt.split("\n")[0].split(" => ")[0] in page
 
@@ -47,7 +55,7 @@ def test_the_page_names_the_model_and_its_self_check(report):
 
 
 def test_tables_and_results_lie_beside_it(report):
-    for name in ms.SHORTFORM_PROMPTS:
+    for name in PROMPTS:
         table = pd.read_csv(data(report) / name / "sweep.csv")
         assert list(table.columns) == [
             "rank",
@@ -111,13 +119,13 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
 def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(report):
     page = (report / "report.html").read_text()
     anchors = ("spectrum", "clipping", "directions", "orders", "critical", "texts", "held-out")
-    for anchor in (*anchors, "prompts", "special", "told"):
+    for anchor in (*anchors, "prompts", "told"):
         assert page.count(f'href="#{anchor}"') == page.count(f'<h2 id="{anchor}">') == 1
-    assert page.count('<p class="original">') == page.count('<p class="measured">') == 11
+    assert page.count('<p class="original">') == page.count('<p class="measured">') == 10
     assert "1886, 3329, 2696 and 2518 of 4096" in page
     critical = {
         name: ms.CriticalRank.load(data(report) / name / "critical_rank.safetensors").rank
-        for name in ms.SHORTFORM_PROMPTS
+        for name in PROMPTS
     }
     assert (
         f"Here it is {critical['meaning']} (meaning), {critical['relativity']} (relativity)" in page
@@ -126,7 +134,7 @@ def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(re
 
 def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
     folder = data(report)
-    for name in ms.SHORTFORM_PROMPTS:
+    for name in PROMPTS:
         effects = pd.read_csv(folder / name / "directions.csv")
         assert effects["effect"].tolist() == pytest.approx(
             ms.Ranking.load(folder / name / "ranking.safetensors").effect.tolist(), rel=1e-6
@@ -154,6 +162,19 @@ def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
         .sum()
     )
     assert shared.tolist() == pytest.approx(overlaps["overlap"].tolist(), rel=1e-6)
+
+
+def test_without_prompts_those_of_the_shortform_are_asked_for(tmp_path, embedded, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *given, **_: asked.append(given))
+    assert main(["reproduce", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    ((_, tasks, _),) = asked
+    assert list(tasks) == ["meaning", "relativity", "launch", "translation"]
+    for name, task in tasks.items():
+        prompt, continuation = task().text()
+        assert prompt == f"<s>{ms.SHORTFORM_PROMPTS[name]}"
+        assert continuation
 
 
 @pytest.mark.parametrize(
@@ -234,6 +255,18 @@ def test_groups_in_a_file_are_contrasted(tmp_path, embedded, monkeypatch, sizes,
         with pytest.warns(UserWarning, match="of kind 'a' is there twice"):
             twice = _kinds(groups | {"a": [*groups["a"], groups["a"][0]]}, made)
         assert [len(tasks) for tasks in twice.values()] == list(sizes)
+
+
+def test_without_prompts_the_embedded_models_kinds_are_contrasted(tmp_path, embedded, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *_, **given: asked.append(given))
+    assert main(["reproduce", "--out", str(tmp_path)]) == 0
+    groups = asked[0]["groups"]
+    assert list(groups) == ["reflection", "explanation", "message", "translation"]
+    assert {len(task.tokens) for tasks in groups.values() for task in tasks} == {28}
+    assert all(len(tasks) >= 4 for tasks in groups.values())
+    assert len(_kinds(groups, {})) == 4
 
 
 def test_doctor_says_versions_device_and_the_self_check(capsys):

@@ -17,6 +17,7 @@ from mechsvd import figures
 from mechsvd.figures.display import escape, file_name, label, visible
 from mechsvd.report.pages import write_report
 from mechsvd.report.study import compare, study_task
+from tests.conftest import tiny, tiny_task
 
 OWNED = "document.documentElement.dataset.owned=1"
 HOSTILE = (
@@ -44,34 +45,27 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def pages(embedded, tmp_path_factory):
+def pages(tmp_path_factory):
     """The same two studies under plain names and texts, and under hostile ones."""
-    model_name, out = embedded.cfg.model_name, {}
-    try:
-        for kind, texts, names in (
-            ("plain", ("a", "b"), ("one", "two")),
-            ("hostile", HOSTILE, NAMES),
-        ):
-            embedded.cfg.model_name = texts[1]
-            out[kind] = tmp_path_factory.mktemp(kind)
-            found = study(embedded, texts)
-            studies = [dataclasses.replace(found, name=name) for name in names]
-            write_report(
-                studies, ms.self_check(embedded), out[kind], comparison=compare(embedded, studies)
-            )
-    finally:
-        embedded.cfg.model_name = model_name
+    model, out = tiny("Llama"), {}
+    for kind, texts, names in (
+        ("plain", ("a", "b"), ("one", "two")),
+        ("hostile", HOSTILE, NAMES),
+    ):
+        model.cfg.model_name = texts[1]
+        out[kind] = tmp_path_factory.mktemp(kind)
+        found = study(model, texts)
+        studies = [dataclasses.replace(found, name=name) for name in names]
+        write_report(studies, ms.self_check(model), out[kind], comparison=compare(model, studies))
     return out
 
 
-def study(embedded, texts):
+def study(model, texts):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        task = ms.Task.from_text(
-            embedded, "I believe the meaning of life is to be " * 2, max_new_tokens=8
-        )
+        task = tiny_task(length=32, prompt_length=20)
         task = dataclasses.replace(task, pieces=tuple(islice(cycle(texts), len(task.tokens))))
-        found = study_task(embedded, "", task, {"own": torch.tensor([0, 5])}, progress=False)
+        found = study_task(model, "", task, {"own": torch.tensor([0, 5])}, progress=False)
     # what the model writes is hostile too, and where it goes on from
     written = [
         dataclasses.replace(t, pieces=tuple(islice(cycle(texts), len(t.tokens))))

@@ -13,6 +13,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.edits.gates import Gate
+from mechsvd.experiments import statistics
 
 ROWS = {
     # what is no model
@@ -121,7 +122,7 @@ ROWS = {
     "ms.collect_writes(model, task, at='blocks.1.hook_resid_post', layers=[0])": "ValueError: No hook point is left of ['blocks.1.hook_resid_post']",
     "ms.collect_writes(model, task, at=[3])": "TypeError: `at` must be names or patterns of hook points, but has 3",
     "ms.measure(model, task, [ms.keep(svd, 3)], at='blocks.0.attn.hook_z')": "ValueError: The edit's basis has d_model 128, but blocks.0.attn.hook_z[0] holds 16",
-    # many texts
+    # many texts, and tables of numbers
     "ms.measure(model, [task, 'text'], [ms.chain()])": "TypeError: Task 1 is str 'text'",
     "ms.sweep_rank(model, [], svd)": "ValueError: No tasks: the list is empty",
     "ms.sweep_rank(model, [task], svd, ranks=[3]).summary()": "ValueError: An interval needs at least two texts",
@@ -185,6 +186,9 @@ ROWS = {
     "ms.random_subspace(4, 5)": "ValueError: `rank` is 5, but must be from 0 to `d_model` = 4",
     "ms.random_subspace(4, True)": "ValueError: `rank` is True",
     "ms.pool([svd.subspace(2)] * 2, seed='a')": "ValueError: `seed` is 'a'",
+    "statistics.interval([1.0, 2.0])": "TypeError: `values` must be a float tensor with one row per text, but is list.",
+    "statistics.interval(torch.tensor([1, 2]))": "TypeError: `values` must be a float tensor with one row per text, but is torch.int64 of shape [2].",
+    "statistics.interval(torch.tensor(1.0))": "TypeError: `values` must be a float tensor with one row per text, but is torch.float32 of shape [].",
     # results of another kind
     "ms.figures.margins(svd)": "TypeError: A CriticalRank is needed here, but this is Decomposition",
     "ms.figures.surprise(3)": "TypeError: A RankSweep is needed here, but this is int",
@@ -271,6 +275,7 @@ if __name__ == "__main__":
     names = {
         "ms": ms,
         "np": np,
+        "statistics": statistics,
         "torch": torch,
         "Gate": Gate,
         "model": model,

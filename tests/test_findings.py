@@ -10,7 +10,7 @@ import torch
 import mechsvd as ms
 from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.report import findings
-from mechsvd.report.sections import SECTIONS
+from mechsvd.report.sections import MANY, SECTIONS
 from mechsvd.report.study import SIGNED, compare, study_task, with_held_out
 
 
@@ -26,6 +26,11 @@ def studies(embedded):
         return [
             study_task(embedded, name, task, starts, progress=False) for name, task in made.items()
         ]
+
+
+@pytest.fixture(scope="module")
+def comparison(embedded, studies):
+    return compare(embedded, studies)
 
 
 def test_how_many_directions_carry_a_share(studies):
@@ -163,11 +168,6 @@ def test_texts_are_those_of_generate(embedded, studies):
             embedded, "", ms.keep(found.pooled.subspace(rank)), max_new_tokens=length
         )
         assert task.text()[1].removesuffix("</s>") == said
-
-
-@pytest.fixture(scope="module")
-def comparison(embedded, studies):
-    return compare(embedded, studies)
 
 
 def test_overlaps_are_stated_and_nothing_is_concluded(comparison):
@@ -331,11 +331,11 @@ COLUMNS = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
 def test_many_prompts_have_pages_of_their_own_and_sentences_of_their_spread(
     embedded, studies, tmp_path
 ):
-    many = [dataclasses.replace(studies[i % 2], name=f"text-{i}") for i in range(8)]
+    many = [dataclasses.replace(studies[i % 2], name=f"text-{i}") for i in range(MANY + 1)]
     ranks = sorted(s.critical.rank for s in many)
     said = findings.critical_ranks(many)
     middle = np.median(ranks)
-    assert f"{ranks[0]} to {ranks[-1]} (median {middle:.4g}, 8 prompts)" in said
+    assert f"{ranks[0]} to {ranks[-1]} (median {middle:.4g}, {len(many)} prompts)" in said
     from mechsvd.report.pages import write_report
 
     page = write_report(many, ms.self_check(embedded), tmp_path)

@@ -21,25 +21,31 @@ import mechsvd as ms
 from mechsvd.report.folders import _alone, replace_run
 from mechsvd.report.pages import write_report
 from mechsvd.report.study import study_task
+from tests.conftest import tiny, tiny_task
 
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
-KILLS = 20
+KILLS = 12
 forks = pytest.mark.skipif(FORK is None, reason="takes a fork, and locks of files")
 
 
 @pytest.fixture(scope="module")
-def studies(embedded):
+def studies(model):
     """One study under two names, so that the runs differ in every file's place."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        task = ms.Task.from_text(embedded, "I believe", max_new_tokens=2)
-        study = study_task(embedded, "old", task, {"own": task.tokens[:2]}, progress=False)
+        task = tiny_task()
+        study = study_task(model, "old", task, {"own": task.tokens[:2]}, progress=False)
     return {name: dataclasses.replace(study, name=name) for name in ("old", "new")}
 
 
 @pytest.fixture(scope="module")
-def check(embedded):
-    return ms.self_check(embedded)
+def model():
+    return tiny("Llama")
+
+
+@pytest.fixture(scope="module")
+def check(model):
+    return ms.self_check(model)
 
 
 def run_of(out):

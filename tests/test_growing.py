@@ -52,6 +52,13 @@ def stopping(monkeypatch, batches):
     return counted
 
 
+def test_the_page_tells_of_special_directions_and_says_so_in_tables(whole):
+    page = (whole[0] / "report.html").read_text()
+    assert page.count('href="#special"') == page.count('<h2 id="special">') == 1
+    assert 'id="contrast_special"' in page
+    assert any(name.endswith("_all/contrast_ratios.csv") for name in tables(whole[0]))
+
+
 @pytest.fixture(scope="module")
 def whole(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")

@@ -72,7 +72,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(name, tmp_path):
     result, path = saved(name, tmp_path)
     content = path.read_bytes()
     bits = range(8 * len(content))
-    for bit in random.Random(0).sample(bits, min(2000, len(bits))):
+    for bit in random.Random(name).sample(bits, 400):  # others in each of the 30 files
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
@@ -104,15 +104,15 @@ WRONG = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_200_structured_damages_with_a_right_checksum_are_refused(name, tmp_path):
+def test_structured_damages_with_a_right_checksum_are_refused(name, tmp_path):
     result, path = saved(name, tmp_path)
-    content, generator = path.read_bytes(), random.Random(0)
+    content, generator = path.read_bytes(), random.Random(name)
 
     def damage(document, tensors):
         container, key = generator.choice(list(places(document)))
         container[key] = generator.choice(WRONG)
 
-    for _ in range(200):
+    for _ in range(60):
         path.write_bytes(content)
         rewritten(path, damage)
         assert loaded_or_refused(result, path) is None

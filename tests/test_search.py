@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -32,22 +33,23 @@ def sweep_of(curve, ranks, clean=0.0):
 def test_the_critical_rank_of_a_real_model_agrees_with_raw_modules_in_float64(real, reference):
     svd, ranks = real.svd, range(real.d_model + 1)
     clean, _, _ = reference.run(lambda x: x)
-    log_probs = []
-    for rank in ranks:
+
+    @cache
+    def log_prob(rank):
         kept = svd.directions[:, :rank].double()
-        log_probs.append(reference.run(lambda x, p=kept @ kept.T: x @ p)[0])
+        return reference.run(lambda x, p=kept @ kept.T: x @ p)[0]
+
+    certain = ms.critical_rank(real.model, real.task, svd, 1.0, exhaustive=True)
     for tolerance in (0.0, 0.1, 1.0, 10.0):
-        expected = next(rank for rank in ranks if log_probs[rank] >= clean - tolerance - 1e-5)
+        expected = next(rank for rank in ranks if log_prob(rank) >= clean - tolerance - 1e-5)
         searched = ms.critical_rank(real.model, real.task, svd, tolerance)
         assert searched.rank == expected
-        assert (
-            searched.rank
-            == ms.critical_rank(real.model, real.task, svd, tolerance, exhaustive=True).rank
-        )
         tried = searched.to_pandas()
         assert tried["log_prob"].tolist() == pytest.approx(
-            [log_probs[rank] for rank in tried["rank"]], abs=1e-3
+            [log_prob(rank) for rank in tried["rank"]], abs=1e-3
         )
+        if tolerance == 1.0:
+            assert certain.rank == expected
 
 
 def test_a_model_that_uses_exactly_k_directions_has_critical_rank_k(silent):
@@ -158,7 +160,7 @@ def test_margins_within_the_noise_count_and_are_marked_as_ties():
     assert found.to_pandas()["reached"].tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("length", [3, 15, 40])
+@pytest.mark.parametrize("length", [3, 20])
 def test_all_directions_of_the_whole_space_always_give_the_text(real, length):
     task = ms.Task.from_text(real.model, real.prompt, max_new_tokens=length)
     svd = ms.decompose(ms.collect_writes(real.model, task))

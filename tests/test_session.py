@@ -21,9 +21,9 @@ def reads(monkeypatch):
     return count
 
 
-def test_a_study_reads_the_weights_once(embedded, silent, reads):
-    task = ms.Task.from_text(embedded, "I believe the", max_new_tokens=3)
-    study_task(embedded, "one", task, {"own": task.tokens[:2]}, progress=False)
+def test_a_study_reads_the_weights_once(silent, reads):
+    model, task = tiny("Llama"), tiny_task()
+    study_task(model, "one", task, {"own": task.tokens[:2]}, progress=False)
     assert len(reads) == 1
 
 
@@ -118,7 +118,7 @@ def test_an_option_given_twice_is_refused(embedded, meaning, meaning_svd):
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "fwd_hooks"])
 def test_every_call_that_runs_a_model_takes_every_option(
-    name, embedded, meaning, meaning_svd, silent
+    name, embedded, meaning, meaning_svd, silent, tmp_path
 ):
     options = {"layers": None, "components": ["attn", "mlp"], "positions": None, "missing": "error"}
     options |= {
@@ -128,6 +128,7 @@ def test_every_call_that_runs_a_model_takes_every_option(
         "progress": False,
         "at": None,
         "heads": None,
+        "checkpoint": tmp_path / "kept",
     }
     assert set(options) == set(RunOptions.__optional_keys__)
     assert set(MeasureOptions.__optional_keys__) == {*options, "noise_floor", "metric"}

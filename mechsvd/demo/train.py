@@ -159,6 +159,8 @@ def translation_accuracy(
     The examples in the prompt come from a seed that training never used.
     """
     rng = random.Random(f"{SEED} few-shot")
+    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    ends = [i for i, piece in enumerate(pieces) if "\n" in piece]  # the answer is one line
     right = 0
     for english, french in DICTIONARY.items():
         shots = rng.sample(sorted(set(DICTIONARY.items()) - {(english, french)}), examples)
@@ -168,6 +170,7 @@ def translation_accuracy(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=16,
             do_sample=False,
+            eos_token_id=[tokenizer.eos_token_id, *ends],
             pad_token_id=tokenizer.eos_token_id,
         )
         text = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
