@@ -52,6 +52,7 @@ from mechsvd.engine.stream import stream_writes
 from mechsvd.engine.stream_results import WriteStream, merge
 from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.experiments.adaptive import AdaptiveSweep, sweep_adaptively
 from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
 from mechsvd.experiments.contrast_results import Contrast, ContrastSweep
 from mechsvd.experiments.contrasts import contrast, contrast_sweep
@@ -150,7 +151,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     # comparison of subspaces
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     "to_transformer_lens", "from_transformer_lens",
-    "overlap_anchors", "OverlapAnchors", "compare_with_random_texts",
+    "sweep_adaptively", "AdaptiveSweep", "overlap_anchors", "OverlapAnchors", "compare_with_random_texts",
     "RandomTextComparison", "null", "random_tokens", "reinitialised",
     "another_text", "covariance_matched", "equal_energy",
     "contrast", "Contrast", "contrast_sweep", "ContrastSweep",

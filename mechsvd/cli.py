@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of report.html (default: the current one)",
     )
     run.add_argument(
+        "--quick", action="store_true", help="few ranks per sweep; the page states the error"
+    )
+    run.add_argument(
         "--cdn", action="store_true", help="load plotly from the network; the page is 5 MB smaller"
     )
     _model_options(run)
@@ -170,6 +173,7 @@ def _reproduce(options: argparse.Namespace) -> None:
         options.out,
         groups=groups,
         components=options.components,
+        quick=options.quick,
         cdn=options.cdn,
         say=partial(print, flush=True),
     )

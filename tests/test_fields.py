@@ -67,6 +67,7 @@ def tiny_results():
         ),
         Loop("a", 2, (2, 1), (sizes, sizes)),
         Loops((Loop("a", 2, (2,), (sizes,)),), SOURCE),
+        ms.AdaptiveSweep(sweep, whole, three.double(), three.double()),
         ms.WorstGains(
             whole,
             torch.ones(1, 3),

@@ -12,14 +12,14 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import once
 from mechsvd.edits.baselines import Baseline
-from mechsvd.engine.measurement import Measurement, concatenate
+from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import READY, AnyMetric, Metric, log_prob, metric_for
 from mechsvd.engine.noise import NOISE_ROWS
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.experiments.criteria import Criterion, drop_at_most, effect_at_most
 from mechsvd.experiments.intervals import interval_columns
-from mechsvd.experiments.sweeps import RankSweep, sweep_rank
+from mechsvd.experiments.sweeps import RankSweep, join_sweeps, sweep_rank
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.decomposition import Decomposition, require_decompositions
 from mechsvd.linalg.subspace import Subspace
@@ -313,7 +313,7 @@ def _search(
         found = sweep(ranks, search is None)
         # each round runs the clean model too
         evaluations = len(ranks) + 1 + (search.evaluations if search else NOISE_ROWS)
-        joint = _join(search.sweep, found) if search else found
+        joint = join_sweeps(search.sweep, found) if search else found
         search = replace(critical_rank_of(joint, criterion=threshold), evaluations=evaluations)
         ranks = _next_ranks(search)
     assert search is not None  # the first round is never empty
@@ -491,16 +491,3 @@ def _middles(search: CriticalRank, first: int) -> list[int]:
 
 def _evenly(low: int, high: int, count: int) -> list[int]:
     return sorted({round(low + (high - low) * i / max(1, count - 1)) for i in range(count)})
-
-
-def _join(first: RankSweep, second: RankSweep) -> RankSweep:
-    """Join two rounds of a search.
-
-    The clean log-probability may differ between them, by other batch sizes; the noise floor is at
-    least this difference.
-    """
-    joint = concatenate([first.measurement, second.measurement])
-    clean, other = first.measurement.clean_run.log_prob, second.measurement.clean_run.log_prob
-    floor = max(float((clean - other).abs()), joint.noise_floor or 0.0)
-    joint = replace(joint, noise_floor=floor)
-    return replace(first, ranks=torch.cat([first.ranks, second.ranks]), measurement=joint)

@@ -1,6 +1,7 @@
 """Rank sweeps: keep the first k directions of every write, for every k, in any order."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -12,7 +13,7 @@ from mechsvd.checks import whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import is_several, site_gates
 from mechsvd.edits.gates import cheapest_gate
-from mechsvd.engine.measurement import Measurement
+from mechsvd.engine.measurement import Measurement, concatenate
 from mechsvd.engine.passes import measure
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
@@ -183,6 +184,19 @@ def sweep_rank(
         RankSweep(chosen, permutation, part, joint_source(bases), own) for part in measured.parts
     )
     return sweeps[0] if isinstance(task, Task) else RankSweeps(sweeps)
+
+
+def join_sweeps(first: RankSweep, second: RankSweep) -> RankSweep:
+    """Join two sweeps of one task over different ranks.
+
+    The clean log-probability may differ between them, by other batch sizes; the noise floor is at
+    least this difference.
+    """
+    joint = concatenate([first.measurement, second.measurement])
+    clean, other = first.measurement.clean_run.log_prob, second.measurement.clean_run.log_prob
+    floor = max(float((clean - other).abs()), joint.noise_floor or 0.0)
+    joint = replace(joint, noise_floor=floor)
+    return replace(first, ranks=torch.cat([first.ranks, second.ranks]), measurement=joint)
 
 
 def _valid_ranks(most: int, ranks: Any) -> Int[Tensor, " edit"]:

@@ -43,6 +43,7 @@ def reproduce(
     *,
     groups: Mapping[str, Sequence[Task | str]] | None = None,
     components: Sequence[str] = COMPONENTS,
+    quick: bool = False,
     cdn: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -51,6 +52,7 @@ def reproduce(
     Args:
         tasks: functions that make the tasks, by name.
         groups: tasks, or names of prompts, by their kind, whose special directions are looked for.
+        quick: answer the same questions from few ranks, and state the error.
         say: is called with one line per step.
 
     Raises:
@@ -61,14 +63,14 @@ def reproduce(
     with open_session(model):  # common warnings come once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
         kinds = _kinds(groups or {}, made)  # before anything long runs
-        kept = _unfinished(model, made, kinds, components, out)
+        kept = _unfinished(model, made, kinds, [*components, f"quick {quick}"], out)
         if kept.exists():
             say(f"Going on from {kept}, which a run that was stopped left.")
-        arguments = {"tasks": made, "groups": kinds, "components": [*components]}
+        arguments = {"tasks": made, "groups": kinds, "components": [*components], "quick": quick}
         with keeping(kept, "reproduce", arguments, provenance_of(model)):
             check = self_check(model)
-            studies = _studies(model, made, components, say, check, out, cdn)
-            comparison, contrast = _together(model, studies, kinds, components, say)
+            studies = _studies(model, made, components, quick, say, check, out, cdn)
+            comparison, contrast = _together(model, studies, kinds, components, quick, say)
         if comparison:
             studies = with_held_out(studies, comparison.held_out)
         seconds = time.perf_counter() - started
@@ -104,6 +106,7 @@ def _studies(
     model: Model,
     made: Mapping[str, Task],
     components: Sequence[str],
+    quick: bool,
     say: Callable[[str], None],
     check: SelfCheck,
     out: Path,
@@ -113,7 +116,7 @@ def _studies(
     studies: list[Study] = []
     due = 0.0
     for name in made:
-        studies.append(_study(model, name, made, components, say))
+        studies.append(_study(model, name, made, components, quick, say))
         if len(made) > len(studies) and time.perf_counter() >= due:
             started = time.perf_counter()
             path = write_growing(studies, check, out, of=len(made), cdn=cdn)
@@ -129,6 +132,7 @@ def _together(
     studies: Sequence[Study],
     kinds: Mapping[str, Sequence[Task]],
     components: Sequence[str],
+    quick: bool,
     say: Callable[[str], None],
 ) -> tuple[Comparison | None, Contrast | None]:
     comparison = contrast = None
@@ -136,7 +140,7 @@ def _together(
         say("several prompts: held-out directions, overlaps, and texts of random tokens")
         with about("several prompts"):
             every = [task for own in kinds.values() for task in own]
-            comparison = compare(model, studies, components, more=every)
+            comparison = compare(model, studies, components, more=every, quick=quick)
     if kinds:
         say("special directions of kinds of text")
         with about("special directions"):
@@ -178,6 +182,7 @@ def _study(
     name: str,
     tasks: Mapping[str, Task],
     components: Sequence[str],
+    quick: bool,
     say: Callable[[str], None],
 ) -> Study:
     task = tasks[name]
@@ -187,7 +192,9 @@ def _study(
             f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; "
             f"{_cost(model, task)}"
         )
-        return study_task(model, name, task, _starts(model, name, tasks), components, others=others)
+        return study_task(
+            model, name, task, _starts(model, name, tasks), components, others=others, quick=quick
+        )
 
 
 def _cost(model: Model, task: Task) -> str:

@@ -170,6 +170,20 @@ def clipping(studies: Sequence[Study]) -> str:
         f"{NEAR:g} nat of KL divergence, summed over the text; with a basis per site, from "
         f"{_listed(studies, by_site)}. The directions are fitted on the text that they are measured "
         f"on{'' if len(studies) > 1 else '; with one text nothing says what another one needs'}."
+        f"{_few_ranks(studies)}"
+    )
+
+
+def _few_ranks(studies: Sequence[Study]) -> str:
+    """Of a quick study: how many ranks were tried, and how far the curve between them is off."""
+    errors = [error for s in studies for error in s.errors]
+    if not errors:
+        return ""
+    tried = _span(len(s.sweep.ranks) for s in studies)
+    return (
+        f" Only {tried} of {_span(s.pooled.rank + 1 for s in studies)} ranks were tried. At "
+        f"{len(errors)} random ranks between them the curves were off by a factor of "
+        f"{median(errors):.2g} in the middle and {max(errors):.2g} at most."
     )
 
 
@@ -285,11 +299,13 @@ def critical_ranks(studies: Sequence[Study]) -> str:
         if set(crossings) == {1}
         else f"{_span(crossings)} times, so a larger rank can be worse"
     )
+    every = all(len(s.sweep.ranks) == s.sweep.full_rank + 1 for s in studies)
+    tried = "Every rank was tried" if every else "Only some ranks were tried"
     changes = [_change_there(s) for s in studies]
     lasting = [lasting_rank(s.sweep) for s in studies]
     return (
-        f"Here it is {_listed(studies, ranks)} of {_sizes(studies)} directions. Every rank was "
-        f"tried; the curves cross the clean probability {shape}. At the critical rank the tokens' "
+        f"Here it is {_listed(studies, ranks)} of {_sizes(studies)} directions. {tried}; "
+        f"the curves cross the clean probability {shape}. At the critical rank the tokens' "
         f"log-probabilities still change by {_listed(studies, changes, ' nats')} in total, with either sign. "
         f"The lasting rank for {NEAR:g} nat of KL divergence is {_listed(studies, lasting)}."
     )

@@ -4,17 +4,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mechsvd.attribution.curvature import DENSE
 from mechsvd.attribution.gradients import collect_gradients, gradient_basis
 from mechsvd.attribution.hessian import PAIRS, hessian_attribution
 from mechsvd.attribution.scores import Attribution
 from mechsvd.edits.bases import keep
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
+from mechsvd.experiments.adaptive import sweep_adaptively
 from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
 from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.experiments.contrasts import contrast
@@ -43,6 +44,8 @@ BY_SIZE, BY_KL = "singular value", "KL divergence"
 SIGNED = "the shortform's signed effect"
 SWEEPS = 7  # over all directions, per task: six orders, and the ranking
 RANKS = (8, 16, 32)  # of the subspaces whose overlap is compared with nulls
+QUICK = 33  # ranks of a quick sweep, before its lasting rank is sought
+PRODUCTS = 256  # with the Hessian, about as many as Lanczos takes for the largest pairs
 ANCHORED = 12  # texts at most in that comparison
 TWINNED, FEWEST = 24, 8  # texts compared with random ones: at most, and enough to tell
 SPECIAL = 8  # directions of each group of texts
@@ -82,6 +85,7 @@ class Study:
     texts: tuple[Text, ...]
     attribution: Attribution  # of the probability to the gains
     elsewhere: dict[str, RankSweep] = field(default_factory=dict)  # directions of other texts
+    errors: tuple[float, ...] = ()  # factors between the curves of few ranks and ranks in between
 
     @property
     def sweep(self) -> RankSweep:
@@ -121,6 +125,7 @@ def study_task(
     progress: bool | None = None,
     *,
     others: Sequence[Task] = (),
+    quick: bool = False,
 ) -> Study:
     """Run the whole experiment for one task.
 
@@ -128,24 +133,31 @@ def study_task(
         starts: token ids that generated text continues, by name of the start.
         others: tasks whose gradients are also in the second moment, which gives a basis.
         components: whose writes are collected and clipped, attn or mlp.
+        quick: sweep few ranks, placed where the curve bends, and only the largest eigenpairs.
     """
     options: RunOptions = {"components": components, "progress": progress}
     with open_session(model, **options):
         writes = collect_writes(model, task, **options)
         svd = decompose(writes)
         ranking = rank_directions(model, task, svd, **options)
-        sweeps = {
-            kind: sweep_rank(model, task, svd, order=order, **options)
-            for kind, order in _orders(svd, ranking).items()
-        }
+        errors: list[float] = []
+
+        def sweep(basis: Any, order: Tensor | None = None) -> RankSweep:
+            if not quick:
+                return sweep_rank(model, task, basis, order=order, **options)
+            found = sweep_adaptively(model, task, basis, QUICK, order, **options)
+            errors.extend(found.errors.tolist())
+            return found.sweep
+
+        sweeps = {kind: sweep(svd, order) for kind, order in _orders(svd, ranking).items()}
         critical = critical_rank_of(sweeps[BY_SIZE], noise_floor=ranking.noise_floor)
         layers = decompose(writes, per="layer")
-        by_site = sweep_rank(model, task, decompose(writes, per="site"), **options)
+        by_site = sweep(decompose(writes, per="site"))
         ridge = sweep_ridge(model, task, svd, **options)
         texts = _texts(
             model, svd, _rank_or_all(critical, svd), starts, len(task.continuation), options
         )
-        attribution = _attribution(model, task, svd, [task, *others], options)
+        attribution = _attribution(model, task, svd, [task, *others], options, quick)
     return Study(
         name,
         task,
@@ -159,6 +171,7 @@ def study_task(
         critical,
         texts,
         attribution,
+        errors=tuple(errors),
     )
 
 
@@ -168,18 +181,25 @@ def compare(
     components: Sequence[str] = COMPONENTS,
     *,
     more: Sequence[Task] = (),
+    quick: bool = False,
 ) -> Comparison:
     """Compare at least two prompts: their subspaces, and directions of one on another.
 
     Args:
+        quick: sweep few ranks with the directions of other texts.
         more: eight of these are compared with random ones if the prompts are fewer.
     """
     subspaces = [study.subspace for study in studies]
     names = tuple(study.name for study in studies)
     pairs = combinations(zip(names, subspaces, strict=True), 2)
     angles = {(a, b): principal_angles(first, second) for (a, first), (b, second) in pairs}
+    d_model = studies[0].pooled.d_model
     held_out = fit_and_measure(
-        model, [study.task for study in studies], min(FOLDS, len(studies)), components=components
+        model,
+        [study.task for study in studies],
+        min(FOLDS, len(studies)),
+        ranks=range(0, d_model + 1, math.ceil(d_model / QUICK)) if quick else None,
+        components=components,
     )
     half = min(len(study.writes) for study in studies) // 2  # writes of half a text
     most = min(half // 2, studies[0].pooled.d_model // 2)
@@ -231,14 +251,20 @@ def _orders(svd: Decomposition, ranking: Ranking) -> dict[str, Tensor]:
 
 
 def _attribution(
-    model: Model, task: Task, svd: Decomposition, tasks: Sequence[Task], options: RunOptions
+    model: Model,
+    task: Task,
+    svd: Decomposition,
+    tasks: Sequence[Task],
+    options: RunOptions,
+    quick: bool,
 ) -> Attribution:
     """Attribute the probability to the gains, in the Hessian basis and three others.
 
-    Each basis has the same number of directions.
+    Each basis has the same number of directions: all, where the whole Hessian takes no more
+    products than the largest eigenpairs alone would.
     """
     gradients = gradient_basis(collect_gradients(model, tasks, svd, **options)).directions
-    pairs = len(gradients) if len(gradients) <= DENSE else PAIRS
+    pairs = min(PAIRS, len(gradients)) if quick or len(gradients) > PRODUCTS else len(gradients)
     bases = {
         "singular directions": torch.eye(len(gradients))[:, :pairs],
         "gradients": gradients[:, :pairs],
