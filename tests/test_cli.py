@@ -110,7 +110,8 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
     assert set(table["component"]) == {"attn"}
     said = capsys.readouterr().out
     assert re.search(
-        r"prompt-1: \d+ tokens of the prompt, \d+ scored; at most 903 edits in 7 sweeps, about \d+ s",
+        r"1 prompt: [\d,]+ rows in about [\d,]+ forward passes of [\d,]+ MiB, about \d+ (s|min)\n"
+        r"prompt-1, prompt 1 of 1: \d+ tokens of the prompt, \d+ scored",
         said,
     )
     assert re.search(r"report.html after \d+ s", said)

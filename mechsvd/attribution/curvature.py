@@ -13,7 +13,8 @@ from mechsvd.engine.memory import free_bytes
 from mechsvd.linalg.eigenpairs import BLOCK, Eigenpairs, capacity, dense_eigenpairs, lanczos
 from mechsvd.linalg.subspace import widest
 
-DENSE = 2048  # entries up to which the whole Hessian is computed
+DENSE = 2048  # entries up to which the whole Hessian is computed,
+WHOLE = 16  # if it takes no more than this many products per pair that is wanted
 # Entries of all vectors in one pass; more leave the cache and need fresh memory pages.
 VECTOR_ENTRIES = 4_000_000
 
@@ -216,18 +217,27 @@ def differentiate(function: Function) -> Curvature:
     return Curvature(function, w, value.detach(), gradient)
 
 
+def takes_whole(entries: int, pairs: int) -> bool:
+    """Whether the whole Hessian, one product per entry, is cheaper than Lanczos.
+
+    Lanczos took 6 to 13 products per pair where it was measured. The whole one is exact, so it may
+    cost a little more.
+    """
+    return entries <= capacity(pairs) or entries <= min(DENSE, WHOLE * pairs)
+
+
 def eigenpairs(
     curvature: Curvature, pairs: int, *, tolerance: float, max_products: int, seed: int
 ) -> Eigenpairs:
     """Compute the Hessian's eigenpairs with the largest |eigenvalue|.
 
-    A short w uses the whole Hessian, a long one uses Lanczos.
+    By cost: from the whole Hessian, or by Lanczos; see `takes_whole`.
 
     Raises:
         MemoryError: the vectors of Lanczos do not fit.
     """
     entries = len(curvature.w)
-    if entries <= max(DENSE, capacity(pairs)):
+    if takes_whole(entries, pairs):
         return dense_eigenpairs(curvature.hessian, pairs)
     needed, free = (
         capacity(pairs) * entries * curvature.w.element_size(),

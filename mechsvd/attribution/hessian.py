@@ -11,7 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.attribution.curvature import DENSE, Function, differentiate, eigenpairs
+from mechsvd.attribution.curvature import (
+    DENSE,
+    Function,
+    differentiate,
+    eigenpairs,
+    takes_whole,
+)
 from mechsvd.attribution.diagnostics import warn_unconverged, warn_undefined, warn_unlike_values
 from mechsvd.attribution.gradients import GradientBasis
 from mechsvd.attribution.objective import Over, batched, objective_over
@@ -280,7 +286,7 @@ def _attribute(
         products=solution.products,
         beside=tuple((name, score(basis)) for name, basis in {**others, RANDOM: random}.items()),
     )
-    warn_unconverged(attribution, max_products if entries > DENSE else None)
+    warn_unconverged(attribution, None if takes_whole(entries, pairs) else max_products)
     warn_undefined(attribution, curvature, choices.path_steps)
     return attribution
 

@@ -207,7 +207,8 @@ class Attribution(Result):
         return (
             f"Attribution of the {self.objective} {self.value:.4g} (at w = 0: "
             f"{self.baseline:.3g}) to {len(self)} directions of {len(self.vectors):,} entries\n"
-            f"  eigenvalues {top}; {int(self.converged.sum())} converged; of {loud} scores above "
+            f"  eigenvalues {top}; {int(self.converged.sum())} converged after {self.products} "
+            f"products with the Hessian; of {loud} scores above "
             f"the noise, {near['linear']} within 10 % of the linear estimate, "
             f"{near['quadratic']} of the quadratic\n"
             f"  on {self._origin('a function')}"

@@ -1,6 +1,7 @@
 """How many edits run in one forward pass: as free memory allows, halved when it runs out."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ GPU_TOKENS = 65_536  # per pass; enough to keep the matrix products busy
 CPU_TOKENS = 1024  # per pass; enough to read the weights rarely
 # of the widest activation per pass, for small models: more leaves the cache and needs new pages
 CPU_ENTRIES = 1_500_000
+WORTH_TELLING = 10.0  # seconds of a loop, from which a line tells its cost
 PATIENCE = 8  # successful passes before more rows are tried again
 Part = TypeVar("Part")
 
@@ -52,6 +54,7 @@ def run_batches(
     what: str = "edits",
     *,
     restored: Callable[[Sequence[Int[Tensor, " _"]]], None] | None = None,
+    row_bytes: int = 0,
 ) -> list[Part]:
     """Run all rows in the order given, `size` at a time.
 
@@ -62,6 +65,7 @@ def run_batches(
         what: name of the rows in the progress bar.
         restored: where the batches may be kept for a later run. It is called with the rows of those
             that an earlier run finished, which do not run again.
+        row_bytes: memory of one row, for the line that tells the cost of a long loop.
 
     Raises:
         MemoryError: one row alone does not fit.
@@ -74,6 +78,7 @@ def run_batches(
     done, passes, patience, current = sum(kept.counts) if kept else 0, 0, PATIENCE, size
     with progress_bar(len(order), what, progress) as bar:
         bar.update(done)
+        started, first, is_told = time.perf_counter(), done, bar.disable
         while done < len(order):
             if current < size and passes >= patience:  # memory may have been short only briefly
                 current, passes = min(size, 2 * current), 0
@@ -85,7 +90,22 @@ def run_batches(
                 kept.add(len(rows), parts[-1])
             done, passes = done + len(rows), passes + 1
             bar.update(len(rows))
+            if not is_told:
+                _tell_cost(bar, what, len(order) - first, len(rows), started, row_bytes)
+                is_told = True
     return parts
+
+
+def _tell_cost(bar: Any, what: str, left: int, size: int, started: float, row_bytes: int) -> None:
+    """After the first batch of a long loop, say what the whole of it will cost."""
+    passes = -(-left // size)
+    seconds = (time.perf_counter() - started) * left / size
+    if seconds >= WORTH_TELLING:
+        memory = f", {row_bytes * size / 2**20:,.0f} MiB each" if row_bytes else ""
+        bar.write(
+            f"{what}: {left} rows in {passes} forward passes{memory}, about {seconds:.0f} s",
+            file=sys.stderr,
+        )
 
 
 def independent(chunks: Sequence[Int[Tensor, " _"]]) -> None:

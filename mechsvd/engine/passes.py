@@ -15,7 +15,7 @@ from mechsvd.checks import once, warn
 from mechsvd.edits.hooks import bind
 from mechsvd.edits.maps import Edit, EditList, Stack, chain, gates_of
 from mechsvd.edits.stacks import GateStack
-from mechsvd.engine.batches import rows_per_pass, run_batches
+from mechsvd.engine.batches import bytes_per_row, rows_per_pass, run_batches
 from mechsvd.engine.measurement import Measurement, Measurements, concatenate
 from mechsvd.engine.metrics import (
     AnyMetric,
@@ -194,6 +194,7 @@ class _Setup:
             halve,
             progress,
             restored=lambda chunks: self._remember(stacks, chunks, width),
+            row_bytes=bytes_per_row(self.session.model, longest),
         )
         own: list[list[Measurement]] = [[] for _ in stacks]
         for text, part in (pair for pairs in parts for pair in pairs):

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from mechsvd.checks import about, warn
-from mechsvd.engine.passes import estimate_seconds
 from mechsvd.engine.resuming import describe_value, keeping
 from mechsvd.engine.session import open_session
 from mechsvd.experiments.contrast_results import Contrast
@@ -20,8 +19,8 @@ from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
 from mechsvd.model.tokenization import prompt_tokens
 from mechsvd.report.folders import require_writable
 from mechsvd.report.pages import end_growing, write_growing, write_report
+from mechsvd.report.plan import plan_report
 from mechsvd.report.study import (
-    SWEEPS,
     Comparison,
     Study,
     compare,
@@ -66,6 +65,7 @@ def reproduce(
         kept = _unfinished(model, made, kinds, [*components, f"quick {quick}"], out)
         if kept.exists():
             say(f"Going on from {kept}, which a run that was stopped left.")
+        say(str(plan_report(model, made, kinds, quick)))
         arguments = {"tasks": made, "groups": kinds, "components": [*components], "quick": quick}
         with keeping(kept, "reproduce", arguments, provenance_of(model)):
             check = self_check(model)
@@ -189,18 +189,12 @@ def _study(
     others = [other for other in tasks.values() if other is not task][:OTHERS]
     with about(name):
         say(
-            f"{name}: {task.prompt_length} tokens of the prompt, {len(task.continuation)} scored; "
-            f"{_cost(model, task)}"
+            f"{name}, prompt {[*tasks].index(name) + 1} of {len(tasks)}: {task.prompt_length} "
+            f"tokens of the prompt, {len(task.continuation)} scored"
         )
         return study_task(
             model, name, task, _starts(model, name, tasks), components, others=others, quick=quick
         )
-
-
-def _cost(model: Model, task: Task) -> str:
-    edits = SWEEPS * (min(model.cfg.d_model, len(task.tokens) * 2 * model.cfg.n_layers) + 1)
-    seconds = max(1, round(estimate_seconds(model, task, edits)))
-    return f"at most {edits} edits in {SWEEPS} sweeps, about {seconds} s"
 
 
 def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:
