@@ -164,7 +164,8 @@ def test_without_prompts_those_of_the_shortform_are_asked_for(tmp_path, embedded
     asked = []
     monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
     monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *given, **_: asked.append(given))
-    assert main(["reproduce", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
+    assert main(["reproduce", *options]) == 0
     ((_, tasks, _),) = asked
     assert list(tasks) == ["meaning", "relativity", "launch", "translation"]
     for name, task in tasks.items():
