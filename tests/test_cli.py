@@ -25,7 +25,7 @@ def report(tmp_path_factory):
     warnings.simplefilter(
         "ignore"
     )  # short texts have fewer writes a layer than dimensions; pytest restores the filters
-    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "12", "--device", "cpu"]
+    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "8", "--device", "cpu"]
     assert main(["reproduce", "--out", str(out), *options]) == 0
     return out
 
