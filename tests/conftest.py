@@ -51,10 +51,23 @@ def load_real(name):
         "embedded": (WEIGHTS, ms.SHORTFORM_PROMPTS["meaning"], 12),
         "stories260k": (STORIES, "Once upon a time, there was", 20),
     }[name]
-    model = ms.load_model(directory, device="cpu")
+    model = known(ms.load_model(directory, device="cpu"))
     task = ms.Task.from_text(model, prompt, max_new_tokens=length)
     svd = ms.decompose(ms.collect_writes(model, task))
     return Real(name, model, prompt, task, svd, directory)
+
+
+def known(model):
+    """A model, once it is seen to have all that `Model` asks for.
+
+    The shape checks ask a class that is registered once, and not each model a million times.
+    """
+    from mechsvd.model.sites import Model
+
+    if not isinstance(model, Model):
+        raise TypeError("this TransformerLens lacks something that mechsvd needs")
+    Model.register(type(model))
+    return model
 
 
 @pytest.fixture(scope="module", params=REAL)
@@ -196,9 +209,8 @@ def tiny(architecture, hf_model=None):
     from mechsvd.demo import WEIGHTS
 
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
-    return TransformerBridge.boot_transformers(
-        architecture, hf_model=hf_model or tiny_hf(architecture), tokenizer=tokenizer, device="cpu"
-    )
+    options = {"hf_model": hf_model or tiny_hf(architecture), "tokenizer": tokenizer}
+    return known(TransformerBridge.boot_transformers(architecture, device="cpu", **options))
 
 
 def tiny_task(length=9, prompt_length=5, seed=0):

@@ -246,7 +246,7 @@ def test_every_accepted_architecture_has_exact_products(architecture, silent):
     clean = float(ms.measure(model, task, [ms.chain()]).clean_run.log_prob)
     for over in (svd, ms.find_sites(model, layers=[0]), "blocks.1.*"):
         found = ms.hessian_attribution(
-            model, task, over, pairs=3, objective="log_prob", path_steps=4
+            model, task, over, pairs=2, objective="log_prob", path_steps=4
         )
         assert found.value == pytest.approx(clean, rel=1e-9)
         with open_session(model, [task], gradients=True) as session:

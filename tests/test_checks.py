@@ -47,7 +47,9 @@ SAID = {  # what warns, and a word of it
         "not finite",
     ),
     "generate": (
-        lambda model, task, svd: ms.generate(model, "a", lambda x, hook: x * torch.nan),
+        lambda model, task, svd: ms.generate(
+            model, "a", lambda x, hook: x * torch.nan, max_new_tokens=1
+        ),
         "not finite",
     ),
     "truncate": (

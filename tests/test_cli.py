@@ -29,7 +29,7 @@ def report(tmp_path_factory):
     warnings.simplefilter(
         "ignore"
     )  # short texts have fewer writes a layer than dimensions; pytest restores the filters
-    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "12", "--device", "cpu"]
+    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "8", "--device", "cpu"]
     assert main(["reproduce", "--out", str(out), *options]) == 0
     return out
 
@@ -169,7 +169,8 @@ def test_without_prompts_those_of_the_shortform_are_asked_for(tmp_path, embedded
     asked = []
     monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
     monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *given, **_: asked.append(given))
-    assert main(["reproduce", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
+    assert main(["reproduce", *options]) == 0
     ((_, tasks, _),) = asked
     assert list(tasks) == ["meaning", "relativity", "launch", "translation"]
     for name, task in tasks.items():

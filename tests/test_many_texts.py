@@ -192,13 +192,13 @@ BAD = [
 @pytest.mark.parametrize(("source", "message"), BAD)
 def test_a_bad_text_is_named(embedded, source, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        ms.tasks_from(embedded, source)
+        ms.tasks_from(embedded, source, max_new_tokens=2)
 
 
 def test_a_bad_text_is_named_by_its_line_or_skipped(embedded, tmp_path, recwarn):
     (tmp_path / "a.jsonl").write_text('{"prompt": "I believe"}\n\n{"prompt": ""}\n')
     with pytest.raises(ValueError, match=r"text 1 \(line 3 of a\.jsonl\) has no `prompt`"):
-        ms.tasks_from(embedded, tmp_path / "a.jsonl")
+        ms.tasks_from(embedded, tmp_path / "a.jsonl", max_new_tokens=2)
     recwarn.clear()
     assert len(ms.tasks_from(embedded, tmp_path / "a.jsonl", on_bad="skip", max_new_tokens=2)) == 1
     assert any("1 texts are left out: text 1 (line 3" in str(w.message) for w in recwarn)

@@ -50,9 +50,12 @@ def _free_in_cgroup(root: Path) -> int | None:
 
 
 def _left_of(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    most, used = _bytes_in(folder / limit), _bytes_in(folder / usage)
+    most = _bytes_in(folder / limit)
     # no limit is a huge number in v1, and "max" in v2
-    if most is None or used is None or most >= 2**60:
+    if most is None or most >= 2**60:
+        return None
+    used = _bytes_in(folder / usage)
+    if used is None:
         return None
     return max(0, most - used + (_bytes_in(folder / "memory.stat", cache) or 0))
 

@@ -1,7 +1,7 @@
 """Evaluate a model without dropout, with all its hooks, and restore its state."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -70,11 +70,14 @@ def evaluation(
     Yields:
         The hooks on the model that are not mechsvd's; they stay active.
     """
-    others = OtherHooks(tuple(other_hooks(model)), batched_hooks)
+    modules = _named_modules(model)
+    places = (*_places_of_points(model), *_places_of_modules(modules))
+    others = OtherHooks(places, batched_hooks)
     enclosing = _OPEN.get(model)
     if others.places and others.places != enclosing and not quiet:
         _warn_hooks(others)
-    training = [module for module in _modules(model) if module.training]
+    # the bridge and its wrapped Hugging Face model may be in different modes
+    training = [module for _, module in modules if module.training]
     trainable = (
         [parameter for parameter in model.parameters() if parameter.requires_grad]
         if gradients
@@ -116,21 +119,12 @@ def other_hooks(model: Model) -> list[str]:
     Returns:
         Names of TransformerLens's hook points, and paths of modules with torch hooks or patches.
     """
-    places = [name for name, _ in _points_of_user(model)]
-    for path, module in _named_modules(model):
-        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(map(_is_foreign, functions)):
-            places.append(f"{path} (a torch hook)")
-        if "forward" in vars(module) and _is_foreign(vars(module)["forward"]):
-            places.append(f"{path} (a patched forward)")
-    global_hooks = [
-        *torch_module._global_forward_hooks.values(),
-        *torch_module._global_forward_pre_hooks.values(),
-    ]
-    return [
-        *places,
-        *(["every module (a global torch hook)"] if any(map(_is_foreign, global_hooks)) else []),
-    ]
+    return [*_places_of_points(model), *torch_hooks(model)]
+
+
+def torch_hooks(model: Model) -> list[str]:
+    """List the places of torch hooks and patched forwards that are the user's."""
+    return _places_of_modules(_named_modules(model))
 
 
 @contextmanager
@@ -163,6 +157,27 @@ def _is_foreign(function: Callable[..., Any]) -> bool:
     while isinstance(function, partial):
         function = function.func
     return not str(getattr(function, "__module__", "")).startswith(_LIBRARIES)
+
+
+def _places_of_points(model: Model) -> list[str]:
+    return [name for name, _ in _points_of_user(model)]
+
+
+def _places_of_modules(modules: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    places = []
+    for path, module in modules:
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(map(_is_foreign, functions)):
+            places.append(f"{path} (a torch hook)")
+        if "forward" in vars(module) and _is_foreign(vars(module)["forward"]):
+            places.append(f"{path} (a patched forward)")
+    global_hooks = [
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_forward_pre_hooks.values(),
+    ]
+    if any(map(_is_foreign, global_hooks)):
+        places.append("every module (a global torch hook)")
+    return places
 
 
 def _points_of_user(model: Model) -> list[tuple[str, Any]]:
@@ -205,8 +220,3 @@ def _named_modules(model: Any) -> list[tuple[str, nn.Module]]:
                 id(module), (path.replace("._original_component", "") or "the model", module)
             )
     return list(modules.values())
-
-
-def _modules(model: Any) -> list[Any]:
-    """All modules: the bridge and its wrapped Hugging Face model may be in different modes."""
-    return [module for _, module in _named_modules(model)]

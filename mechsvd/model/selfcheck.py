@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.fields import require_between
-from mechsvd.model.evaluation import evaluation, other_hooks, without_hook_points
+from mechsvd.model.evaluation import evaluation, torch_hooks, without_hook_points
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
 from mechsvd.results import Result, result
@@ -127,7 +127,7 @@ def self_check(model: Model) -> SelfCheck:
     state = (
         next(model.parameters()).dtype,
         getattr(model, "compatibility_mode", False),
-        *_torch_hooks(model),
+        *torch_hooks(model),
     )
     checks = _CHECKED.setdefault(model, {})
     if state not in checks:
@@ -148,7 +148,7 @@ def require_sound(
     """
     outcome = self_check(model)
     if outcome.failure and check:
-        hooks = _torch_hooks(model)
+        hooks = torch_hooks(model)
         cause = f", perhaps because of what is on it at {', '.join(hooks)}" if hooks else ""
         raise ValueError(
             f"mechsvd cannot use this model: {outcome.failure}{cause}. Results would be wrong "
@@ -160,12 +160,6 @@ def require_sound(
         else []
     )
     return outcome, (*([] if check else ["self-check skipped"]), *skipped)
-
-
-def _torch_hooks(model: Model) -> list[str]:
-    """List the places of torch hooks and patched forwards, which stay on."""
-    with without_hook_points(model):
-        return other_hooks(model)
 
 
 def _measure(model: Model) -> SelfCheck:
