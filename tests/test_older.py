@@ -74,6 +74,16 @@ def pair(real):
     return hooked(hf_model, tokenizer), ms.load_model(real.directory, device="cpu")
 
 
+def test_streams_are_the_same(pair):
+    texts = ["Once upon a time", "There was a boy. " * 9]
+    streams = [ms.stream_writes(model, texts, context=24) for model in pair]
+    for name in ("count", "mean", "scatter"):
+        one, other = (getattr(stream.moments, name) for stream in streams)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    sizes = streams[0].decompose().singular_values
+    torch.testing.assert_close(sizes, streams[1].decompose().singular_values, rtol=1e-3, atol=1e-3)
+
+
 def test_tasks_writes_singular_values_and_sweeps_are_the_same(pair):
     found = []
     for model in pair:

@@ -235,7 +235,7 @@ def test_what_cannot_be_asked_is_refused(embedded):
 def test_empty_documents_are_counted_and_long_ones_cut(embedded):
     streamed = ms.stream_writes(embedded, ["I believe", "", *texts(2)], context=16)
     assert (streamed.documents, streamed.places[0].empty, streamed.places[0].split) == (4, 1, 2)
-    assert "2 documents cut into several rows; 1 empty documents" in repr(streamed)
+    assert "2 of them cut into several rows; 1 of them empty" in repr(streamed)
     assert len(repr(streamed).splitlines()) == 3
 
 

@@ -22,6 +22,9 @@ layers: tuple[ms.Decomposition, ...] = ms.decompose(writes, per_layer=True)
 sweep: ms.RankSweep = ms.sweep_rank(model, task, svd, range(5), positions=[1], noise_floor=True)
 text: str = ms.generate(model, "I", ms.keep(svd.subspace(3)), temperature=0.5)
 texts: list[str] = ms.generate(model, "I", [None, ms.ablate(svd)])
+stream: ms.WriteStream = ms.stream_writes(model, ["I"], context=9, shard=(0, 2), layers=[1])
+streamed: ms.Decomposition = ms.merge([stream]).decompose(center=True)
+per_site: tuple[ms.Decomposition, ...] = stream.decompose(per="site", scale="site")
 loaded: ms.Ranking = ms.Ranking.load(Path("ranking.safetensors"))
 found: ms.CriticalRank = ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text)
 """
@@ -30,6 +33,7 @@ WRONG = {
     "ms.measure(model, task, [], layers='all')": 'incompatible type "str"',
     "ms.rank_directions(model, task, svd, noise_floor=True)": 'keyword argument "noise_floor"',
     "ms.decompose(writes, per_layer=True).rank": 'has no attribute "rank"',
+    "ms.stream_writes(model, 'a.txt', contxt=9)": 'Unexpected keyword argument "contxt"',
     "ms.Ranking.load('x').directions": '"Ranking" has no attribute "directions"',
 }
 

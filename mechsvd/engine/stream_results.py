@@ -65,8 +65,8 @@ class WriteStream(Result):
         rows = f"in rows of up to {self.layout.context}{', packed' if self.layout.packing else ''}"
         return (
             f"{read} {rows}",
-            *([f"{split:,} documents cut into several rows"] if split else []),
-            *([f"{empty:,} empty documents"] if empty else []),
+            *([f"{split:,} of them cut into several rows"] if split else []),
+            *([f"{empty:,} of them empty"] if empty else []),
             *(f"shard {i} of {n}" for i, n in (place.shard for place in self.places) if n > 1),
         )
 

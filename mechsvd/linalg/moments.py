@@ -23,7 +23,8 @@ from mechsvd.linalg.subspace import at_least_single, signs
 from mechsvd.linalg.svd import eigh_or_again, numerical_rank
 from mechsvd.results import Provenance, Result, result, with_notes
 
-BLOCK = 2048  # vectors per product: wide enough for its speed, and little memory
+BLOCK = 1024  # vectors per product: wide enough for its speed, and little memory
+PANEL = 256  # columns of a symmetric matrix that are multiplied at once
 
 
 @result
@@ -105,7 +106,7 @@ class Accumulator:
         self._mean = start.mean.to(device, torch.float64, copy=True)
         self._scatter = start.scatter.to(device, torch.float64, copy=True)
         # made once, so that memory cannot run out between two sites
-        self._block = self._mean.new_empty(BLOCK, self._mean.shape[1])
+        self._block = self._mean.new_empty(self._mean.shape[1], BLOCK)
 
     def add(self, site: int, vectors: Float[Tensor, "n d_model"]) -> None:
         """Add vectors of one site, at most `BLOCK` at a time."""
@@ -115,22 +116,25 @@ class Accumulator:
 
     def moments(self) -> Moments:
         """A copy of the moments so far."""
-        lower = self._scatter.tril(-1)
-        exact = lower + lower.mT + torch.diag_embed(self._scatter.diagonal(dim1=-2, dim2=-1))
-        return Moments(torch.tensor(self._count), self._mean.clone(), exact, self._dtype)
+        scatter = self._scatter.clone()
+        for own in scatter:  # one by one, which needs little memory
+            own.copy_(own.tril() + own.tril(-1).T)
+        return Moments(torch.tensor(self._count), self._mean.clone(), scatter, self._dtype)
 
     def _add(self, site: int, block: Tensor) -> None:
         before, added = self._count[site], len(block)
-        exact = self._block[:added].copy_(block)
-        block_mean = exact.mean(dim=0)
+        exact = self._block[:, :added].copy_(block.T)
+        block_mean = exact.mean(dim=1)
         step = block_mean - self._mean[site]
         scatter = self._scatter[site]
         if self._is_half:
             single = block.to(scatter.device, torch.float32)
             scatter.add_(single.T @ single).addr_(block_mean, block_mean, alpha=-added)
         else:
-            exact -= block_mean
-            scatter.addmm_(exact.T, exact)
+            exact -= block_mean[:, None]
+            for first in range(0, len(scatter), PANEL):  # the lower triangle and what it touches
+                panel = exact[first : first + PANEL]
+                scatter[first:, first : first + PANEL].addmm_(exact[first:], panel.T)
         share = added / (before + added)
         scatter.addr_(step, step, alpha=before * share)
         self._mean[site].add_(step, alpha=share)
