@@ -1,6 +1,7 @@
 """Models for the tests: the embedded one, a real small one beside the project, and tiny random ones of many architectures."""
 
 import functools
+import gc
 import logging
 import os
 import warnings
@@ -15,6 +16,7 @@ os.environ.setdefault(
 )  # the tests need no network; a hub name must fail at once
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
+KNOWN: set = set()  # classes of models
 REAL = ["embedded", *(["stories260k"] if STORIES.is_dir() else [])]  # trained models at hand
 
 
@@ -62,11 +64,14 @@ def known(model):
 
     The shape checks ask a class that is registered once, and not each model a million times.
     """
-    from mechsvd.model.sites import Model
+    if type(model) not in KNOWN:
+        from mechsvd.model.sites import Model
 
-    if not isinstance(model, Model):
-        raise TypeError("this TransformerLens lacks something that mechsvd needs")
-    Model.register(type(model))
+        if not isinstance(model, Model):
+            raise TypeError("this TransformerLens lacks something that mechsvd needs")
+        Model.register(type(model))
+        KNOWN.add(type(model))
+        gc.freeze()  # all is imported now: the collector need not go through it again and again
     return model
 
 
