@@ -89,8 +89,9 @@ def assert_same(streamed, at_once, rtol=1e-6, above=1e-4):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_for_any_blocks_order_and_parts_it_is_the_svd_of_all_at_once(way):
-    for seed in range(8):
+def test_for_any_blocks_order_and_parts_it_is_the_svd_of_all_at_once(way, monkeypatch):
+    for seed in range(5):
+        monkeypatch.setattr(moments_file, "PANEL", (5, 6, 256)[seed % 3])
         values = sample(seed, positions=random.Random(seed).choice([40, 90, 200]))
         writes = SimpleNamespace(values=values, sites=SITES, source=None)
         streamed = decompose_moments(in_parts(values, seed), SITES, **way)
@@ -154,8 +155,9 @@ def test_the_rank_does_not_depend_on_the_blocks(dtype, monkeypatch, silent):
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(1, 7, 32, generator=generator).to(dtype)
     values = few[:, torch.randint(7, (900,), generator=generator)]  # 7 vectors, again and again
-    for block in (3, 64, 2048):
+    for block, panel in ((3, 5), (64, 32), (2048, 20)):
         monkeypatch.setattr(moments_file, "BLOCK", block)
+        monkeypatch.setattr(moments_file, "PANEL", panel)
         for seed in range(3):
             assert decompose_moments(in_parts(values, seed), SITES[:1]).rank == 7
     assert decompose(values).rank == 7
@@ -170,6 +172,14 @@ def test_in_half_precision_a_huge_coordinate_does_not_hide_the_others():
     exact = torch.linalg.svdvals(values.double().flatten(0, 1))
     assert exact[-1] < 1e-3 * exact[0]
     torch.testing.assert_close(streamed.singular_values.double(), exact, rtol=1e-3, atol=0)
+
+
+def test_float32_vectors_of_a_model_in_half_precision_lose_nothing():
+    values = sample(5, positions=400).float()
+    accumulator = Accumulator(no_moments(4, 12, torch.bfloat16), values.device)
+    for site, vectors in enumerate(values):
+        accumulator.add(site, vectors)
+    torch.testing.assert_close(accumulator.moments().scatter, moments_of(values.double()).scatter)
 
 
 def test_a_very_long_stream_keeps_directions_that_are_well_above_rounding():

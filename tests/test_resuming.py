@@ -206,7 +206,7 @@ def test_a_stream_that_was_interrupted_goes_on_to_the_same_bits(
     embedded, tmp_path, monkeypatch, packing
 ):
     monkeypatch.setattr(stream_file, "WINDOW", 150)
-    documents, options = texts(12), {"context": 40, "packing": packing, "skip_bos": True}
+    documents, options = texts(6), {"context": 40, "packing": packing, "skip_bos": True}
     whole = ms.stream_writes(embedded, documents, **options)
 
     def until(stop):
@@ -216,7 +216,7 @@ def test_a_stream_that_was_interrupted_goes_on_to_the_same_bits(
             yield text
 
     path, reached = tmp_path / "run", []
-    for stop in (2, 5, 6, 10):
+    for stop in (2, 5):
         with pytest.raises(KeyboardInterrupt):
             ms.stream_writes(embedded, until(stop), checkpoint=path, **options)
         reached.append(ms.Checkpoint.load(path).state.tokens if path.exists() else 0)
@@ -230,10 +230,10 @@ def test_a_stream_that_was_interrupted_goes_on_to_the_same_bits(
     )
     assert same(ms.stream_writes(embedded, documents, checkpoint=path, **options), whole)
     assert not runs  # it was finished
-    with pytest.raises(ValueError, match="finished after 12 documents, but the source has more"):
+    with pytest.raises(ValueError, match="finished after 6 documents, but the source has more"):
         ms.stream_writes(embedded, [*documents, "I"], checkpoint=path, **options)
-    with pytest.raises(ValueError, match="The first 12 documents are not those"):
-        ms.stream_writes(embedded, [*documents[:11], "I"], checkpoint=path, **options)
+    with pytest.raises(ValueError, match="The first 6 documents are not those"):
+        ms.stream_writes(embedded, [*documents[:5], "I"], checkpoint=path, **options)
     with pytest.raises(ValueError, match="`context` is 41, but was 40"):
         ms.stream_writes(embedded, documents, checkpoint=path, **(options | {"context": 41}))
     with pytest.raises(ValueError, match=r"`shard` is \[0, 2\], but was \[0, 1\]"):
@@ -281,8 +281,8 @@ from tests.test_stream import texts
 
 folder, kills = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
-stream.WINDOW = 400
-model, documents, rng = ms.load_model(), texts(60), random.Random()
+stream.WINDOW = 200
+model, documents, rng = ms.load_model(), texts(30), random.Random()
 ms.self_check(model)
 
 
@@ -316,7 +316,7 @@ print(killed, reached)
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     root = Path(__file__).parents[1]
     server = subprocess.run(
-        [sys.executable, "-c", SERVER, str(tmp_path), "4"],
+        [sys.executable, "-c", SERVER, str(tmp_path), "3"],
         capture_output=True,
         text=True,
         cwd=root,

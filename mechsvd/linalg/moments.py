@@ -105,8 +105,11 @@ class Accumulator:
         self._count, self._dtype, self._is_half = start.count.tolist(), start.dtype, start.is_half
         self._mean = start.mean.to(device, torch.float64, copy=True)
         self._scatter = start.scatter.to(device, torch.float64, copy=True)
-        # made once, so that memory cannot run out between two sites
-        self._block = self._mean.new_empty(self._mean.shape[1], BLOCK)
+        # made once, so that memory cannot run out within a sum
+        d_model = self._mean.shape[1]
+        self._block = self._mean.new_empty(d_model, BLOCK)
+        self._single = self._block.float() if self._is_half else None
+        self._product = self._block.new_empty(d_model * PANEL, dtype=torch.float32)
 
     def add(self, site: int, vectors: Float[Tensor, "n d_model"]) -> None:
         """Add vectors of one site, at most `BLOCK` at a time."""
@@ -127,18 +130,28 @@ class Accumulator:
         block_mean = exact.mean(dim=1)
         step = block_mean - self._mean[site]
         scatter = self._scatter[site]
-        if self._is_half:
-            single = block.to(scatter.device, torch.float32)
-            scatter.add_(single.T @ single).addr_(block_mean, block_mean, alpha=-added)
+        if self._single is not None and block.element_size() < 4:
+            self._add_square(scatter, self._single[:, :added].copy_(block.T))
+            scatter.addr_(block_mean, block_mean, alpha=-added)
         else:
             exact -= block_mean[:, None]
-            for first in range(0, len(scatter), PANEL):  # the lower triangle and what it touches
-                panel = exact[first : first + PANEL]
-                scatter[first:, first : first + PANEL].addmm_(exact[first:], panel.T)
+            self._add_square(scatter, exact)
         share = added / (before + added)
         scatter.addr_(step, step, alpha=before * share)
         self._mean[site].add_(step, alpha=share)
         self._count[site] = before + added
+
+    def _add_square(
+        self, total: Float[Tensor, "d_model d_model"], columns: Float[Tensor, "d_model n"]
+    ) -> None:
+        """Add X Xᵀ, multiplied in its dtype, to the lower triangle, and to some of the upper one."""
+        for first in range(0, len(total), PANEL):
+            own, panel = total[first:, first : first + PANEL], columns[first : first + PANEL].T
+            if columns.dtype == total.dtype:
+                own.addmm_(columns[first:], panel)
+            else:
+                product = self._product[: own.numel()].view(own.shape)
+                own.add_(torch.mm(columns[first:], panel, out=product))
 
 
 def no_moments(sites: int, d_model: int, dtype: torch.dtype) -> Moments:

@@ -34,6 +34,10 @@ class Layout(Result):
     positions: tuple[int, ...] | None
     bos: int | None
 
+    def _require_values(self) -> None:
+        require_between(self, ["context"], 1)
+        require_between(self, ["positions", "bos"], 0)
+
     def kept(self, rows: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
         """Which positions of some rows count."""
         kept = torch.ones(rows.shape, dtype=torch.bool)
@@ -71,7 +75,7 @@ class Place(Result):
         require_between(self, ["documents", "tokens", "empty", "split"], 0)
 
     def _require_values(self) -> None:
-        require_between(self, ["rest"], 0)
+        require_between(self, ["rest", "shard"], 0)
 
 
 class Row(NamedTuple):
