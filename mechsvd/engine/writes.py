@@ -174,6 +174,7 @@ def _run_by_length(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
             torch.stack([tasks[i].tokens for i in rows]).to(device),
             hooks,
             scored=slice(0, 1),
+            fused=session.check.runs_fused,
         )
         for row, i in enumerate(rows):
             writes[int(i)] = torch.stack([x[row] for x in stored])
