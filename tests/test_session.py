@@ -125,6 +125,7 @@ def test_every_call_that_runs_a_model_takes_every_option(
         "check": True,
         "batch_size": np.int64(40),
         "batched_hooks": False,
+        "fast": True,
         "progress": False,
         "at": None,
         "heads": None,

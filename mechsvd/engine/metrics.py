@@ -134,7 +134,14 @@ def predict(
     tokens = torch.stack([task.tokens for task in tasks]).to(next(model.parameters()).device)
     if not check.shares_prefix or len(tasks) > 1:  # only one row is broadcast by what comes later
         tokens = tokens.repeat_interleave(torch.tensor(counts).to(tokens.device), dim=0)
-    logits = run_model(model, tokens, hooks, scored_by(tasks), cut_early=check.scores_alone)
+    logits = run_model(
+        model,
+        tokens,
+        hooks,
+        scored_by(tasks),
+        cut_early=check.scores_alone,
+        fused=check.runs_fused,
+    )
     return logits.to(at_least_single(logits.dtype))
 
 

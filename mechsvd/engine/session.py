@@ -40,6 +40,9 @@ class RunOptions(SiteOptions, total=False):
         batch_size: rows in one forward pass; by default from free memory and model size.
         batched_hooks: your own hooks on the model act on every row of a batch. By default they
             may act on a single row, so each row runs alone while there are any.
+        fast: run attention, norms and activations on fused kernels where the self-check found the
+            same writes and logits, to rounding. The plain kernels run when there are hooks of
+            yours, gradients, or values at other hook points than writes.
         progress: a bar with an estimate; by default only in a terminal or a notebook.
         checkpoint: a file that keeps what is done. After a stop of any kind, the same call goes on
             from there, and its result is the same bit for bit on a CPU.
@@ -48,6 +51,7 @@ class RunOptions(SiteOptions, total=False):
     check: bool
     batch_size: int | None
     batched_hooks: bool
+    fast: bool
     progress: bool | None
     checkpoint: Any
 
@@ -70,7 +74,7 @@ class Session:
 
     Attributes:
         where: the layers, components and positions.
-        check: the self-check of the model.
+        check: the self-check of the model, less what this session does not allow.
         other_hooks: the user's own hooks on the model.
         notes: further notes for the provenance of results.
         options: the options that the user gave.
@@ -173,6 +177,8 @@ def open_session(
         evaluation(model, gradients=gradients, batched_hooks=batched) as other_hooks,
         weights_read_once(model),
     ):
+        if gradients or where.at is not None or other_hooks.places or not options.get("fast", True):
+            check = replace(check, fused_error=float("inf"))  # the plain kernels
         yield Session(model, tuple(tasks), where, check, other_hooks, notes, options)
 
 

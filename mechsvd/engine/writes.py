@@ -203,7 +203,8 @@ def run_by_length(
         numbers = chosen.tolist()
         tokens = torch.stack([rows[number] for number in numbers]).to(device)
         hooks = [hook_of(index, site, numbers) for index, site in enumerate(session.sites)]
-        run_model(session.model, tokens, hooks, scored=slice(0, 1))
+        fused = session.check.runs_fused
+        run_model(session.model, tokens, hooks, scored=slice(0, 1), fused=fused)
 
     for length in sorted({len(row) for row in rows}):
         same = [number for number, row in enumerate(rows) if len(row) == length]

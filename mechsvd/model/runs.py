@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.model.evaluation import has_other_hooks
+from mechsvd.model.fused import fused_kernels
 from mechsvd.model.sites import Hook, Model, before_unembedding
 
 
@@ -19,6 +20,7 @@ def run_model(
     hooks: Sequence[Hook] = (),
     scored: slice | None = None,
     cut_early: bool = True,
+    fused: bool = False,
 ) -> Float[Tensor, "edit scored d_vocab"]:
     """Run the model once with hooks; each hook must fire exactly once.
 
@@ -29,6 +31,7 @@ def run_model(
         scored: positions whose logits are returned.
         cut_early: drop the other positions before the unembedding, which takes most of the memory,
             unless a user's hook may see it.
+        fused: run on fused kernels, with hooks at writes only; see `fused_kernels`.
 
     Returns:
         Logits at the scored positions (all by default).
@@ -43,7 +46,8 @@ def run_model(
     cut_early = cut_early and scored is not None and not has_other_hooks(model)
     if cut_early:
         all_hooks.append((before_unembedding(model), lambda x, hook=None: x[:, scored]))
-    logits = model.run_with_hooks(tokens, fwd_hooks=all_hooks, return_type="logits")
+    with fused_kernels(model) if fused else nullcontext():
+        logits = model.run_with_hooks(tokens, fwd_hooks=all_hooks, return_type="logits")
     for name, hook in counted:
         if hook.times != 1:
             raise RuntimeError(

@@ -39,6 +39,11 @@ class SelfCheck(Result):
             not shared.
         tolerance: allowed error in the model's dtype; ten times that for logits, which are a whole
             model deep.
+        fused_error: error of the logits and of every write on fused kernels, for one row and for
+            two, relative to the largest entry at the same position. It is infinite if they cannot
+            run; the plain ones run then.
+        fused_tolerance: allowed error on fused kernels. In float64 it is far smaller than
+            `tolerance`: norms that a model computes in float32 must stay what they are.
     """
 
     block_error: Float[Tensor, " layer"]
@@ -48,6 +53,8 @@ class SelfCheck(Result):
     scored_error: float
     sharing_error: float
     tolerance: float
+    fused_error: float = float("inf")
+    fused_tolerance: float = 0.0
 
     def _require_values(self) -> None:
         errors = (
@@ -57,6 +64,8 @@ class SelfCheck(Result):
             "scored_error",
             "sharing_error",
             "tolerance",
+            "fused_error",
+            "fused_tolerance",
         )
         require_between(self, errors, 0)  # they may hold NaN or inf if the model fails
         require_between(self, ["unchecked"], 0, len(self.block_error) - 1)
@@ -90,6 +99,11 @@ class SelfCheck(Result):
         """Whether the scored positions can be unembedded alone."""
         return self.scored_error <= 10 * self.tolerance
 
+    @property
+    def runs_fused(self) -> bool:
+        """Whether passes with hooks at writes only may run on fused kernels."""
+        return self.fused_error <= self.fused_tolerance
+
     def to_pandas(self) -> Any:
         """One row per block, with its error."""
         import pandas as pd
@@ -99,11 +113,13 @@ class SelfCheck(Result):
         )
 
     def __repr__(self) -> str:
+        unused = "" if self.runs_fused else "not used, "
         return (
             f"SelfCheck: {'passed' if self.failure is None else self.failure}\n"
             f"  writes + stream: {self.block_error.max():.1e} in the worst block; "
             f"zeroed writes: {self.stream_error:.1e}\n"
-            f"  output changes by {self.output_change:.2g}; shared prefix: {self.sharing_error:.1e}"
+            f"  output changes by {self.output_change:.2g}; shared prefix: {self.sharing_error:.1e}; "
+            f"fused kernels: {unused}{self.fused_error:.1e}"
         )
 
 
@@ -113,8 +129,8 @@ def self_check(model: Model) -> SelfCheck:
     The answer is kept per model, dtype, processing mode and torch hooks. In a clean run,
     `resid_pre + writes == resid_post` must hold in every block, and every hook must fire once. In a
     run with all writes zeroed, the stream must stay constant and the output must change. Short runs
-    test what the engine does for speed: it unembeds only some positions, and splits the rows of a
-    batch at the first write.
+    test what the engine does for speed: it unembeds only some positions, splits the rows of a batch
+    at the first write, and runs on fused kernels.
 
     The user's hooks at hook points are off meanwhile. Torch hooks and patched forwards stay: they
     are part of the model that is measured.
@@ -183,6 +199,9 @@ def _measure(model: Model) -> SelfCheck:
         sharing_error = max(
             _sharing_error(model, tokens, site.hook_name, logits) for site in firsts
         )
+        fused_error = _fused_error(
+            model, tokens, sites, [logits, *(clean[site.hook_name] for site in sites)]
+        )
     blocks = [
         [clean[s.hook_name] for s in sites if s.layer == layer] for layer in range(len(names))
     ]
@@ -190,6 +209,8 @@ def _measure(model: Model) -> SelfCheck:
         _imbalance([clean[pre], *writes], clean[post])
         for (pre, post), writes in zip(names, blocks, strict=True)
     ]
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    tolerance = 4 * eps + 1e-5
     return SelfCheck(
         block_error=torch.tensor(block_error),
         stream_error=_imbalance([stored[names[0][0]]], stored[names[-1][1]]),
@@ -197,7 +218,9 @@ def _measure(model: Model) -> SelfCheck:
         output_change=_difference(zeroed, logits),
         scored_error=scored_error,
         sharing_error=sharing_error,
-        tolerance=4 * torch.finfo(next(model.parameters()).dtype).eps + 1e-5,
+        tolerance=tolerance,
+        fused_error=fused_error,
+        fused_tolerance=min(10 * tolerance, 1000 * eps),
     )
 
 
@@ -210,6 +233,44 @@ def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> 
     except (RuntimeError, ValueError, IndexError):
         return float("inf")
     return _difference(shared, logits.expand(2, -1, -1)) if shared.shape[0] == 2 else float("inf")
+
+
+def _fused_error(
+    model: Model, tokens: Tensor, sites: tuple[Site, ...], plain: list[Tensor]
+) -> float:
+    """The largest error on fused kernels, of one row and of two different ones.
+
+    Args:
+        plain: the logits and the writes of the one row.
+    """
+
+    def values(rows: Tensor, fused: bool) -> list[Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def see(name: str) -> Any:
+            return name, lambda x, hook=None: seen.__setitem__(name, x.detach())
+
+        logits = run_model(model, rows, [see(site.hook_name) for site in sites], fused=fused)
+        return [logits, *(seen[site.hook_name] for site in sites)]
+
+    both = torch.cat([tokens, tokens.flip(1)])
+    try:
+        fused = [*values(tokens, fused=True), *values(both, fused=True)]
+    except Exception:  # no bridge, or a version of one in which something is otherwise
+        return float("inf")
+    pairs = zip(fused, [*plain, *values(both, fused=False)], strict=True)
+    return float(torch.stack([_worst_position(*pair) for pair in pairs]).max())  # NaN if any is
+
+
+def _worst_position(measured: Tensor, expected: Tensor) -> Tensor:
+    """The largest error, relative to the largest entry at its position.
+
+    Entries below a thousandth of the largest of all count as that; they may be rounding alone.
+    """
+    measured, expected = measured.cpu().double(), expected.cpu().double()
+    size = expected.abs().amax(dim=-1)
+    least = 1e-3 * size.max() + torch.finfo(torch.float64).tiny
+    return ((measured - expected).abs().amax(dim=-1) / size.clamp(min=least)).max()
 
 
 def _incomplete_layers(model: Model, sites: tuple[Site, ...]) -> tuple[int, ...]:
