@@ -15,6 +15,7 @@ os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # the tests need no network; a hub name must fail at once
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+collect_ignore = ["benchmarks"]  # run by hand, on an idle machine
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 KNOWN: set = set()  # classes of models
 REAL = ["embedded", *(["stories260k"] if STORIES.is_dir() else [])]  # trained models at hand

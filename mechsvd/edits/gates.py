@@ -57,9 +57,10 @@ class Gate:
             if point is None:
                 return (coordinates @ columns.mT).to(x.dtype)
             return _add_product(point, coordinates, columns).to(x.dtype)
-        base = wide * plan.constant
+        rest = plan.constant.to(wide) if isinstance(plan.constant, Tensor) else plan.constant
+        base = wide * rest
         if point is not None:
-            base = base + (1 - plan.constant) * point
+            base = base + (1 - rest) * point
         return _add_product(base, coordinates, columns).to(x.dtype)
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from mechsvd.checks import warn
 from mechsvd.engine.memory import free_bytes, is_out_of_memory
+from mechsvd.engine.processes import this_process
 from mechsvd.engine.resuming import kept_loop
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
@@ -132,10 +133,12 @@ def _halve(model: Model, task: Task, size: int) -> int:
 
 
 def progress_bar(total: int | None, what: str, progress: bool | None) -> Any:
-    """A progress bar with an estimate; by default only in a terminal or a notebook."""
-    return tqdm(
-        total=total, desc=what, disable=not _is_seen() if progress is None else not progress
-    )
+    """A progress bar with an estimate; by default only in a terminal or a notebook.
+
+    Of several processes only the first shows it.
+    """
+    is_shown = _is_seen() if progress is None else progress
+    return tqdm(total=total, desc=what, disable=not is_shown or this_process()[0] > 0)
 
 
 def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) -> bool:

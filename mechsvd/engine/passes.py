@@ -30,7 +30,8 @@ from mechsvd.engine.metrics import (
     scored_by,
 )
 from mechsvd.engine.noise import spread_by_rounding
-from mechsvd.engine.resuming import runs_model
+from mechsvd.engine.processes import gather, own_share
+from mechsvd.engine.resuming import describe_value, runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.subspace import at_least_single
 from mechsvd.model.sites import Model, Site, Where, require_model
@@ -74,7 +75,7 @@ def measure(
     Several edits share a forward pass, as rows of its batch; edits of similar cost run together.
     Texts of equal length share passes too. In a pass of one text, everything before the first
     edited site is computed once. Only the scored positions are unembedded. When memory runs out the
-    batch is halved.
+    batch is halved. Several processes each run a share of the edits, and all get all results.
 
     Args:
         task: one text, or a list of texts.
@@ -158,7 +159,8 @@ def _groups(session: Session) -> Iterator[list[int]]:
 class _Setup:
     """What the forward passes over some texts of one length have in common.
 
-    Row 0 of each text is its clean run, which comes first; its logits are kept for the others.
+    Row 0 of each text is its clean run, which comes first; its logits are kept for the others. A
+    process whose share of the rows begins later in a text runs it, too.
     """
 
     session: Session
@@ -174,7 +176,7 @@ class _Setup:
 
     def run(
         self,
-        stacks: Sequence[Stack],
+        stacks: Sequence["_CleanFirst"],
         orders: Sequence[Int[Tensor, " row"]],
         progress: bool | None = False,
     ) -> list[Measurement]:
@@ -183,26 +185,70 @@ class _Setup:
         Returns:
             One measurement per text, its rows in the order given.
         """
-        longest = max(self.tasks, key=lambda task: len(task.continuation))
-        size, halve = self.session.rows_per_pass(longest), self.session.halve(longest)
         width = 1 + max(int(order.max()) for order in orders)
         every = torch.cat([text * width + order for text, order in enumerate(orders)])
+        shares = gather(
+            lambda: self._described(stacks, every),
+            lambda: self._run_own(stacks, own_share(every), width, progress),
+        )
+        return [
+            concatenate([share[text] for share in shares if text in share])
+            for text in range(len(stacks))
+        ]
+
+    def _run_own(
+        self,
+        stacks: Sequence["_CleanFirst"],
+        rows: Int[Tensor, " row"],
+        width: int,
+        progress: bool | None,
+    ) -> dict[int, Measurement]:
+        """Run the rows of this process; returns the measurement of each of their texts."""
+        longest = max(self.tasks, key=lambda task: len(task.continuation))
+        size, halve = self.session.rows_per_pass(longest), self.session.halve(longest)
+        rows, added = self._with_clean(rows, width)
         parts = run_batches(
             lambda rows: self.forward(stacks, rows // width, rows % width),
-            every,
+            rows,
             size,
             halve,
             progress,
             restored=lambda chunks: self._remember(stacks, chunks, width),
             row_bytes=bytes_per_row(self.session.model, longest),
         )
-        own: list[list[Measurement]] = [[] for _ in stacks]
+        own: dict[int, list[Measurement]] = {}
         for text, part in (pair for pairs in parts for pair in pairs):
-            own[text].append(part)
-        return [concatenate(one) for one in own]
+            own.setdefault(text, []).append(part)
+        return {text: concatenate(run)[int(text in added) :] for text, run in own.items()}
+
+    def _with_clean(self, rows: Int[Tensor, " row"], width: int) -> tuple[Tensor, set[int]]:
+        """Some rows after the clean runs that they need, and the texts to which one was added."""
+        numbers, counts = (rows // width).unique_consecutive(return_counts=True)
+        known, added, parts = {*self._clean, *self._before}, set(), [rows[:0]]
+        for text, own in zip(numbers.tolist(), rows.split(counts.tolist()), strict=True):
+            if own[0] % width and text not in known:
+                added.add(text)
+                parts.append(torch.tensor([text * width]))
+            parts.append(own)
+        return torch.cat(parts), added
+
+    def _described(
+        self, stacks: Sequence["_CleanFirst"], rows: Int[Tensor, " row"]
+    ) -> tuple[Any, ...]:
+        """What the processes that share some rows must agree on; of the edits, what is cheap."""
+        gates = gates_of(stacks[0].edits)[:8]
+        # rounding may differ between machines, but not where the first directions point
+        tops = [gate.basis[:, :4].abs().argmax(dim=0).tolist() for gate in gates]
+        return (
+            [task.tokens.tolist() for task in self.tasks],
+            [metric.name for metric in self.metrics],
+            [site.name for site in self.session.sites],
+            describe_value(rows),
+            [(list(gate.gains.shape), top) for gate, top in zip(gates, tops, strict=True)],
+        )
 
     def forward(
-        self, stacks: Sequence[Stack], texts: Int[Tensor, " row"], rows: Int[Tensor, " row"]
+        self, stacks: Sequence["_CleanFirst"], texts: Int[Tensor, " row"], rows: Int[Tensor, " row"]
     ) -> list[tuple[int, Measurement]]:
         """Run one forward pass, each row a text with an edit of its stack; texts in order."""
         numbers, lengths = texts.unique_consecutive(return_counts=True)
@@ -217,7 +263,7 @@ class _Setup:
         ]
         tasks = [self.tasks[text] for text in chosen]
         logits = predict(self.session.model, tasks, self.session.check, hooks, counts)
-        deltas = [torch.stack(sizes, dim=1).cpu().split(counts) for sizes in (seen.orig, seen.kept)]
+        deltas = [_table(sizes).split(counts) for sizes in (seen.orig, seen.kept)]
         first = scored_by(tasks).start
         return [
             (text, self._measured(text, part[:, _own(self.tasks[text], first)], *sizes))
@@ -250,13 +296,12 @@ class _Setup:
         )
 
     def _remember(
-        self, stacks: Sequence[Stack], chunks: Sequence[Int[Tensor, " _"]], width: int
+        self, stacks: Sequence["_CleanFirst"], chunks: Sequence[Int[Tensor, " _"]], width: int
     ) -> None:
         """Note the passes of an earlier run that had clean runs, which others need."""
-        if isinstance(stacks[0], _CleanFirst):
-            for rows in chunks:
-                for text in (rows[rows % width == 0] // width).tolist():
-                    self._before[text] = partial(self.forward, stacks, rows // width, rows % width)
+        for rows in chunks:
+            for text in (rows[rows % width == 0] // width).tolist():
+                self._before[text] = partial(self.forward, stacks, rows // width, rows % width)
 
     def noise_floors(self, clean: Sequence[Measurement]) -> list[float]:
         """How much each text's clean metric changes by rounding noise; see `measure`.
@@ -269,8 +314,8 @@ class _Setup:
         return [float(spread) for spread in spreads]
 
     def _values_under(self, clean: Sequence[Measurement], perturbed: Stack) -> Tensor:
-        every = [torch.arange(len(perturbed))] * len(self.tasks)
-        parts = self.run([perturbed] * len(self.tasks), every)
+        every = [1 + torch.arange(len(perturbed))] * len(self.tasks)
+        parts = self.run([_CleanFirst(perturbed)] * len(self.tasks), every)
         pairs = zip(clean, parts, strict=True)
         return torch.stack([concatenate([one[:1], part]).value for one, part in pairs])
 
@@ -292,7 +337,7 @@ class _Sizes:
 class _CleanFirst:
     """A stack of edits with the clean run as its first row."""
 
-    edits: GateStack | EditList | None
+    edits: Stack | None
 
     def __len__(self) -> int:
         return 1 + (0 if self.edits is None else len(self.edits))
@@ -355,6 +400,12 @@ def _run_all(
 def _own(task: Task, first: int) -> slice:
     """The scored positions of a task, among those from `first` on."""
     return slice(task.scored.start - first, task.scored.stop - first)
+
+
+def _table(sizes: Sequence[Float[Tensor, " row"]]) -> Float[Tensor, "row site"]:
+    """The sizes at all sites, which may be on several devices."""
+    device = sizes[0].device
+    return torch.stack([size.to(device) for size in sizes], dim=1).cpu()
 
 
 def _rms_norm(writes: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:

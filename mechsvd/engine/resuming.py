@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechsvd.checks import once, with_options
 from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
+from mechsvd.engine.processes import one_voice, own_file
 from mechsvd.model.identity import provenance_of
 from mechsvd.packing import pack
 from mechsvd.results import Provenance, Result, result
@@ -151,7 +152,8 @@ def runs_model(kind: type) -> Callable[[Call], Call]:
     """Make a function a call that runs a model: it knows its options, and may have a checkpoint.
 
     With `checkpoint=path`, the outermost call keeps the finished batches of all loops in a file.
-    The same call later takes them from there and goes on. Within it, others need no file.
+    The same call later takes them from there and goes on. Within it, others need no file. Each of
+    several processes has its own.
 
     Args:
         kind: the TypedDict of its options; see `with_options`.
@@ -163,11 +165,12 @@ def runs_model(kind: type) -> Callable[[Call], Call]:
         @functools.wraps(call)
         def run(*args: Any, **options: Any) -> Any:
             path = options.pop("checkpoint", None)
-            if path is None or _JOURNAL.get() is not None:
-                return call(*args, **options)
-            bound = signature.bind(*args, **options)
-            bound.arguments = {k: once(value) for k, value in bound.arguments.items()}
-            return _run_with(path, call, bound)
+            with one_voice():
+                if path is None or _JOURNAL.get() is not None:
+                    return call(*args, **options)
+                bound = signature.bind(*args, **options)
+                bound.arguments = {k: once(value) for k, value in bound.arguments.items()}
+                return _run_with(path, call, bound)
 
         return with_options(kind)(cast(Call, run))
 
@@ -189,7 +192,7 @@ def keeping(
     """Keep the finished batches of all loops of this block, and take those of an earlier run.
 
     Args:
-        path: of the file.
+        path: of the file; of several processes each has its own, see `own_file`.
         call, arguments, source: what the batches depend on.
 
     Raises:
@@ -197,7 +200,7 @@ def keeping(
         OSError, RuntimeError: as `open_checkpoint`.
     """
     described = {name: describe_value(value) for name, value in arguments.items()}
-    with open_checkpoint(path) as file:
+    with open_checkpoint(own_file(path)) as file:
         saved = file.resume(describe(call, described, source))
         journal = Journal(file, cast("Loops | None", saved.state))
         token = _JOURNAL.set(journal)

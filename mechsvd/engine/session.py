@@ -45,7 +45,8 @@ class RunOptions(SiteOptions, total=False):
             yours, gradients, or values at other hook points than writes.
         progress: a bar with an estimate; by default only in a terminal or a notebook.
         checkpoint: a file that keeps what is done. After a stop of any kind, the same call goes on
-            from there, and its result is the same bit for bit on a CPU.
+            from there, and its result is the same bit for bit on a CPU. Of several processes,
+            each has its own file, such as `PATH.0-of-2`.
     """
 
     check: bool

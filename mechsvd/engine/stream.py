@@ -1,7 +1,7 @@
 """Streaming: the moments of the writes over a corpus of any length, in memory that does not grow."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from typing_extensions import Unpack
 from mechsvd.checks import with_options
 from mechsvd.engine.batches import progress_bar
 from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
+from mechsvd.engine.processes import gather, one_voice, own_file, this_process, total
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.engine.stream_results import WriteStream
 from mechsvd.engine.writes import run_by_length
-from mechsvd.linalg.moments import Accumulator, no_moments
+from mechsvd.linalg.moments import Accumulator, merge_moments, no_moments
 from mechsvd.model.corpus import Document, read_documents, size_in_bytes
 from mechsvd.model.places import width_of
 from mechsvd.model.rows import (
@@ -52,7 +53,8 @@ def stream_writes(
     Nothing is kept of single writes, so the result can be decomposed, merged and saved, but not
     shown by position. Documents are read once, as they are needed. Rows of one length run together,
     without padding. A document longer than `context` goes on in further rows, each of which begins
-    with BOS if the document does: there it lacks what came before.
+    with BOS if the document does: there it lacks what came before. Several processes each run a
+    shard, and all of them get the stream of all documents.
 
     Args:
         texts: a file with one document per line, or of JSON lines with `prompt` or `text`; or an
@@ -77,23 +79,60 @@ def stream_writes(
         KeyError: an unknown layer or component.
     """
     require_model(model)
-    start, size = first_place(shard), size_in_bytes(texts)
-    path = options.pop("checkpoint", None)
-    with open_checkpoint(path) as file, open_session(model, **options) as session:
+    start, size = _own_place(first_place(shard)), size_in_bytes(texts)
+    path = own_file(options.pop("checkpoint", None))
+    with one_voice(), open_checkpoint(path) as file, open_session(model, **options) as session:
         layout = layout_of(model, context, packing, skip_bos, session.where.positions)
-        arguments = {field.name: getattr(layout, field.name) for field in fields(Layout)}  # type: ignore[arg-type]
-        arguments |= {"shard": start.shard, "window": WINDOW, "size of the file": size}
+        arguments = {"shard": start.shard, "window": WINDOW, "size of the file": size}
         source = session.provenance(session.sites)
-        saved = file.resume(describe("stream_writes", arguments, source))
+        saved = file.resume(describe("stream_writes", _described(layout) | arguments, source))
         state = saved.state
         stream = state if isinstance(state, WriteStream) else _begin(session, layout, start)
         documents = read_documents(model, texts, start.shard)
-        if saved.is_finished:
-            require_end(documents, stream.places[0])
-            return stream
-        total = len(texts) // start.shard[1] if isinstance(texts, Sized) and size is None else None
-        with progress_bar(total, "documents", session.progress) as bar:
-            return _run(session, stream, documents, file, bar)
+        length = len(texts) // start.shard[1] if isinstance(texts, Sized) and size is None else None
+
+        def run() -> WriteStream:
+            if saved.is_finished:
+                require_end(documents, stream.places[0])
+                return stream
+            with progress_bar(length, "documents", session.progress) as bar:
+                return _run(session, stream, documents, file, bar)
+
+        own, whole = _together(session, _described(layout) | {"shard": shard}, run)
+        _require_writes(whole)
+        if not saved.is_finished:
+            file.save(own, is_finished=True)
+        return whole
+
+
+def _own_place(start: Place) -> Place:
+    """The place before the first document of this process, which has a shard of the shard."""
+    (i, n), (number, count) = start.shard, this_process()
+    return replace(start, shard=(i + n * number, n * count))
+
+
+def _described(layout: Layout) -> dict[str, Any]:
+    return {field.name: getattr(layout, field.name) for field in fields(Layout)}  # type: ignore[arg-type]
+
+
+def _together(
+    session: Session, arguments: Mapping[str, Any], run: Callable[[], WriteStream]
+) -> tuple[WriteStream, WriteStream]:
+    """Run this process's shard; returns its stream, and that of all processes."""
+    streams: list[WriteStream] = []
+
+    def run_own() -> tuple[tuple[Place, ...], int]:  # the moments are summed, not sent
+        streams.append(run())
+        return streams[0].places, streams[0].tokens_per_pass
+
+    sites = tuple(site.name for site in session.sites)
+    parts = gather(lambda: ("stream_writes", *arguments.items(), sites), run_own)
+    (own,) = streams
+    if len(parts) == 1:
+        return own, own
+    places = tuple(place for part, _ in parts for place in part)
+    moments = merge_moments([own.moments], total)
+    return own, replace(own, moments=moments, places=places, tokens_per_pass=parts[0][1])
 
 
 def _begin(session: Session, layout: Layout, start: Place) -> WriteStream:
@@ -129,10 +168,7 @@ def _run(
         if file.is_due():
             stream = replace(stream, moments=accumulator.moments())
             file.save(stream)
-    stream = replace(stream, moments=accumulator.moments())
-    _require_writes(stream)
-    file.save(stream, is_finished=True)
-    return stream
+    return replace(stream, moments=accumulator.moments())
 
 
 def _add(

@@ -156,10 +156,11 @@ def collect_writes(
 
 def _values_of_tasks(session: Session) -> list[Float[Tensor, "site pos d_model"]]:
     tasks, parts = session.tasks, [[torch.empty(0)] * len(session.sites) for _ in session.tasks]
+    device = next(session.model.parameters()).device  # of a model on several devices, the first
 
     def take(site: int, texts: Sequence[int], values: Tensor) -> None:
         for text, value in zip(texts, values, strict=True):
-            parts[text][site] = value.clone()  # the module may change the tensor in place
+            parts[text][site] = value.to(device, copy=True)  # its module may change it in place
 
     def passes_of(texts: Sequence[int]) -> tuple[int, Callable[[int], int]]:
         return session.rows_per_pass(tasks[texts[0]]), session.halve(tasks[texts[0]])

@@ -3,7 +3,7 @@
 Tensors only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,10 +119,8 @@ class Accumulator:
 
     def moments(self) -> Moments:
         """A copy of the moments so far."""
-        scatter = self._scatter.clone()
-        for own in scatter:  # one by one, which needs little memory
-            own.copy_(own.tril() + own.tril(-1).T)
-        return Moments(torch.tensor(self._count), self._mean.clone(), scatter, self._dtype)
+        exact = _mirrored(self._scatter)
+        return Moments(torch.tensor(self._count), self._mean.clone(), exact, self._dtype)
 
     def _add(self, site: int, block: Tensor) -> None:
         before, added = self._count[site], len(block)
@@ -173,24 +171,39 @@ def moments_of(values: Float[Tensor, "site pos d_model"]) -> Moments:
     return accumulator.moments()
 
 
-def merge_moments(parts: Sequence[Moments]) -> Moments:
+def merge_moments(
+    parts: Sequence[Moments], total: Callable[[Tensor], Tensor] | None = None
+) -> Moments:
     """The moments of all vectors of several parts: two sums, of means and of scatters about them.
 
-    Each sum is over the parts alone, so processes can take it by one all-reduce each.
+    Args:
+        total: adds what other processes have to the sum over these parts; see `processes.total`.
 
     Reference: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing
     sample variances, 1979.
     """
     first = parts[0]
-    count = torch.stack([part.count for part in parts]).sum(dim=0)
+    whole = total or (lambda own: own)
+    count = whole(torch.stack([part.count for part in parts]).sum(dim=0))
     shares = [part.count.to(first.mean) / count.clamp(min=1).to(first.mean) for part in parts]
     mean = torch.zeros_like(first.mean)
     for part, share in zip(parts, shares, strict=True):
         mean += share[:, None] * part.mean.to(mean)
+    mean = whole(mean)
     scatter = torch.zeros_like(first.scatter)
     for part in parts:
         scatter += scatter_about(part, mean)
+    if total is not None:  # which may add the two entries of a pair in another order
+        scatter = _mirrored(total(scatter))
     return Moments(count, mean, scatter, first.dtype)
+
+
+def _mirrored(lower: Float[Tensor, "site n n"]) -> Float[Tensor, "site n n"]:
+    """Symmetric matrices to the last bit, from their lower triangles."""
+    exact = lower.clone()
+    for own in exact:  # one by one, which needs little memory
+        own.copy_(own.tril() + own.tril(-1).T)
+    return exact
 
 
 def scatter_about(

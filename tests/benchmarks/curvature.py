@@ -1,6 +1,6 @@
 """What second derivatives cost: a dense Hessian of gains, single products, and 20 eigenpairs over all weights; prints three tables.
 
-    python tests/benchmarks/curvature.py [stories260k directory]
+    python -m tests.benchmarks.curvature [stories260k directory]
 
 Everything is of one function, the log-probability of 20 tokens, and the ways are run in turn, so that a busy machine slows all alike.
 The last table has rows for scipy's `eigsh` over the same products and, where it is installed (`pip install hessian-eigenthings`), for
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from speed import STORIES, cpu_name, timed
 
 import mechsvd as ms
 from mechsvd.attribution.curvature import Function, differentiate, eigenpairs
 from mechsvd.attribution.objective import objective_over
 from mechsvd.engine.session import open_session
 from mechsvd.model.evaluation import evaluation
+from tests.benchmarks.speed import STORIES, cpu_name, timed
 
 PAIRS, TOLERANCE = 20, 1e-4
 

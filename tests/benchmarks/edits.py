@@ -1,6 +1,6 @@
 """What metrics, baselines, bases per site, optimal constants and doses cost; prints a table.
 
-    python tests/benchmarks/edits.py [stories260k directory]
+    python -m tests.benchmarks.edits [stories260k directory]
 
 Each row times two calls in turn, and gives the median of the ratios of neighbouring runs. "Log-probability alone" is the sweep
 without the KL divergence that every measurement carries, by putting zeros in its place.
@@ -14,10 +14,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from speed import STORIES, cpu_name, random_llama
 
 import mechsvd as ms
 from mechsvd.engine import passes
+from tests.benchmarks.speed import STORIES, cpu_name, random_llama
 
 REPEATS = 7
 

@@ -1,7 +1,7 @@
 """The sweep and the ranking on a GPU, at the size of Llama-3-8B: ours, the plain loop, and the machine's own rate.
 
-    python tests/benchmarks/gpu.py                     # a random model of Llama-3-8B's shape, bfloat16, 71 tokens
-    python tests/benchmarks/gpu.py --small --device cpu    # the same steps on a toy, to try the script
+    python -m tests.benchmarks.gpu                     # a random model of Llama-3-8B's shape, bfloat16, 71 tokens
+    python -m tests.benchmarks.gpu --small --device cpu    # the same steps on a toy, to try the script
 
 The weights are random, so the numbers say how long a sweep takes and how exact it is, and nothing about Llama. The loop is one
 `run_with_hooks` per edit, with a dense projector (sweep) or x − (x·v)v (ranking) in the model's dtype at every site. FLOPs are

@@ -1,6 +1,6 @@
 """How fast the engine is, against the loops anyone would write and against what the machine can do; prints two tables.
 
-    python tests/benchmarks/speed.py [stories260k directory]
+    python -m tests.benchmarks.speed [stories260k directory]
 
 The rank sweep keeps the first k directions, for every k; its loop is one `run_with_hooks` a rank with a dense d × d projector at
 every site. The ranking removes each direction alone; its loop is one `run_with_hooks` a direction with x − (x·v)v at every site.

@@ -1,6 +1,6 @@
 """What streaming costs: time and accuracy beside other ways, memory, shards, and kills. Prints four tables.
 
-python tests/benchmarks/stream.py [speed] [memory] [shards] [kills]
+python -m tests.benchmarks.stream [speed] [memory] [shards] [kills]
 
 scikit-learn is timed where it is installed.
 """
@@ -17,12 +17,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from speed import cpu_name
 
 import mechsvd as ms
 from mechsvd.demo.language import SHAPES, write
 from mechsvd.engine import stream
 from mechsvd.linalg.moments import BLOCK, Accumulator, decompose_moments, no_moments
+from tests.benchmarks.speed import cpu_name
 
 KILLS = 20
 KILL_WINDOW = 16_384  # tokens between two states, so that a run of a minute has many

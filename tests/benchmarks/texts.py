@@ -1,6 +1,6 @@
 """What many texts cost in one call, against one call each; and a ranking with intervals over texts. Prints two tables.
 
-python tests/benchmarks/texts.py [stories260k directory]
+python -m tests.benchmarks.texts [stories260k directory]
 """
 
 import logging
@@ -11,9 +11,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from speed import STORIES, cpu_name, random_llama
 
 import mechsvd as ms
+from tests.benchmarks.speed import STORIES, cpu_name, random_llama
 
 
 def main():
