@@ -24,15 +24,16 @@ _RMS_NORMS = tuple(f"{name}RMSNorm" for name in ("Llama", "Mistral", "Mixtral", 
 _OPTIONS = {"use_cache": False, "_output_attentions": False}
 _MISSING = object()
 Swap = tuple[dict[str, Any], str, Any]  # attributes of an object, a name, and the value there
+Way = tuple[str, Callable[[Any], Callable[..., Any]]]  # a method, and what makes another one
 
 
 @contextmanager
 def fused_kernels(model: Model) -> Iterator[None]:
     """Let a bridge run on fused kernels, and restore it, also after an exception.
 
-    Attention makes no tensor of batch × heads × tokens². Hooks inside attention, and at the scale
-    of norms, do not fire; those at writes do. Weights are not copied. Whether the values stay the
-    same is for the self-check to measure.
+    Where the model's library knows fused attention for it, attention makes no tensor of batch ×
+    heads × tokens². Hooks inside attention, and at the scale of norms, do not fire; those at writes
+    do. Weights are not copied. Whether the values stay the same is for the self-check to measure.
 
     Raises:
         NotImplementedError: the model is no bridge, so nothing is known to fuse.
@@ -75,9 +76,6 @@ def _options_of(module: nn.Module) -> dict[str, Any]:
     """The options in a module's Hugging Face configuration; none for TransformerLens's own."""
     options: dict[str, Any] = getattr(vars(module).get("config"), "__dict__", {})
     return options if "_attn_implementation_internal" in options else {}
-
-
-Way = tuple[str, Callable[[Any], Callable[..., Any]]]  # a method, and what makes another one
 
 
 @cache
