@@ -173,12 +173,16 @@ WRONG = {
     "the exact GELU": ("gelu", lambda x, approximate: nn.functional.gelu(x)),
     "an error": ("gelu", lambda x: x),
     "NaN": ("gelu", lambda x, approximate: x * float("nan")),
+    "a norm with another epsilon": (
+        "rms_norm",
+        lambda x, shape, weight, eps: nn.functional.rms_norm(x, shape, weight, 1e-2),
+    ),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_kernels_are_noticed_and_the_plain_ones_run(what, runs, monkeypatch, silent):
-    model, task = tiny("GPT-2"), tiny_task()
+    model, task = tiny("Llama" if "norm" in what else "GPT-2"), tiny_task()
     before = state(model)
     monkeypatch.setattr(fused, *WRONG[what])
     check = self_check(model)

@@ -11,26 +11,29 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention
 
 from mechsvd.model.sites import Model
 
 # classes of transformers that compute the tanh approximation of GELU in several passes
 _TANH_GELUS = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation", "BloomGelu")
+# and those that compute x ÷ √(mean x² + ε) · w, as Llama does
+_RMS_NORMS = tuple(f"{name}RMSNorm" for name in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3"))
 # options of a Hugging Face configuration during a pass: no copies of keys and values, and no
 # patterns kept; the bridge's loader asks for those of all layers
 _OPTIONS = {"use_cache": False, "_output_attentions": False}
 _MISSING = object()
 Swap = tuple[dict[str, Any], str, Any]  # attributes of an object, a name, and the value there
+Way = tuple[str, Callable[[Any], Callable[..., Any]]]  # a method, and what makes another one
 
 
 @contextmanager
 def fused_kernels(model: Model) -> Iterator[None]:
     """Let a bridge run on fused kernels, and restore it, also after an exception.
 
-    Attention makes no tensor of batch × heads × tokens². Hooks inside attention, and at the scale
-    of norms, do not fire; those at writes do. Weights are not copied. Whether the values stay the
-    same is for the self-check to measure.
+    Where the model's library knows fused attention for it, attention makes no tensor of batch ×
+    heads × tokens². Hooks inside attention, and at the scale of norms, do not fire; those at writes
+    do. Weights are not copied. Whether the values stay the same is for the self-check to measure.
 
     Raises:
         NotImplementedError: the model is no bridge, so nothing is known to fuse.
@@ -75,9 +78,6 @@ def _options_of(module: nn.Module) -> dict[str, Any]:
     return options if "_attn_implementation_internal" in options else {}
 
 
-Way = tuple[str, Callable[[Any], Callable[..., Any]]]  # a method, and what makes another one
-
-
 @cache
 def _pointwise(kind: Any) -> Way | None:
     """How a class computes a norm once, or an activation in one pass."""
@@ -87,6 +87,8 @@ def _pointwise(kind: Any) -> Way | None:
         return "forward", partial(MethodType, bridges.base.GeneralizedComponent.forward)
     if kind.__name__ in _TANH_GELUS:
         return "forward", lambda module: partial(gelu, approximate="tanh")
+    if kind.__name__ in _RMS_NORMS:
+        return "forward", lambda norm: partial(_rms_norm, norm)
     return None
 
 
@@ -105,6 +107,10 @@ def _attention(kind: Any) -> Way | None:
     if getattr(kind, "_reconstruct_attention", None) in [b._reconstruct_attention for b in joint]:
         return "_reconstruct_attention", partial(MethodType, _attend)
     return None
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _attend(bridge: Any, q: Tensor, k: Tensor, v: Tensor, **inputs: Any) -> tuple[Tensor, None]:

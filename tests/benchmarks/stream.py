@@ -119,7 +119,13 @@ def memory(folder):
     print("| --- | --- | --- | --- |")
     for tokens in (10_000, 1_000_000):
         write_corpus(folder / "corpus.txt", tokens)
-        command = [sys.executable, __file__, "--measure", str(folder / "corpus.txt")]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.stream",
+            "--measure",
+            str(folder / "corpus.txt"),
+        ]
         print(subprocess.run(command, capture_output=True, text=True, check=True).stdout, end="")
 
 
@@ -189,7 +195,14 @@ def kills(folder, tokens=600_000):
 
 
 def begin(folder, name):
-    command = [sys.executable, __file__, "--run", str(folder / "corpus.txt"), str(folder / name)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.stream",
+        "--run",
+        str(folder / "corpus.txt"),
+        str(folder / name),
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
