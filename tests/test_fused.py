@@ -175,7 +175,7 @@ WRONG = {
     "NaN": ("gelu", lambda x, approximate: x * float("nan")),
     "a norm with another epsilon": (
         "rms_norm",
-        lambda x, shape, weight, eps: nn.functional.rms_norm(x, shape, weight, 1e-2),
+        lambda x, shape, weight, eps: nn.functional.rms_norm(x, shape, None, 1e-2),
     ),
 }
 

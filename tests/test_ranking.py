@@ -151,7 +151,8 @@ def test_the_table_the_printed_form_and_saving(ranking, tmp_path):
 def test_the_noise_floor_is_of_the_size_of_the_errors(real, exact_effects):
     found = ms.rank_directions(real.model, real.task, real.svd)
     errors = (found.effect.double() - exact_effects).abs()
-    assert (errors <= found.noise_floor).float().mean() > 0.8
+    # all effects share the error of the clean run, so by the floor alone a text has luck or not
+    assert (errors <= 2 * found.noise_floor).float().mean() > 0.9
     assert found.noise_floor < 10 * float(errors.max())
 
 

@@ -110,7 +110,8 @@ def _attention(kind: Any) -> Way | None:
 
 
 def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    normed = rms_norm(x.float(), norm.weight.shape, None, norm.variance_epsilon)
+    return norm.weight * normed.to(x.dtype)  # rounded where transformers rounds
 
 
 def _attend(bridge: Any, q: Tensor, k: Tensor, v: Tensor, **inputs: Any) -> tuple[Tensor, None]:
