@@ -52,7 +52,7 @@ class WorstGains(Result):
         require_declared(self)
 
     def _require_values(self) -> None:
-        require_finite(self, "effects", "path")
+        require_finite(self, "gains", "effects", "path")
         require_between(self, ["gains"], 0, 1)
 
     def to_pandas(self) -> Any:
