@@ -56,16 +56,18 @@ class Checkpoint(Result):
         ]
         if self.call != other.call:
             changes.insert(0, f"the call is `{self.call}`, but was `{other.call}`")
-        pairs = [
-            (_listed(self.source.hooks, "sites"), _listed(other.source.hooks, "sites")),
-            (_listed(self.source.notes, "notes"), _listed(other.source.notes, "notes")),
-        ]
-        changes += [f"{own}, but there were {others}" for own, others in pairs if own != others]
+        for what, mine, theirs in (
+            ("sites", self.source.hooks, other.source.hooks),
+            ("notes", self.source.notes, other.source.notes),
+        ):
+            if mine != theirs:
+                changes.append(f"{_listed(mine, what)}, but there were {_listed(theirs, what)}")
         return [*changes, *self.source.differences(other.source)]
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value}" for name, value in self.arguments)
-        how_far = "finished" if self.is_finished else "not finished" if self.state else "not begun"
+        begun = "not begun" if self.state is None else "not finished"
+        how_far = "finished" if self.is_finished else begun
         return f"Checkpoint of `{self.call}`, {how_far}\n  {arguments}\n  on {self._origin()}"
 
 
@@ -82,8 +84,8 @@ class CheckpointFile:
         Raises:
             ValueError: the file holds another call, naming each difference, or is no checkpoint.
         """
-        self._call = call
         if self._path is None or not self._path.exists():
+            self._call = call
             return call
         try:
             saved = load_result(Checkpoint, self._path)
@@ -94,6 +96,7 @@ class CheckpointFile:
                 f"{self._path} is the checkpoint of another call: {'; '.join(changes)}. "
                 "Give the same arguments and model, or another path."
             )
+        self._call = call
         return saved
 
     def is_due(self) -> bool:
@@ -196,4 +199,5 @@ def _is_at(file: IO[str], side: Path) -> bool:
 
 
 def _listed(names: tuple[str, ...], what: str) -> str:
-    return f"{len(names)} {what} ({', '.join(names)})" if names else f"no {what}"
+    few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"{len(names)} {what} ({few})" if names else f"no {what}"
