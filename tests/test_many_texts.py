@@ -79,7 +79,8 @@ def test_metrics_and_baselines_of_each_text_are_its_own(real, texts, svd):
         alone = ms.measure(real.model, task, edits, metric=metric, noise_floor=True)
         torch.testing.assert_close(part.value, alone.value, rtol=0, atol=1e-4)
         assert part.source.notes == alone.source.notes
-        assert part.noise_floor == pytest.approx(alone.noise_floor, rel=0.5, abs=1e-6)
+        # itself rounding noise, in batches of another composition: the same order of magnitude
+        assert alone.noise_floor / 4 < part.noise_floor < 4 * alone.noise_floor + 1e-6
     assert many.effect.shape == (3, 2)
 
 
