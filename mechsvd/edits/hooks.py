@@ -182,6 +182,7 @@ def bind(
     observe: Observer | None = None,
     rows: int | None = None,
     reading: Reading | None = None,
+    start: int = 0,
 ) -> Callable[..., Tensor]:
     """Make the hook function of one site.
 
@@ -190,10 +191,11 @@ def bind(
     Args:
         observe: called with the attempted and the kept write, at the edited positions.
         rows: number of rows that the edit returns; by default as many as it gets.
-        reading: gives the place in the text where a run starts; by default its beginning.
+        reading: gives the place in the text where a run starts.
+        start: that place, if it is known.
     """
 
-    return _Bound(edit, site, positions, observe, rows, reading)
+    return _Bound(edit, site, positions, observe, rows, reading, start)
 
 
 class _Bound:
@@ -207,9 +209,10 @@ class _Bound:
         observe: Observer | None,
         rows: int | None,
         reading: Reading | None,
+        start: int,
     ):
         self.edit, self.site, self.positions = edit, site, positions
-        self.observe, self.rows, self.reading = observe, rows, reading
+        self.observe, self.rows, self.reading, self.start = observe, rows, reading, start
         self._mask: tuple[Any, Tensor] | None = None
 
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
@@ -220,7 +223,7 @@ class _Bound:
         if x.ndim == 2:  # OPT's MLP sees [batch·pos, d_model]
             shape = (reading.rows, reading.length, x.shape[-1]) if reading else (1, *x.shape)
             return self(x.reshape(shape), hook).flatten(0, 1)
-        start = reading.start(site) if reading else 0
+        start = reading.start(site) if reading else self.start
         edited = _run(self.edit, x, SitePoint(site, hook, start), self.rows)
         if self.positions is None:
             if self.observe:

@@ -28,22 +28,28 @@ PATIENCE = 8  # successful passes before more rows are tried again
 Part = TypeVar("Part")
 
 
-def rows_per_pass(model: Model, task: Task) -> int:
-    """How many edits of a task fit into one forward pass, from free memory and model size."""
-    device, length = next(model.parameters()).device, len(task.tokens)
-    fitting = int(SHARE_OF_MEMORY * free_bytes(device) / bytes_per_row(model, task))
+def rows_per_pass(model: Model, task: Task, start: int = 0) -> int:
+    """How many edits of a task fit into one forward pass, from free memory and model size.
+
+    Args:
+        start: the position where the rows begin, if they share what is before it.
+    """
+    device, length = next(model.parameters()).device, len(task.tokens) - start
+    fitting = int(SHARE_OF_MEMORY * free_bytes(device) / bytes_per_row(model, task, start))
     busy = max(CPU_TOKENS, CPU_ENTRIES // _d_mlp(model)) if device.type == "cpu" else GPU_TOKENS
     return max(1, min(fitting, busy // length))
 
 
-def bytes_per_row(model: Model, task: Task) -> int:
+def bytes_per_row(model: Model, task: Task, start: int = 0) -> int:
     """Approximate bytes for one more edit in a forward pass.
 
-    It counts the activations of a block, the attention scores and the scored logits.
+    It counts the activations of a block, the attention scores, the scored logits, and a copy of the
+    keys and values before `start`.
     """
     cfg, length = model.cfg, len(task.tokens)
     widths = 16 * cfg.d_model + 4 * _d_mlp(model) + 3 * cfg.n_heads * length
-    return 4 * (length * widths + 5 * len(task.continuation) * cfg.d_vocab)
+    entries = (length - start) * widths + 2 * start * cfg.d_model
+    return 4 * (entries + 5 * len(task.continuation) * cfg.d_vocab)
 
 
 def run_batches(
@@ -113,19 +119,19 @@ def independent(chunks: Sequence[Int[Tensor, " _"]]) -> None:
     """For `restored` of `run_batches`: later batches need nothing of earlier ones."""
 
 
-def halving(model: Model, task: Task) -> Callable[[int], int]:
+def halving(model: Model, task: Task, start: int = 0) -> Callable[[int], int]:
     """Make the function that halves the rows of a pass, with a warning.
 
     It raises a MemoryError with the bytes needed if a single row does not fit.
     """
-    return partial(_halve, model, task)
+    return partial(_halve, bytes_per_row(model, task, start))
 
 
-def _halve(model: Model, task: Task, size: int) -> int:
+def _halve(row_bytes: int, size: int) -> int:
     if size == 1:
         raise MemoryError(
             "One edit alone does not fit into memory: about "
-            f"{bytes_per_row(model, task) / 2**20:,.0f} MiB are needed next to the model. "
+            f"{row_bytes / 2**20:,.0f} MiB are needed next to the model. "
             "Shorten the task, or load the model in a smaller dtype."
         )
     warn(f"Out of memory with {size} edits per forward pass; going on with {size // 2}.")

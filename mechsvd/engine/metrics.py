@@ -122,10 +122,14 @@ def predict(
     check: SelfCheck,
     hooks: Sequence[Hook] = (),
     counts: Sequence[int] = (1,),
+    beginning: tuple[int, Any] = (0, None),
 ) -> Logits:
     """Run some tasks of one length once, with hooks that make `counts` rows of each.
 
     Gradients flow through it where they are enabled; see `evaluation`.
+
+    Args:
+        beginning: length, keys and values of what is not run again; see `Beginning.of`.
 
     Returns:
         The logits of every token at the positions that any of the tasks scores, in float32 or
@@ -134,13 +138,16 @@ def predict(
     tokens = torch.stack([task.tokens for task in tasks]).to(next(model.parameters()).device)
     if not check.shares_prefix or len(tasks) > 1:  # only one row is broadcast by what comes later
         tokens = tokens.repeat_interleave(torch.tensor(counts).to(tokens.device), dim=0)
+    start, cache = beginning
+    scored = scored_by(tasks)
     logits = run_model(
         model,
-        tokens,
+        tokens[:, start:],
         hooks,
-        scored_by(tasks),
+        slice(scored.start - start, scored.stop - start),
         cut_early=check.scores_alone,
         fused=check.runs_fused,
+        beginning=cache,
     )
     return logits.to(at_least_single(logits.dtype))
 

@@ -34,9 +34,11 @@ from mechsvd.engine.processes import gather, own_share
 from mechsvd.engine.resuming import describe_value, runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.subspace import at_least_single
+from mechsvd.model.beginnings import Beginning, read_beginning
 from mechsvd.model.sites import Model, Site, Where, require_model
 from mechsvd.model.tasks import Task, as_tasks
 
+WORTH_SHARING = 0.1  # of a text's positions, from which rows go on from a beginning
 CLEAN_ENTRIES = 50_000_000  # logits of the clean runs that are kept, of all texts that share passes
 
 
@@ -174,6 +176,20 @@ class _Setup:
         """The positions that are edited; None for all."""
         return self.session.positions(len(self.tasks[0].tokens))
 
+    @cached_property
+    def start(self) -> int:
+        """Where the rows begin: what is before every edited and scored position, they share."""
+        goes_on = self.session.check.goes_on and self.positions is not None
+        start = min(*self.positions, scored_by(self.tasks).start) if goes_on else 0  # type: ignore[misc]
+        return start if start >= WORTH_SHARING * len(self.tasks[0].tokens) else 0
+
+    @cached_property
+    def beginning(self) -> Beginning:
+        """The keys and values before `start`, of all texts."""
+        tokens = torch.stack([task.tokens[: self.start] for task in self.tasks])
+        model = self.session.model
+        return read_beginning(model, tokens.to(next(model.parameters()).device))
+
     def run(
         self,
         stacks: Sequence["_CleanFirst"],
@@ -205,7 +221,8 @@ class _Setup:
     ) -> dict[int, Measurement]:
         """Run the rows of this process; returns the measurement of each of their texts."""
         longest = max(self.tasks, key=lambda task: len(task.continuation))
-        size, halve = self.session.rows_per_pass(longest), self.session.halve(longest)
+        size = self.session.rows_per_pass(longest, self.start)
+        halve = self.session.halve(longest, self.start)
         rows, added = self._with_clean(rows, width)
         parts = run_batches(
             lambda rows: self.forward(stacks, rows // width, rows % width),
@@ -214,7 +231,7 @@ class _Setup:
             halve,
             progress,
             restored=lambda chunks: self._remember(stacks, chunks, width),
-            row_bytes=bytes_per_row(self.session.model, longest),
+            row_bytes=bytes_per_row(self.session.model, longest, self.start),
         )
         own: dict[int, list[Measurement]] = {}
         for text, part in (pair for pairs in parts for pair in pairs):
@@ -259,10 +276,12 @@ class _Setup:
         )
         seen, sites = _Sizes(len(rows)), self.session.sites
         hooks = [
-            (site.hook_name, bind(edit, site, self.positions, seen, len(rows))) for site in sites
+            (site.hook_name, bind(edit, site, self.positions, seen, len(rows), start=self.start))
+            for site in sites
         ]
         tasks = [self.tasks[text] for text in chosen]
-        logits = predict(self.session.model, tasks, self.session.check, hooks, counts)
+        before = (self.start, self.beginning.of(texts)) if self.start else (0, None)
+        logits = predict(self.session.model, tasks, self.session.check, hooks, counts, before)
         deltas = [_table(sizes).split(counts) for sizes in (seen.orig, seen.kept)]
         first = scored_by(tasks).start
         return [

@@ -42,7 +42,8 @@ class RunOptions(SiteOptions, total=False):
             may act on a single row, so each row runs alone while there are any.
         fast: run attention, norms and activations on fused kernels where the self-check found the
             same writes and logits, to rounding. The plain kernels run when there are hooks of
-            yours, gradients, or values at other hook points than writes.
+            yours, gradients, or values at other hook points than writes. Rows then also share the
+            keys and values of the positions before the first of `positions`.
         progress: a bar with an estimate; by default only in a terminal or a notebook.
         checkpoint: a file that keeps what is done. After a stop of any kind, the same call goes on
             from there, and its result is the same bit for bit on a CPU. Of several processes,
@@ -103,16 +104,18 @@ class Session:
         """The chosen positions in a text of this length; None for all."""
         return valid_positions(self.where.positions, length)
 
-    def rows_per_pass(self, task: Task) -> int:
-        """How many rows of this task share a forward pass."""
+    def rows_per_pass(self, task: Task, start: int = 0) -> int:
+        """How many rows of this task share a forward pass, from a position on."""
         if self.other_hooks.one_row:
             return 1
         batch_size = self.options.get("batch_size")
-        return rows_per_pass(self.model, task) if batch_size is None else int(batch_size)
+        if batch_size is not None:
+            return int(batch_size)
+        return rows_per_pass(self.model, task, start)
 
-    def halve(self, task: Task) -> Callable[[int], int]:
+    def halve(self, task: Task, start: int = 0) -> Callable[[int], int]:
         """The function that halves the rows of a pass when memory runs out."""
-        return halving(self.model, task)
+        return halving(self.model, task, start)
 
     def provenance(
         self, sites: Sequence[Site] = (), *notes: str, tasks: Sequence[Task] | None = None
@@ -179,7 +182,8 @@ def open_session(
         weights_read_once(model),
     ):
         if gradients or where.at is not None or other_hooks.places or not options.get("fast", True):
-            check = replace(check, fused_error=float("inf"))  # the plain kernels
+            # the plain kernels, on whole texts
+            check = replace(check, fused_error=float("inf"), beginning_error=float("inf"))
         yield Session(model, tuple(tasks), where, check, other_hooks, notes, options)
 
 

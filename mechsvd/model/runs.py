@@ -21,6 +21,7 @@ def run_model(
     scored: slice | None = None,
     cut_early: bool = True,
     fused: bool = False,
+    beginning: Any = None,
 ) -> Float[Tensor, "edit scored d_vocab"]:
     """Run the model once with hooks; each hook must fire exactly once.
 
@@ -32,6 +33,7 @@ def run_model(
         cut_early: drop the other positions before the unembedding, which takes most of the memory,
             unless a user's hook may see it.
         fused: run on fused kernels, with hooks at writes only; see `fused_kernels`.
+        beginning: keys and values of what comes before `tokens`; see `Beginning.of`.
 
     Returns:
         Logits at the scored positions (all by default).
@@ -46,8 +48,9 @@ def run_model(
     cut_early = cut_early and scored is not None and not has_other_hooks(model)
     if cut_early:
         all_hooks.append((before_unembedding(model), lambda x, hook=None: x[:, scored]))
+    cached = {} if beginning is None else {"past_key_values": beginning}
     with fused_kernels(model) if fused else nullcontext():
-        logits = model.run_with_hooks(tokens, fwd_hooks=all_hooks, return_type="logits")
+        logits = model.run_with_hooks(tokens, fwd_hooks=all_hooks, return_type="logits", **cached)
     for name, hook in counted:
         if hook.times != 1:
             raise RuntimeError(

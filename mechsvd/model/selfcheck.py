@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.fields import require_between
+from mechsvd.model.beginnings import read_beginning
 from mechsvd.model.evaluation import evaluation, torch_hooks, without_hook_points
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
@@ -44,6 +45,9 @@ class SelfCheck(Result):
             run; the plain ones run then.
         fused_tolerance: allowed error on fused kernels. In float64 it is far smaller than
             `tolerance`: norms that a model computes in float32 must stay what they are.
+        beginning_error: the same error for rows that go on from the keys and values of the first
+            half of their text; see `Beginning`. If it is larger than `fused_tolerance`, rows
+            run whole.
     """
 
     block_error: Float[Tensor, " layer"]
@@ -55,6 +59,7 @@ class SelfCheck(Result):
     tolerance: float
     fused_error: float = float("inf")
     fused_tolerance: float = 0.0
+    beginning_error: float = float("inf")
 
     def _require_values(self) -> None:
         errors = (
@@ -66,6 +71,7 @@ class SelfCheck(Result):
             "tolerance",
             "fused_error",
             "fused_tolerance",
+            "beginning_error",
         )
         require_between(self, errors, 0)  # they may hold NaN or inf if the model fails
         require_between(self, ["unchecked"], 0, len(self.block_error) - 1)
@@ -104,6 +110,11 @@ class SelfCheck(Result):
         """Whether passes with hooks at writes only may run on fused kernels."""
         return self.fused_error <= self.fused_tolerance
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether rows may go on from the keys and values of what no edit reaches."""
+        return self.beginning_error <= self.fused_tolerance
+
     def to_pandas(self) -> Any:
         """One row per block, with its error."""
         import pandas as pd
@@ -130,7 +141,7 @@ def self_check(model: Model) -> SelfCheck:
     `resid_pre + writes == resid_post` must hold in every block, and every hook must fire once. In a
     run with all writes zeroed, the stream must stay constant and the output must change. Short runs
     test what the engine does for speed: it unembeds only some positions, splits the rows of a batch
-    at the first write, and runs on fused kernels.
+    at the first write, runs on fused kernels, and goes on from a beginning.
 
     The user's hooks at hook points are off meanwhile. Torch hooks and patched forwards stay: they
     are part of the model that is measured.
@@ -211,6 +222,10 @@ def _measure(model: Model) -> SelfCheck:
     ]
     eps = torch.finfo(next(model.parameters()).dtype).eps
     tolerance = 4 * eps + 1e-5
+    fused_tolerance = min(10 * tolerance, 1000 * eps)
+    runs_fused = fused_error <= fused_tolerance
+    with without_hook_points(model), evaluation(model, quiet=True):
+        beginning_error = _beginning_error(model, tokens, sites, runs_fused)
     return SelfCheck(
         block_error=torch.tensor(block_error),
         stream_error=_imbalance([stored[names[0][0]]], stored[names[-1][1]]),
@@ -220,7 +235,8 @@ def _measure(model: Model) -> SelfCheck:
         sharing_error=sharing_error,
         tolerance=tolerance,
         fused_error=fused_error,
-        fused_tolerance=min(10 * tolerance, 1000 * eps),
+        fused_tolerance=fused_tolerance,
+        beginning_error=beginning_error,
     )
 
 
@@ -244,22 +260,47 @@ def _fused_error(
         plain: the logits and the writes of the one row.
     """
 
-    def values(rows: Tensor, fused: bool) -> list[Tensor]:
-        seen: dict[str, Tensor] = {}
-
-        def see(name: str) -> Any:
-            return name, lambda x, hook=None: seen.__setitem__(name, x.detach())
-
-        logits = run_model(model, rows, [see(site.hook_name) for site in sites], fused=fused)
-        return [logits, *(seen[site.hook_name] for site in sites)]
-
     both = torch.cat([tokens, tokens.flip(1)])
     try:
-        fused = [*values(tokens, fused=True), *values(both, fused=True)]
+        fused = [run for rows in (tokens, both) for run in _values(model, rows, sites, fused=True)]
     except Exception:  # no bridge, or a version of one in which something is otherwise
         return float("inf")
-    pairs = zip(fused, [*plain, *values(both, fused=False)], strict=True)
-    return float(torch.stack([_worst_position(*pair) for pair in pairs]).max())  # NaN if any is
+    return _worst(fused, [*plain, *_values(model, both, sites)])
+
+
+def _beginning_error(
+    model: Model, tokens: Tensor, sites: tuple[Site, ...], runs_fused: bool
+) -> float:
+    """The largest error of two texts' second halves, after keys and values of the first ones."""
+    both, half = torch.cat([tokens, tokens.flip(1)]), tokens.shape[1] // 2
+    try:
+        cache = read_beginning(model, both[:, :half]).of(torch.tensor([1, 0]))
+        after = _values(model, both.flip(0)[:, half:], sites, runs_fused, cache)
+    except Exception:  # as above, or a model that keeps something else
+        return float("inf")
+    whole = [value.flip(0)[:, half:] for value in _values(model, both, sites)]
+    return _worst(after, whole)
+
+
+def _values(
+    model: Model, rows: Tensor, sites: tuple[Site, ...], fused: bool = False, beginning: Any = None
+) -> list[Tensor]:
+    """The logits and all writes of one pass."""
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str) -> Any:
+        return name, lambda x, hook=None: seen.__setitem__(name, x.detach())
+
+    hooks = [see(site.hook_name) for site in sites]
+    logits = run_model(model, rows, hooks, fused=fused, beginning=beginning)
+    writes = (seen[site.hook_name] for site in sites)
+    return [logits, *(write.reshape(*rows.shape, write.shape[-1]) for write in writes)]
+
+
+def _worst(measured: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest error of any position; NaN if any is."""
+    pairs = zip(measured, expected, strict=True)
+    return float(torch.stack([_worst_position(*pair) for pair in pairs]).max())
 
 
 def _worst_position(measured: Tensor, expected: Tensor) -> Tensor:
