@@ -84,7 +84,10 @@ def test_edits_of_late_layers_only_and_baselines_by_position(real):
         lambda x, hook: 0.5 * x,
         ms.keep(svd.subspace(9)),
     ]
-    options = {"positions": range(task.prompt_length, len(task.tokens)), "layers": [real.n_layers - 1]}
+    options = {
+        "positions": range(task.prompt_length, len(task.tokens)),
+        "layers": [real.n_layers - 1],
+    }
     found = ms.measure(model, task, edits, noise_floor=True, **options)
     assert_same(found, ms.measure(model, task, edits, fast=False, **options))
     assert 0 < found.noise_floor < 1e-2
@@ -103,7 +106,10 @@ def test_hooks_of_users_see_whole_texts(real, begun):
         seen.append(x.shape[1])
 
     edits, last = [lambda x, hook: 0 * x], len(real.task.tokens) - 2
-    with real.model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", see)]), pytest.warns(UserWarning):
+    with (
+        real.model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", see)]),
+        pytest.warns(match="already has hooks"),
+    ):
         ms.measure(real.model, real.task, edits, positions=[last])
     assert begun[0] == []
     assert set(seen) == {len(real.task.tokens)}

@@ -32,7 +32,7 @@ class Beginning:
         whole = copy(self.cache)
         whole.layers = [copy(layer) for layer in self.cache.layers]
         for layer in whole.layers:
-            layer.update = partial(_after, layer, texts)
+            layer.update = partial(_after, layer, texts.to(layer.keys.device))
         return whole
 
 
@@ -63,8 +63,6 @@ def _after(
 
 
 def _joined(kept: Tensor, texts: Tensor, new: Tensor) -> Tensor:
-    if len(new) == 1 or len(kept) == 1:
-        own = kept[texts[0], None].expand(len(new), -1, -1, -1)
-    else:
-        own = kept[texts.to(kept.device)]
+    is_one = len(new) == 1 or len(kept) == 1
+    own = kept[texts[:1]].expand(len(new), -1, -1, -1) if is_one else kept[texts]
     return torch.cat([own, new], dim=-2)

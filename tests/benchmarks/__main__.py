@@ -13,15 +13,14 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 import mechsvd as ms
-from mechsvd.engine.batches import bytes_per_row, rows_per_pass
 from tests.benchmarks.models import STORIES, flops, random_model, random_task
 from tests.benchmarks.speed import cpu_name, dense, multiply_rate, rank_one, timed
 
@@ -87,8 +86,8 @@ def edits_of(shape, length, prompt_length, ranks=None):
         if not STORIES.is_dir():
             return
         model = ms.load_model(STORIES, device="cpu")
-        task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
-        task = ms.Task(task.tokens[:length], prompt_length) if len(task.tokens) > length else task
+        prompt = "Once upon a time, there was"
+        task = ms.Task.from_text(model, prompt, max_new_tokens=length - prompt_length)
     else:
         model = random_model(shape)
         task = random_task(length, prompt_length)
@@ -141,6 +140,23 @@ def plain(model, task, edits):
         logits[0, task.scored].log_softmax(-1).gather(-1, task.continuation[:, None]).sum()
 
 
+def beginnings():
+    """A sweep at the last positions of a text, whose rows share the keys and values before them."""
+    model, task = random_model("llama"), random_task(256, 240)
+    svd = ms.decompose(ms.collect_writes(model, task))
+
+    def run(fast):
+        options = {"positions": range(240, 256), "fast": fast, "progress": False}
+        return ms.sweep_rank(model, task, svd, range(0, 512, 16), **options)
+
+    times = []
+    for fast in (True, False):
+        run(fast)
+        times.append(min(timed(lambda fast=fast: run(fast))[0] for _ in range(3)))
+    note = "256 tokens, 16 positions edited, 32 ranks; the loop: the same call with `fast=False`"
+    yield Row("sweep at positions", "random llama", *times, note=note)
+
+
 def growth():
     """How the time of a sweep grows with tokens, edits and d_model: fitted exponents."""
 
@@ -174,31 +190,77 @@ def growth():
 
 
 PEAK = """
-import resource, sys, warnings, logging
+import json, os, sys, time, warnings, logging
+from pathlib import Path
+shape, length, group = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+if group:
+    (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
 warnings.simplefilter("ignore"); logging.disable(logging.WARNING)
 import mechsvd as ms
+from mechsvd.engine.batches import bytes_per_row, rows_per_pass
 from tests.benchmarks.models import random_model, random_task
-model, task = random_model(sys.argv[1]), random_task(int(sys.argv[2]), int(sys.argv[2]) - 20)
-writes = ms.collect_writes(model, task)
-svd = ms.decompose(writes)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ms.sweep_rank(model, task, svd, range(0, svd.rank, 8), progress=False)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def used(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+model, task = random_model(shape), random_task(length, length - 20)
+svd = ms.decompose(ms.collect_writes(model, task))
+ranks = range(0, svd.rank, 8)
+ms.sweep_rank(model, task, svd, ranks[:2], progress=False)  # what is set up once
+rows = rows_per_pass(model, task)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before, started = used("VmRSS"), time.perf_counter()
+ms.sweep_rank(model, task, svd, ranks, progress=False)
+print(json.dumps({
+    "seconds": time.perf_counter() - started,
+    "peak": used("VmHWM") - before,
+    "rows": rows,
+    "predicted": min(rows, len(ranks) + 1) * bytes_per_row(model, task),
+}))
 """
+GROUPS = Path("/sys/fs/cgroup/memory")  # of version 1; where it is absent, of version 2
+LIMIT = 1400 * 2**20  # little more than GPT-2 small and torch take
 
 
 def memory():
     """Peak memory of a sweep, next to what `rows_per_pass` had predicted."""
     for shape, length in (("llama", 64), ("gpt2", 29), ("llama", 512)):
-        started = time.perf_counter()
-        command = [sys.executable, "-c", PEAK, shape, str(length)]
-        peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        seconds = time.perf_counter() - started
-        model, task = random_model(shape), random_task(length, length - 20)
-        predicted = rows_per_pass(model, task) * bytes_per_row(model, task)
-        yield Row("peak memory of a sweep", f"random {shape}", seconds, note=(
-            f"{length} tokens: {peak / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f} MiB"
-        ))  # fmt: skip
+        yield peak_of(shape, length)
+    yield under_a_limit()
+
+
+def peak_of(shape, length, group="", note=""):
+    """The peak in a process of its own, which joins a control group if one is given."""
+    work, name = "peak memory of a sweep", f"random {shape}"
+    command = [sys.executable, "-c", PEAK, shape, str(length), str(group)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        end = " ".join(done.stderr.strip().splitlines()[-1:])
+        return Row(work, name, float("nan"), note=f"{note}exit status {done.returncode}: {end}")
+    found = json.loads(done.stdout)
+    peak, predicted = (found[key] / 2**20 for key in ("peak", "predicted"))
+    note += f"{length} tokens, {found['rows']} rows a pass: "
+    note += f"{peak:.0f} MiB, predicted {predicted:.0f} MiB"
+    return Row(work, name, found["seconds"], note=note)
+
+
+def under_a_limit():
+    """The same in a control group with a memory limit, which `/proc/meminfo` does not show."""
+    is_first = GROUPS.is_dir()
+    group = (GROUPS if is_first else GROUPS.parent) / "mechsvd-benchmark"
+    note = f"limit of {LIMIT / 2**20:.0f} MiB: "
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if is_first else "memory.max")).write_text(str(LIMIT))
+    except OSError as error:
+        return Row("peak memory of a sweep", "", float("nan"), note=f"{note}{error}")
+    try:
+        return peak_of("gpt2", 29, group, note)
+    finally:
+        group.rmdir()
 
 
 def moments():
@@ -232,11 +294,13 @@ def hessian():
 
 WORKS = {
     "sweep and ranking, stories260k": lambda: edits_of("stories260k", 28, 8),
+    "sweep and ranking, stories260k, long": lambda: edits_of("stories260k", 76, 8),
     "sweep and ranking, llama": lambda: edits_of("llama", 64, 44, ranks=4),
     "sweep and ranking, gpt2": lambda: edits_of("gpt2", 29, 9, ranks=8),
     "sweep and ranking, pythia": lambda: edits_of("pythia", 29, 9, ranks=8),
     "moments": moments,
     "hessian": hessian,
+    "positions": beginnings,
     "growth": growth,
     "memory": memory,
 }
