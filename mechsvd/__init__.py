@@ -66,6 +66,7 @@ from mechsvd.experiments.dose import DoseResponse, dose_response
 from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithfulness
 from mechsvd.experiments.generation import generate, generate_tasks
 from mechsvd.experiments.heldout import Fit, HeldOut, fit_and_measure
+from mechsvd.experiments.literature import Literature, compare_with_literature
 from mechsvd.experiments.nulls import (
     another_text,
     covariance_matched,
@@ -152,7 +153,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     "to_transformer_lens", "from_transformer_lens",
     "sweep_adaptively", "AdaptiveSweep", "overlap_anchors", "OverlapAnchors", "compare_with_random_texts",
-    "RandomTextComparison", "null", "random_tokens", "reinitialised",
+    "RandomTextComparison", "compare_with_literature", "Literature", "null", "random_tokens", "reinitialised",
     "another_text", "covariance_matched", "equal_energy",
     "contrast", "Contrast", "contrast_sweep", "ContrastSweep",
     # provenance and figures

@@ -1,6 +1,7 @@
 """The command line.
 
-`mechsvd reproduce` runs the shortform's experiment. `mechsvd doctor` checks a model.
+`mechsvd reproduce` runs the shortform's experiment, `mechsvd literature` compares with what others
+found, `mechsvd doctor` checks a model.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mechsvd.experiments.literature import CLAIMS, compare_with_literature
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.loading import EMBEDDED, load_model
 from mechsvd.model.selfcheck import self_check
@@ -24,6 +26,7 @@ from mechsvd.model.texts import Text, read_texts, task_of
 from mechsvd.model.tokenization import prompt_tokens
 from mechsvd.version import __version__
 
+EACH_KIND = 4  # texts of each kind that the literature is compared on
 KIND_TEXTS, KIND_TOKENS = 8, 28  # of each kind of the embedded model's language
 DTYPES = {
     "float32": torch.float32,
@@ -79,6 +82,55 @@ def _parser() -> argparse.ArgumentParser:
         "reproduce", help="run the shortform's experiment and write report.html"
     )
     run.set_defaults(run=_reproduce)
+    _prompt_options(run)
+    run.add_argument(
+        "--components",
+        nargs="+",
+        choices=COMPONENTS,
+        default=list(COMPONENTS),
+        help="`attn` alone gives the shortform's first diagrams",
+    )
+    run.add_argument(
+        "--out",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="folder of report.html (default: the current one)",
+    )
+    run.add_argument(
+        "--quick", action="store_true", help="few ranks per sweep; the page states the error"
+    )
+    run.add_argument(
+        "--cdn", action="store_true", help="load plotly from the network; the page is 5 MB smaller"
+    )
+    _model_options(run)
+
+    literature = commands.add_parser(
+        "literature", help="what others found, next to this model's numbers and a null"
+    )
+    literature.set_defaults(run=_literature)
+    literature.add_argument(
+        "claim", nargs="*", choices=[[], *CLAIMS], help="some of the claims (default: all)"
+    )
+    _prompt_options(literature)
+    literature.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV too")
+    _model_options(literature)
+
+    doctor = commands.add_parser(
+        "doctor", help="print versions, device and the self-check of a model"
+    )
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument(
+        "model",
+        nargs="?",
+        default=EMBEDDED,
+        help="a directory or a hub name (default: the embedded model)",
+    )
+    _model_options(doctor)
+    return parser
+
+
+def _prompt_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--model", default=EMBEDDED, help="a directory or a hub name (default: the embedded model)"
     )
@@ -107,40 +159,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="length of a greedy continuation (default: 40)",
     )
-    run.add_argument(
-        "--components",
-        nargs="+",
-        choices=COMPONENTS,
-        default=list(COMPONENTS),
-        help="`attn` alone gives the shortform's first diagrams",
-    )
-    run.add_argument(
-        "--out",
-        type=Path,
-        default=Path("."),
-        metavar="DIR",
-        help="folder of report.html (default: the current one)",
-    )
-    run.add_argument(
-        "--quick", action="store_true", help="few ranks per sweep; the page states the error"
-    )
-    run.add_argument(
-        "--cdn", action="store_true", help="load plotly from the network; the page is 5 MB smaller"
-    )
-    _model_options(run)
-
-    doctor = commands.add_parser(
-        "doctor", help="print versions, device and the self-check of a model"
-    )
-    doctor.set_defaults(run=_doctor)
-    doctor.add_argument(
-        "model",
-        nargs="?",
-        default=EMBEDDED,
-        help="a directory or a hub name (default: the embedded model)",
-    )
-    _model_options(doctor)
-    return parser
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +264,28 @@ def _embedded_kinds(model: Any) -> dict[str, list[Task]]:
         cut = {tuple(one[:KIND_TOKENS].tolist()) for one in ids if len(one) >= KIND_TOKENS}
         found[shape] = [Task(torch.tensor(one), KIND_TOKENS // 3) for one in sorted(cut)]
     return found
+
+
+def _literature(options: argparse.Namespace) -> None:
+    texts = _texts(options)
+    model = _load(options)
+    if options.model == EMBEDDED and not (options.prompt or options.prompts):
+        kinds = [own[:EACH_KIND] for own in _embedded_kinds(model).values()]
+        tasks = [task for same_place in zip(*kinds, strict=True) for task in same_place]
+    else:
+        tasks = [task_of(model, text, options.max_new_tokens) for text in texts.values()]
+    table = compare_with_literature(model, tasks, options.claim or None).to_pandas()
+    for row in table.itertuples():
+        print(
+            f"{row.name}: {row.what}\n"
+            f"  theirs ({row.source}): {row.theirs}\n"
+            f"  ours: {row.ours:.3g} ({row.low:.3g} to {row.high:.3g}, n = {row.n}); "
+            f"{row.against}: {row.null:.3g} ({row.null_low:.3g} to {row.null_high:.3g})\n"
+            f"  difference: {row.difference:.3g} "
+            f"({row.difference_low:.3g} to {row.difference_high:.3g})"
+        )
+    if options.out:
+        table.to_csv(options.out, index=False)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -77,6 +77,7 @@ def tiny_results():
             "b",
             SOURCE,
         ),
+        ms.Literature(("below",), *[torch.ones(1, 3).double()] * 3, (6,), 0, SOURCE),
         ms.RandomTextComparison(
             ("a",),
             ("b",),

@@ -207,7 +207,7 @@ def fit_and_measure(
                 for fitted, source in ((OWN, i), (ONE, other)):
                     svd = decompose_texts(everything, [source], per)
                     sweep((fitted, basis), svd, [source], [i])
-        random = _random(everything, seed)
+        random = random_directions(everything, seed)
         sweeps = sweep_rank(model, texts, random, chosen_ranks, **options)
         found[RANDOM, "pooled", "random"] = dict(enumerate(sweeps.parts))
     fits = tuple(
@@ -253,7 +253,7 @@ def _order(
     return order_by_effect(rank_directions(model, tasks, svd, **options), by="kl_divergence")
 
 
-def _random(writes: Writes, seed: int) -> Decomposition:
+def random_directions(writes: Writes, seed: int) -> Decomposition:
     """Haar-random directions of the whole space, with the sizes of the writes along them."""
     d_model = writes.values.shape[-1]
     basis = random_subspace(d_model, d_model, seed).basis

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechsvd.model.runs import run_model
 from mechsvd.model.sites import Model
 
 
@@ -48,7 +49,7 @@ def read_beginning(model: Model, tokens: Int[Tensor, "text pos"]) -> Beginning:
     if not isinstance(getattr(model, "original_model", None), torch.nn.Module):
         raise NotImplementedError("Only a TransformerBridge is known to go on from a beginning.")
     cache: Any = DynamicCache()
-    model(tokens, return_type="logits", past_key_values=cache)
+    run_model(model, tokens, beginning=cache)
     kept = [layer.keys.shape for layer in cache.layers if type(layer) is DynamicLayer]
     if len(kept) != model.cfg.n_layers or any(shape[-2] != tokens.shape[1] for shape in kept):
         raise NotImplementedError("The model keeps other things than keys and values.")
