@@ -110,7 +110,7 @@ def test_positions_and_layers_limit_the_edit_and_the_deltas(llama):
     torch.testing.assert_close(
         measured.orig_deltas[0], torch.stack([x.norm(dim=-1).square().mean().sqrt() for x in seen])
     )
-    with pytest.raises(ValueError, match=r"No positions \[9\]: they are absolute, 0 to 8"):
+    with pytest.raises(ValueError, match=r"No positions \[9\]: the text has 0 to 8"):
         measure(llama, task, STACKS["ranks"], positions=[9])
 
 

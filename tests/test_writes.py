@@ -78,7 +78,7 @@ def test_nothing_left_is_an_error(embedded, meaning):
         ms.collect_writes(embedded, meaning, positions=[])
     with pytest.raises(ValueError, match="No writes are left"):
         ms.collect_writes(embedded, meaning, positions=[0], skip_bos=True)
-    with pytest.raises(ValueError, match=r"No positions \[99\]: they are absolute, 0 to"):
+    with pytest.raises(ValueError, match=r"No positions \[99\]: the text has 0 to"):
         ms.collect_writes(embedded, meaning, positions=[99])
     with pytest.raises(ValueError, match="No sites are left"):
         ms.collect_writes(embedded, meaning, layers=[])

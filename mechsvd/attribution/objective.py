@@ -146,7 +146,7 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     device, dtype = _like(model)
     # a clone, because tensors from inference mode cannot carry gradients
     basis = svd.directions.to(device, dtype).clone()
-    sites, positions = session.sites, session.positions(len(task.tokens))
+    sites, positions = session.sites, session.positions(task)
     identity = Gate(basis, basis.new_ones(svd.rank), source=svd.source)
     require_fitting_edit(model, identity, session.required_source, sites)
     has_rest = svd.rank < svd.d_model
@@ -182,7 +182,7 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
         )
     sites = [site for site in known if site in chosen]
     device, dtype = _like(model)
-    positions = list(session.positions(len(task.tokens)) or range(len(task.tokens)))
+    positions = list(session.positions(task) or range(len(task.tokens)))
     stored: list[Tensor] = []
     with torch.no_grad():
         predict(

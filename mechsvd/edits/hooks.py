@@ -19,13 +19,13 @@ from mechsvd.edits.maps import (
 from mechsvd.edits.stacks import GateStack
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.places import sites_of, warn_norm_inputs, width_of
+from mechsvd.model.positions import absolute_positions
 from mechsvd.model.reading import Reading
 from mechsvd.model.sites import (
     Hook,
     Model,
     Site,
     SiteOptions,
-    valid_positions,
     where_of,
 )
 from mechsvd.results import Provenance, require_same_model
@@ -68,7 +68,7 @@ def fwd_hooks(
     where = where_of(options)
     sites = sites_of(model, where)
     warn_norm_inputs(model, sites)
-    positions = valid_positions(where.positions)
+    positions = absolute_positions(where.positions)
     if isinstance(edit, GateStack) and edit.is_stack:
         raise ValueError(
             f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, "

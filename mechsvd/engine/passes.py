@@ -148,10 +148,15 @@ def clean_noise(session: Session, task: Task, metric: Metric = log_prob) -> floa
 
 
 def _groups(session: Session) -> Iterator[list[int]]:
-    """Texts of one length that share forward passes; as many as their clean logits leave room."""
+    """Texts of one length, edited at the same positions, that share forward passes.
+
+    They are as many as their clean logits leave room for.
+    """
     tasks = session.tasks
-    for length in sorted({len(task.tokens) for task in tasks}):
-        same = [i for i, task in enumerate(tasks) if len(task.tokens) == length]
+    alike: dict[tuple[int, Any], list[int]] = {}
+    for i, task in enumerate(tasks):
+        alike.setdefault((len(task.tokens), session.positions(task)), []).append(i)
+    for _, same in sorted(alike.items(), key=lambda item: item[0][0]):
         longest = max(len(tasks[i].continuation) for i in same)
         size = max(1, CLEAN_ENTRIES // (longest * session.model.cfg.d_vocab))
         yield from (same[i : i + size] for i in range(0, len(same), size))
@@ -174,7 +179,7 @@ class _Setup:
     @cached_property
     def positions(self) -> tuple[int, ...] | None:
         """The positions that are edited; None for all."""
-        return self.session.positions(len(self.tasks[0].tokens))
+        return self.session.positions(self.tasks[0])
 
     @cached_property
     def start(self) -> int:

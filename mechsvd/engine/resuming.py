@@ -224,6 +224,8 @@ def describe_value(value: Any) -> Any:
         return f"a tensor {list(value.shape)} of {value.dtype} ({digest})"
     if isinstance(value, Mapping):
         return {str(key): describe_value(item) for key, item in value.items()}
+    if isinstance(value, slice):
+        return {"slice": [describe_value(v) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, list | tuple | range):
         described = [describe_value(item) for item in value]
         digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]

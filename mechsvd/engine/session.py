@@ -18,13 +18,13 @@ from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.model.evaluation import OtherHooks, evaluation
 from mechsvd.model.identity import provenance_of, weights_read_once
 from mechsvd.model.places import sites_of, warn_norm_inputs
+from mechsvd.model.positions import is_mask, positions_in
 from mechsvd.model.selfcheck import SelfCheck, require_sound
 from mechsvd.model.sites import (
     Model,
     Site,
     SiteOptions,
     Where,
-    valid_positions,
     where_of,
 )
 from mechsvd.model.tasks import Task, require_fitting
@@ -100,9 +100,13 @@ class Session:
         """Whether to show a bar; None for only in a terminal or a notebook."""
         return self.options.get("progress")
 
-    def positions(self, length: int) -> tuple[int, ...] | None:
-        """The chosen positions in a text of this length; None for all."""
-        return valid_positions(self.where.positions, length)
+    def positions(self, task: Task) -> tuple[int, ...] | None:
+        """The chosen positions in one of the texts; None for all."""
+        number = next((i for i, one in enumerate(self.tasks) if one is task), 0)
+        last = task.scored.stop - 1
+        return positions_in(
+            self.where.positions, len(task.tokens), last, number, max(1, len(self.tasks))
+        )
 
     def rows_per_pass(self, task: Task, start: int = 0) -> int:
         """How many rows of this task share a forward pass, from a position on."""
@@ -185,6 +189,20 @@ def open_session(
             # the plain kernels, on whole texts
             check = replace(check, fused_error=float("inf"), beginning_error=float("inf"))
         yield Session(model, tuple(tasks), where, check, other_hooks, notes, options)
+
+
+def require_same_positions(options: RunOptions) -> None:
+    """Refuse a mask with a row per text in a call that regroups its texts.
+
+    Raises:
+        ValueError: saying so.
+    """
+    positions = options.get("positions")
+    if is_mask(positions) and positions.ndim == 2:  # type: ignore[union-attr]
+        raise ValueError(
+            "`positions` has a row per text, but this call runs texts in other groups; give one "
+            "form for all, such as a list or 'last'."
+        )
 
 
 def _elsewhere(

@@ -214,7 +214,7 @@ def run_by_length(
 
 def _kept_positions(session: Session, task: Task, skip_bos: bool) -> Int[Tensor, " kept"]:
     length = len(task.tokens)
-    positions = list(session.positions(length) or range(length))
+    positions = list(session.positions(task) or range(length))
     if skip_bos:
         bos = getattr(session.model.tokenizer, "bos_token_id", None)
         positions = [p for p in positions if not (p == 0 and int(task.tokens[0]) == bos)]

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import quiet, require_whole, whole_numbers
 from mechsvd.engine.resuming import runs_model
-from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.nulls import RUN, random_tokens, reinitialised, require_null
 from mechsvd.experiments.statistics import jackknife, spread
@@ -131,6 +131,7 @@ def overlap_anchors(
         KeyError: an unknown null.
         ValueError: fewer than two texts, a rank that is too large, or as `collect_writes`.
     """
+    require_same_positions(options)
     chosen, seed = as_tasks(tasks), require_whole("seed", seed)
     for kind in nulls:
         require_null(kind, RUN)

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from mechsvd.checks import is_number, require_whole, whole_numbers
 from mechsvd.engine.batches import progress_bar
 from mechsvd.engine.resuming import runs_model
-from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import collect_writes
 from mechsvd.experiments.contrast_results import Contrast, ContrastSweep
 from mechsvd.experiments.contrast_runs import Run, split_texts
@@ -111,6 +111,7 @@ def _contrasts(
     options: RunOptions,
 ) -> list[Contrast]:
     """One contrast per rank and damping, all from the same forward passes."""
+    require_same_positions(options)
     names, tasks, text_group = _valid_groups(groups)
     arms = [(_valid_rank(k, model), _valid_damping(damping)) for k, damping in arms]
     if per not in ("pool", "site"):

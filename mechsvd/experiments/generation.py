@@ -16,6 +16,7 @@ from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import run_batches
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.model.positions import absolute_positions, positions_in
 from mechsvd.model.runs import continue_tokens, end_tokens
 from mechsvd.model.sites import Model, Site, require_model
 from mechsvd.model.tasks import Task, require_known
@@ -119,7 +120,8 @@ def generate_tasks(
     start = fit_context(model, _start(model, prompt, prepend_bos), max_new_tokens, truncate)
     longest = _longest(start, max_new_tokens)
     with open_session(model, **options) as session:
-        sites, positions = session.sites, session.positions(len(longest.tokens))
+        sites, positions = session.sites, absolute_positions(session.where.positions)
+        positions = positions_in(positions, len(longest.tokens), 0)
         stack = session.stack(
             [chain() if e is None else e for e in edits]
             if isinstance(edits, list | tuple)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import is_whole, quiet, require_whole
 from mechsvd.engine.resuming import runs_model
-from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.criteria import kl_at_most
 from mechsvd.experiments.intervals import interval_columns
@@ -176,6 +176,7 @@ def fit_and_measure(
     Raises:
         ValueError: fewer than two texts or groups, more folds than groups, or an unknown order.
     """
+    require_same_positions(options)
     texts = as_tasks(tasks)
     fold = _folds(len(texts), groups, folds, require_whole("seed", seed))
     if wrong := [order for order in orders if order not in ORDERS]:

@@ -17,7 +17,7 @@ from mechsvd.engine.ablations import donor_baseline
 from mechsvd.engine.metrics import logit_difference
 from mechsvd.engine.passes import measure
 from mechsvd.engine.resuming import runs_model
-from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import collect_writes
 from mechsvd.experiments.heldout import decompose_texts, random_directions
 from mechsvd.experiments.nulls import random_tokens
@@ -208,6 +208,7 @@ def compare_with_literature(
         KeyError: an unknown claim.
         ValueError: fewer than six texts, or no two that can be a pair.
     """
+    require_same_positions(options)
     texts, seed = as_tasks(tasks), require_whole("seed", seed)
     names = [*CLAIMS] if only is None else [only] if isinstance(only, str) else [*only]
     if wrong := [name for name in names if name not in CLAIMS]:

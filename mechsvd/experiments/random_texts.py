@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import is_number, quiet, require_whole
 from mechsvd.engine.resuming import runs_model
-from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import collect_writes
 from mechsvd.experiments.heldout import decompose_texts, lasting_rank_within
 from mechsvd.experiments.intervals import interval_columns
@@ -153,6 +153,7 @@ def compare_with_random_texts(
 
     References: Westfall and Young, Resampling-Based Multiple Testing (1993).
     """
+    require_same_positions(options)
     texts = as_tasks(tasks)
     if len(texts) < 2:
         raise ValueError(

@@ -12,7 +12,8 @@ from torch import Tensor
 from mechsvd.checks import is_whole, require_whole
 from mechsvd.fields import require_between, require_declared
 from mechsvd.model.corpus import Document, to_hash, tokens_of
-from mechsvd.model.sites import Model, Positions, valid_positions
+from mechsvd.model.positions import Positions, absolute_positions
+from mechsvd.model.sites import Model
 from mechsvd.results import Result, result
 
 
@@ -108,7 +109,7 @@ def layout_of(
         n_ctx if context is None else require_whole("context", context, 2, n_ctx),
         packing,
         skip_bos,
-        valid_positions(positions),
+        absolute_positions(positions),
         getattr(model.tokenizer, "bos_token_id", None),
     )
 

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from jaxtyping import Int
 from torch import Tensor, nn
 from typing_extensions import Protocol, TypedDict, runtime_checkable
 
 from mechsvd.checks import is_whole, once
 from mechsvd.fields import require_declared
+from mechsvd.model.positions import Positions
 from mechsvd.results import result
 
 COMPONENTS = ("attn", "mlp")
 Hook = tuple[str, Callable[..., Tensor | None]]
-# absolute, in the whole text; None for all
-Positions = Iterable[int] | Int[Tensor, " position"] | None
 
 
 @runtime_checkable
@@ -242,7 +240,8 @@ class SiteOptions(TypedDict, total=False):
         at: other hook points instead of writes, by names or patterns ("blocks.*.hook_resid_post").
         heads: of hook points with an axis of heads ("blocks.3.attn.hook_z"); all by default. Each
             head is a site of its own.
-        positions: absolute positions in the text; all by default.
+        positions: in the text, all by default: a number, a list or range, a slice, "last" (the last
+            scored prediction), or a mask "pos" or "text pos". Negative ones count from the end.
         missing: "error" or "skip", for a layer that lacks a hook.
     """
 
@@ -260,7 +259,7 @@ class Where:
 
     layers: int | Iterable[int] | None = None
     components: Sequence[str] = COMPONENTS
-    positions: Positions = None
+    positions: Any = None  # see `Positions`; the session refuses other forms
     missing: Literal["error", "skip"] = "error"
     at: str | Sequence[str] | None = None
     heads: int | Sequence[int] | None = None
@@ -268,35 +267,6 @@ class Where:
     def __post_init__(self) -> None:
         for name in ("layers", "components", "positions", "at", "heads"):
             object.__setattr__(self, name, once(getattr(self, name)))
-
-
-def valid_positions(positions: Positions, length: int | None = None) -> tuple[int, ...] | None:
-    """Positions as sorted whole numbers from 0, below `length` if it is given.
-
-    Raises:
-        TypeError: a mask, fractions, or anything else but whole numbers.
-        ValueError: positions do not exist, or none are given.
-    """
-    if positions is None:
-        return None
-    if isinstance(positions, Tensor):
-        positions = positions.tolist()
-    if not isinstance(positions, Iterable) or isinstance(positions, str):
-        raise TypeError(
-            f"`positions` must be a list or range of whole numbers, but is {positions!r}."
-        )
-    numbers = list(positions)
-    if wrong := [p for p in numbers if not is_whole(p)]:
-        raise TypeError(
-            f"`positions` must be whole numbers, but holds {wrong[0]!r}; "
-            "of a mask, take `mask.nonzero().flatten()`."
-        )
-    if not numbers:
-        raise ValueError("`positions` is empty, so nothing is left; give at least one.")
-    if wrong := [p for p in numbers if p < 0 or (length is not None and p >= length)]:
-        valid = "0 and more" if length is None else f"0 to {length - 1}"
-        raise ValueError(f"No positions {wrong[:5]}: they are absolute, {valid}.")
-    return tuple(sorted({int(p) for p in numbers}))
 
 
 def where_of(options: SiteOptions) -> Where:
