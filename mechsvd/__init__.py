@@ -109,13 +109,13 @@ from mechsvd.linalg.comparison import (
     random_subspace,
 )
 from mechsvd.linalg.decomposition import Decomposition, decompose
-from mechsvd.linalg.subspace import Subspace, span
+from mechsvd.linalg.subspace import Subspace, span, union
 from mechsvd.model.loading import load_model
 from mechsvd.model.selfcheck import SelfCheck, self_check
 from mechsvd.model.sites import Site, find_sites
 from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
 from mechsvd.model.texts import tasks_from
-from mechsvd.results import Provenance
+from mechsvd.results import Provenance, load
 from mechsvd.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "SHORTFORM_PROMPTS",
     # writes and their directions
     "collect_writes", "Writes", "decompose", "Decomposition", "weight_svd",
-    "stream_writes", "WriteStream", "merge", "Checkpoint", "span", "Subspace",
+    "stream_writes", "WriteStream", "merge", "Checkpoint", "span", "union", "Subspace",
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
     "Baseline", "mean_baseline", "resample_baseline", "donor_baseline",
@@ -157,7 +157,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "another_text", "covariance_matched", "equal_energy",
     "contrast", "Contrast", "contrast_sweep", "ContrastSweep",
     # provenance and figures
-    "Provenance", "figures",
+    "load", "Provenance", "figures",
 ]  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         default=Path("."),
         metavar="DIR",
         help="folder of report.html (default: the current one)",
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "claim", nargs="*", choices=[[], *CLAIMS], help="some of the claims (default: all)"
     )
     _prompt_options(literature)
-    literature.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV too")
+    literature.add_argument("--out", type=_path, metavar="FILE", help="write the table as CSV too")
     _model_options(literature)
 
     doctor = commands.add_parser(
@@ -130,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _prompt_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--model", default=EMBEDDED, help="a directory or a hub name (default: the embedded model)"
@@ -142,7 +146,7 @@ def _prompt_options(run: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--prompts",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="a file of prompts: one per line, JSON lines or JSON (see `tasks_from`)",
     )

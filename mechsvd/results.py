@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, no_type_check
 
@@ -23,6 +23,7 @@ from mechsvd.version import __version__
 FORMAT = 1
 UNFINISHED = ".mechsvd"  # suffix of the hidden names of unfinished files
 T = TypeVar("T")
+R = TypeVar("R", bound="Result")
 _CLASSES: dict[str, type] = {}
 
 
@@ -48,6 +49,10 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save as one safetensors file; see `save_result`."""
         save_result(self, path)
+
+    def to(self: R, device: torch.device | str) -> R:
+        """The same result with all of its tensors on a device."""
+        return _moved(self, device)
 
     @classmethod
     def load(cls: type[T], path: str | os.PathLike[str]) -> T:
@@ -188,7 +193,7 @@ def load_result(cls: type[T], path: str | os.PathLike[str]) -> T:
             impossible values, or has a newer format.
         FileNotFoundError: there is no such file.
     """
-    metadata, tensors = _read(Path(path))
+    metadata, tensors = _read(Path(path).expanduser())
     _require_format(path, metadata)
     if _digest(metadata["mechsvd"], tensors) != metadata["sha256"]:
         raise ValueError(
@@ -211,9 +216,29 @@ def load_result(cls: type[T], path: str | os.PathLike[str]) -> T:
     return value
 
 
+def load(path: str | os.PathLike[str]) -> Any:
+    """Load any result of mechsvd, of the class that the file names.
+
+    Raises:
+        ValueError, FileNotFoundError: as the `load` of a result.
+    """
+    return load_result(object, path)
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if isinstance(value, Result):
+        moved = {f.name: _moved(getattr(value, f.name), device) for f in fields(value)}  # type: ignore[arg-type]
+        return replace(value, **moved)  # type: ignore[type-var]
+    return value
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write the whole file or nothing: temporary name, fsync, replace."""
-    target = Path(path)
+    target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"Cannot write {target}: the folder {target.parent} does not exist; create it first."

@@ -141,7 +141,9 @@ def test_an_error_inside_an_edit_keeps_its_type_and_says_its_site(llama):
 def test_a_basis_of_another_model_size_and_bad_positions_are_refused(llama):
     with pytest.raises(ValueError, match="d_model 16, but the model's is 32"):
         ms.fwd_hooks(llama, ms.keep(ms.Subspace(orthonormal(16, 4))))
-    with pytest.raises(ValueError, match=r"No positions \[-1\]: the length of the text is not known"):
+    with pytest.raises(
+        ValueError, match=r"No positions \[-1\]: the length of the text is not known"
+    ):
         ms.fwd_hooks(llama, ms.chain(), positions=[-1])
     with pytest.raises(ValueError, match="`positions` is empty"):
         ms.fwd_hooks(llama, ms.chain(), positions=[])

@@ -77,10 +77,6 @@ class Baseline(Result):
         """The baseline of some edits of a stack; all share it."""
         return self
 
-    def to(self, device: torch.device) -> "Baseline":
-        """The baseline on another device."""
-        return replace(self, values=self.values.to(device))
-
     def for_task(self, task: Task) -> "Baseline":
         """The baseline of one text.
 

@@ -1,6 +1,6 @@
 """Collecting writes: what every site adds to the residual stream at every position of a text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.checks import is_whole, whole_numbers
 from mechsvd.engine.batches import run_batches
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
@@ -53,6 +54,40 @@ class Writes(Result):
     def __len__(self) -> int:
         """Number of writes: sites × positions."""
         return self.values.shape[0] * self.values.shape[1]
+
+    def select(
+        self,
+        *,
+        layers: int | Iterable[int] | None = None,
+        components: str | Sequence[str] | None = None,
+        tasks: int | Iterable[int] | None = None,
+    ) -> "Writes":
+        """The writes of some layers, components and texts; texts keep their numbers.
+
+        Raises:
+            ValueError: nothing is left.
+
+        Example: `decompose(writes.select(layers=range(3), components="attn"))`.
+        """
+        in_layer, in_task = _among("layers", layers), _among("tasks", tasks)
+        names = {components} if isinstance(components, str) else components and {*components}
+        sites = [
+            i
+            for i, site in enumerate(self.sites)
+            if in_layer(site.layer) and (names is None or site.component in names)
+        ]
+        kept = torch.tensor([in_task(text) for text in self.task_index.tolist()], dtype=torch.bool)
+        if not sites or not kept.any():
+            raise ValueError(
+                f"Nothing is left of layers {layers}, components {components} and tasks {tasks}: "
+                f"the writes have layers {sorted({s.layer for s in self.sites}, key=str)}, "
+                f"components {sorted({str(s.component) for s in self.sites})} and tasks 0 to "
+                f"{int(self.task_index.max())}."
+            )
+        chosen = tuple(self.sites[i] for i in sites)
+        source = self.source and replace(self.source, hooks=tuple(site.name for site in chosen))
+        own = replace(self, values=self.values[sites], sites=chosen, source=source)
+        return own.at(kept)
 
     def at(self, kept: Bool[Tensor, " pos"]) -> "Writes":
         """The writes at some of the positions; texts keep their numbers."""
@@ -152,6 +187,14 @@ def collect_writes(
         else (),
         source=source,
     )
+
+
+def _among(name: str, chosen: Any) -> Callable[[Any], bool]:
+    """Whether a number is one of those chosen; all are for None."""
+    if chosen is None:
+        return lambda number: True
+    numbers = {*whole_numbers(name, [chosen] if is_whole(chosen) else chosen).tolist()}
+    return lambda number: number in numbers
 
 
 def _values_of_tasks(session: Session) -> list[Float[Tensor, "site pos d_model"]]:

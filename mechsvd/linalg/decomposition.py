@@ -3,7 +3,7 @@
 Tensors only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
@@ -100,18 +100,30 @@ class Decomposition(Result):
         """Dimension of the residual stream."""
         return self.directions.shape[0]
 
-    def subspace(self, rank: int) -> Subspace:
-        """The span of the first `rank` directions.
+    def subspace(self, rank: int | Iterable[int] | Int[Tensor, " chosen"]) -> Subspace:
+        """The span of the first `rank` directions, or of the directions of some numbers.
+
+        `svd.subspace([3, 5])` has two directions; `svd.subspace(order[:8])` those that come first
+        in an order.
 
         Raises:
-            ValueError: `rank` is not a whole number from 0 to the number of directions.
+            ValueError: `rank` is not a whole number from 0 to the number of directions, or a list
+                of different numbers below it.
         """
+        if not is_whole(rank) and isinstance(rank, Iterable):
+            chosen = whole_numbers("rank", rank)
+            if len(chosen.unique()) != len(chosen) or chosen.min() < 0 or chosen.max() >= self.rank:
+                raise ValueError(
+                    f"`rank` holds {chosen.tolist()!s:.60}, but directions must be different "
+                    f"numbers from 0 to {self.rank - 1}."
+                )
+            return Subspace(self.directions[:, chosen.to(self.directions.device)], self.source)
         if not is_whole(rank, 0, self.rank):
             raise ValueError(
                 f"`rank` is {rank!r}, but the decomposition has {self.rank} directions; "
                 f"choose 0 to {self.rank}."
             )
-        return Subspace(self.directions[:, : int(rank)], self.source)
+        return Subspace(self.directions[:, : int(rank)], self.source)  # type: ignore[arg-type]
 
     def writer_map(self, direction: int) -> Float[Tensor, "site pos"]:
         """The share of each site and position in writing a direction.

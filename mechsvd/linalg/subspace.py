@@ -1,5 +1,6 @@
 """Orthonormal bases of subspaces of the residual stream."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.fields import require_declared
-from mechsvd.results import Provenance, Result, result
+from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
 
 
 @result
@@ -40,6 +41,16 @@ class Subspace(Result):
         """Number of directions."""
         return self.basis.shape[1]
 
+    def complement(self) -> "Subspace":
+        """Everything orthogonal to it, of rank `d_model` − `rank`.
+
+        Example:
+            >>> Subspace(torch.eye(3)[:, :1]).complement().rank
+            2
+        """
+        basis = self.basis.to(at_least_single(self.basis.dtype))
+        return Subspace(complete(basis)[:, self.rank :], self.source)
+
     def to_pandas(self) -> Any:
         """One row per dimension of the residual stream, one column per direction."""
         import pandas as pd
@@ -59,12 +70,23 @@ class Subspace(Result):
         )
 
 
-def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) -> Subspace:
+def span(
+    vectors: Float[Tensor, "d_model n"] | Float[Tensor, "n d_model"],
+    source: Provenance | None = None,
+    *,
+    rows: bool = False,
+) -> Subspace:
     """Build the subspace that some vectors span, with an orthonormal basis.
 
     Args:
         vectors: columns of any length, dependent or not.
         source: the model they come from, if any.
+        rows: the vectors are rows "n d_model", as in the decoder of a dictionary or in `W_out`. A
+            square matrix does not show which they are.
+
+    Example:
+        >>> span(torch.tensor([[3.0, 0.0, 0.0]]), rows=True).basis.flatten().abs().tolist()
+        [1.0, 0.0, 0.0]
 
     Returns:
         A subspace in the dtype of the vectors (at least float32). Its `.rank` is their numerical
@@ -74,6 +96,7 @@ def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) 
         ValueError: the vectors are not a finite matrix, or are all zero.
     """
     require_matrix(vectors)
+    vectors = vectors.T if rows else vectors
     dtype = at_least_single(vectors.dtype)
     left, sizes, _ = torch.linalg.svd(vectors.cpu().double(), full_matrices=False)
     kept = sizes > max(vectors.shape) * torch.finfo(dtype).eps * sizes[:1]
@@ -82,6 +105,41 @@ def span(vectors: Float[Tensor, "d_model n"], source: Provenance | None = None) 
             "`vectors` are none or all zero, so they span nothing; at least one must be non-zero."
         )
     return Subspace(left[:, kept].to(vectors.device, dtype), source)
+
+
+def union(subspaces: Sequence[Subspace]) -> Subspace:
+    """The smallest subspace that holds all of some subspaces.
+
+    The basis of the first stays as it is and comes first; then comes what each of the others adds.
+    Orthogonal subspaces are so put one after the other.
+
+    Returns:
+        A subspace, with the source of the first if all have the same model.
+
+    Raises:
+        TypeError: something else than subspaces.
+        ValueError: none, or of other dimensions or models.
+
+    Example:
+        >>> a, b = Subspace(torch.eye(3)[:, :2]), Subspace(torch.eye(3)[:, 1:])
+        >>> union([a, b]).rank
+        3
+    """
+    if not isinstance(subspaces, Sequence) or not subspaces:
+        raise TypeError("`subspaces` must be a list of at least one Subspace.")
+    for one in subspaces:
+        require_kind(one, Subspace)
+        require_same_model(subspaces[0].source, one.source, "The subspaces")
+    if len(widths := {one.d_model for one in subspaces}) > 1:
+        raise ValueError(f"The subspaces lie in different dimensions: {sorted(widths)}.")
+    basis = subspaces[0].basis.to(at_least_single(subspaces[0].basis.dtype))
+    for one in subspaces[1:]:
+        new = one.basis.to(basis)
+        new = new - basis @ (basis.T @ new)
+        left, sizes, _ = torch.linalg.svd(new.cpu().double(), full_matrices=False)
+        added = left[:, sizes > 1e-3].to(basis)  # sines of angles
+        basis = torch.cat([basis, added], dim=1)
+    return Subspace(basis, subspaces[0].source)
 
 
 def complete(basis: Float[Tensor, "d_model rank"]) -> Float[Tensor, "d_model d_model"]:

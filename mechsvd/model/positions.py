@@ -77,8 +77,9 @@ def absolute_positions(positions: Any) -> tuple[int, ...] | None:
     if isinstance(positions, str):
         _require_last(positions)
     if isinstance(positions, str | slice) or is_mask(positions):
+        shown = "a mask" if is_mask(positions) else repr(positions)
         raise ValueError(
-            f"`positions` is {positions!r:.60}, which depends on the length of the text, and that "
+            f"`positions` is {shown}, which depends on the length of the text, and that "
             "is not known here: give numbers from 0, or edit whole texts by "
             "`measure(positions=…)`."
         )
