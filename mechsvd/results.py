@@ -144,8 +144,8 @@ def require_same_model(first: Provenance | None, second: Provenance | None, what
         raise ValueError(
             f"{what} come from different models or processing states: {'; '.join(different)}. "
             "Directions of one need not mean anything in the other: collect the writes again with "
-            "this model. If the two share their directions, as a model and its fine-tune may, pass "
-            "the basis without its model: `dataclasses.replace(basis, source=None)`."
+            "this model. If the two share their directions, as a model and its fine-tune may, "
+            "`same_model=False` lets calls that run a model go on, and the result records it."
         )
 
 

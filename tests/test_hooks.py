@@ -149,10 +149,15 @@ def test_a_basis_of_another_model_size_and_bad_positions_are_refused(llama):
         ms.fwd_hooks(llama, ms.chain(), positions=[])
 
 
-def test_a_stack_is_refused_for_it_would_multiply_the_batch(llama):
+def test_a_stack_edits_each_row_by_its_own_gate_and_refuses_other_batches(llama):
     stack = Gate(torch.eye(32), torch.rand(3, 32))
-    with pytest.raises(ValueError, match="stack of 3 edits: bind one of them"):
-        ms.fwd_hooks(llama, stack)
+    with pytest.raises(ValueError, match="stack of 3 edits meets a batch of 1 rows at layer 0"):
+        logits(llama, ms.fwd_hooks(llama, stack))
+    rows = tiny_task().tokens.expand(3, -1)
+    together = llama.run_with_hooks(rows, fwd_hooks=ms.fwd_hooks(llama, stack))
+    for row in range(3):
+        alone = logits(llama, ms.fwd_hooks(llama, stack[row]))
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
         logits(llama, ms.fwd_hooks(llama, stack[1])),
         logits(llama, ms.fwd_hooks(llama, ms.gate(torch.eye(32), stack.gains[1]))),

@@ -32,7 +32,7 @@ def test_a_subspace_of_chosen_directions(svd):
     assert torch.equal(svd.subspace([5, 3]).basis, svd.directions[:, [5, 3]])
     order = ms.order_at_random(svd, 1)
     assert torch.equal(svd.subspace(order[:4]).basis, svd.directions[:, order[:4]])
-    for wrong in ([3, 3], [-1], [svd.rank], [0.5]):
+    for wrong in ([3, 3], [-1], [svd.rank]):
         with pytest.raises(ValueError, match="rank"):
             svd.subspace(wrong)
 
@@ -120,3 +120,60 @@ def test_any_result_loads_by_its_file_and_a_tilde_is_home(svd, tmp_path, monkeyp
     assert type(ms.load(tmp_path / "subspace")) is ms.Subspace
     with pytest.raises(FileNotFoundError):
         ms.load("~/other")
+
+
+def test_a_bare_basis_is_swept_and_ranked_as_its_decomposition_is(model, svd):
+    task = tiny_task()
+    for basis in (svd.subspace(svd.rank), svd.directions):
+        sweep = ms.sweep_rank(model, task, basis, [0, 2, svd.rank])
+        expected = ms.sweep_rank(model, task, svd, [0, 2, svd.rank])
+        torch.testing.assert_close(sweep.measurement.log_probs, expected.measurement.log_probs)
+        ranking = ms.rank_directions(model, task, basis)
+        torch.testing.assert_close(ranking.effect, ms.rank_directions(model, task, svd).effect)
+        assert ranking.singular_values.isnan().all()
+        assert ranking.correlation() != ranking.correlation()
+        ms.figures.direction_effects(ranking)
+    own = ms.collect_writes(model, [task, *[tiny_task(seed=i) for i in range(5)]])
+    per_site = ms.decompose(own, per="site")
+    bare = [one.subspace(one.rank) for one in per_site]
+    torch.testing.assert_close(
+        ms.sweep_rank(model, task, bare, [3]).measurement.log_probs,
+        ms.sweep_rank(model, task, per_site, [3]).measurement.log_probs,
+    )
+    with pytest.raises(ValueError, match="orthonormal"):
+        ms.sweep_rank(model, task, torch.ones(32, 2))
+
+
+def test_a_ranking_of_a_bare_basis_is_saved(model, svd, tmp_path):
+    ranking = ms.rank_directions(model, tiny_task(), svd.subspace(3))
+    ranking.save(tmp_path / "ranking")
+    assert ms.load(tmp_path / "ranking").singular_values.isnan().all()
+
+
+def test_directions_of_a_fine_tune_are_let_through_on_request_and_recorded(model, svd):
+    other = dataclasses.replace(svd.source, weights="another", model="its fine-tune")
+    foreign = dataclasses.replace(svd, source=other)
+    edit = ms.keep(foreign, 3)
+    with pytest.raises(ValueError, match="same_model=False"):
+        ms.measure(model, tiny_task(), [edit])
+    with pytest.raises(ValueError, match="same_model=False"):
+        ms.fwd_hooks(model, edit)
+    found = ms.measure(model, tiny_task(), [edit], same_model=False)
+    torch.testing.assert_close(
+        found.log_probs, ms.measure(model, tiny_task(), [ms.keep(svd, 3)]).log_probs
+    )
+    assert any("same_model=False" in note for note in found.source.notes)
+    assert not any("self-check skipped" in note for note in found.source.notes)
+    assert ms.fwd_hooks(model, edit, same_model=False)
+
+
+def test_the_table_of_tokens(model, svd):
+    task = tiny_task()
+    found = ms.measure(model, task, [ms.keep(svd, 3), ms.chain()])
+    table = found.tokens_to_pandas()
+    assert [*table["position"]] == [5, 6, 7, 8] * 2
+    assert [*table["token"]] == task.continuation.tolist() * 2
+    sums = table.groupby("edit")["log_prob"].sum()
+    torch.testing.assert_close(torch.tensor(sums.to_numpy()).double(), found.log_prob)
+    own = table[table["edit"] == 1]
+    assert (own["log_prob"] - own["clean_log_prob"]).abs().max() < 1e-6

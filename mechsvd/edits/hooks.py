@@ -39,6 +39,7 @@ def fwd_hooks(
     edit: Edit,
     *,
     check: bool = True,
+    same_model: bool = True,
     **options: Unpack[SiteOptions],
 ) -> list[Hook]:
     """Bind an edit to the sites of a model, as hooks for `run_with_hooks`, `hooks` or `generate`.
@@ -49,8 +50,10 @@ def fwd_hooks(
 
     Args:
         edit: a gate, a chain, or any function `edit(x, hook)` of the writes "batch pos d_model".
-            It must return a new tensor of the same shape.
-        check: refuse a basis that comes from another model or processing state.
+            It must return a new tensor of the same shape. A stack of gates edits each row of the
+            batch by its own gate, `model.run_with_hooks(ids.expand(len(stack), -1), …)`.
+        check, same_model: refuse a basis that comes from another model or processing state, unless
+            one of them is False. For a fine-tune, say `same_model=False`.
         options: see `SiteOptions` (layers, components, at, heads, …). With a KV cache, the
             start of a run is read from the cache, so a text may be read in chunks. In a batch with
             left padding, positions count columns, padding included; pass the attention mask on.
@@ -62,19 +65,14 @@ def fwd_hooks(
     Raises:
         KeyError: an unknown layer or component, or one that a basis or baseline lacks.
         TypeError: an edit that cannot be called, or positions that are not whole numbers.
-        ValueError: an edit over another `d_model` or of another model, a stack of edits, or a
-            position below 0.
+        ValueError: an edit over another `d_model` or of another model, or a position below 0; when
+            it runs, a stack with another number of edits than the batch has rows.
     """
     where = where_of(options)
     sites = sites_of(model, where)
     warn_norm_inputs(model, sites)
     positions = absolute_positions(where.positions)
-    if isinstance(edit, GateStack) and edit.is_stack:
-        raise ValueError(
-            f"This is a stack of {len(edit)} edits: bind one of them, `stack[i]`, "
-            "or measure all by `measure`."
-        )
-    source = provenance_of(model) if check and gates_of(edit) else None
+    source = provenance_of(model) if check and same_model and gates_of(edit) else None
     require_fitting_edit(model, edit, source, sites)
     require_sites(edit, sites)
     return hooks_at(model, edit, sites, positions)
@@ -224,7 +222,10 @@ class _Bound:
             shape = (reading.rows, reading.length, x.shape[-1]) if reading else (1, *x.shape)
             return self(x.reshape(shape), hook).flatten(0, 1)
         start = reading.start(site) if reading else self.start
-        edited = _run(self.edit, x, SitePoint(site, hook, start), self.rows)
+        point = SitePoint(site, hook, start)
+        if self.rows is None:
+            _require_rows(self.edit, x, point)
+        edited = _run(self.edit, x, point, self.rows)
         if self.positions is None:
             if self.observe:
                 self.observe(site, x, edited)
@@ -266,6 +267,15 @@ class SitePoint:
 
     def __str__(self) -> str:
         return self._site.place
+
+
+def _require_rows(edit: Edit, x: Tensor, point: SitePoint) -> None:
+    if isinstance(edit, GateStack) and edit.is_stack and len(edit) != len(x):
+        raise ValueError(
+            f"A stack of {len(edit)} edits meets a batch of {len(x)} rows at {point}: repeat the "
+            "text, `ids.expand(len(stack), -1)`, bind one edit, `stack[i]`, or measure all by "
+            "`measure`."
+        )
 
 
 def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:

@@ -183,6 +183,32 @@ class Measurement(Result):
         }
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
+    def tokens_to_pandas(self) -> Any:
+        """One row per edit and scored token.
+
+        Columns: edit, position, token, log_prob, clean_log_prob, is_greedy, kl_divergence. The
+        position is that of the token in the text; token is NaN where the source is not known.
+        """
+        import pandas as pd
+
+        edits, scored = self.log_probs.shape
+        tokens = self.source.tokens[0] if self.source and self.source.tokens else ()
+        places = range(len(tokens) - scored, len(tokens)) if tokens else range(scored)
+        clean = (self if self.clean is None else self.clean).log_probs.expand(edits, -1)
+        unknown = torch.full_like(self.log_probs, torch.nan)
+        divergences = unknown if self.kl_divergences is None else self.kl_divergences
+        return pd.DataFrame(
+            {
+                "edit": [i for i in range(edits) for _ in range(scored)],
+                "position": [*places] * edits,
+                "token": [tokens[p] if tokens else torch.nan for p in places] * edits,
+                "log_prob": self.log_probs.flatten().numpy(),
+                "clean_log_prob": clean.flatten().numpy(),
+                "is_greedy": self.is_greedy.flatten().numpy(),
+                "kl_divergence": divergences.flatten().numpy(),
+            }
+        )
+
     def sites_to_pandas(self) -> Any:
         """One row per edit and site: layer, component, orig_delta, kept_delta."""
         import pandas as pd

@@ -37,6 +37,8 @@ class RunOptions(SiteOptions, total=False):
     Attributes:
         check: refuse a model whose hooks are not its writes (see `self_check`), and directions
             of another model.
+        same_model: refuse directions of another model. `same_model=False` takes those of a
+            fine-tune, or of the same model in another dtype, and the result records it.
         batch_size: rows in one forward pass; by default from free memory and model size.
         batched_hooks: your own hooks on the model act on every row of a batch. By default they
             may act on a single row, so each row runs alone while there are any.
@@ -54,6 +56,7 @@ class RunOptions(SiteOptions, total=False):
     batch_size: int | None
     batched_hooks: bool
     fast: bool
+    same_model: bool
     progress: bool | None
     checkpoint: Any
 
@@ -134,7 +137,8 @@ class Session:
     @property
     def required_source(self) -> Provenance | None:
         """The model that directions must come from; None where that is not checked."""
-        return self.provenance() if self.options.get("check", True) else None
+        is_checked = self.options.get("check", True) and self.options.get("same_model", True)
+        return self.provenance() if is_checked else None
 
     def stack(self, edits: Any) -> GateStack | EditList:
         """Edits as a stack that fits the model, on its device; see `as_stack`."""
@@ -180,6 +184,8 @@ def open_session(
     if where.at is not None:
         check, notes = _elsewhere(check, where, sites)
         warn_norm_inputs(model, sites)
+    if not options.get("same_model", True):
+        notes = (*notes, "directions of another model were let through (same_model=False)")
     batched = options.get("batched_hooks", False)
     with (
         evaluation(model, gradients=gradients, batched_hooks=batched) as other_hooks,

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
-from mechsvd.edits.bases import is_several, site_gates
+from mechsvd.edits.bases import Bases, is_several, site_gates
 from mechsvd.edits.gates import Gate
 from mechsvd.edits.stacks import SiteRemovals
 from mechsvd.engine.measurement import Measurement
@@ -32,7 +32,11 @@ from mechsvd.fields import (
     require_finite,
     require_length,
 )
-from mechsvd.linalg.decomposition import Decomposition, require_decompositions
+from mechsvd.linalg.decomposition import (
+    Decomposition,
+    require_decompositions,
+    require_directions,
+)
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import (
@@ -50,7 +54,7 @@ class Ranking(Result):
     """What each direction is worth to a task: its effect when removed, and its singular value.
 
     Attributes:
-        singular_values: in the units of the residual stream.
+        singular_values: in the units of the residual stream; NaN for a basis without any.
         measurement: row j has direction j removed from every write.
         bases: with one basis per site or layer, the name of each; a direction is then removed at
             the sites of its basis only. Empty for a single basis.
@@ -73,6 +77,8 @@ class Ranking(Result):
             )
 
     def _require_values(self) -> None:
+        if self.singular_values.isnan().all():
+            return
         require_finite(self, "singular_values")
         require_between(self, ["singular_values"], 0)
         if not self.bases:
@@ -117,7 +123,9 @@ class Ranking(Result):
         return self.correlation("effect")
 
     def correlation(self, by: str = "kl_divergence") -> float:
-        """Spearman's correlation of the damage and the singular value; NaN below two directions.
+        """Spearman's correlation of the damage and the singular value.
+
+        It is NaN below two directions, and for a basis without singular values.
 
         Args:
             by: as in `order_by_effect`, or "size" for the size of the signed effect.
@@ -230,7 +238,7 @@ class Rankings(OverTexts):
 def rank_directions(
     model: Model,
     task: Task,
-    svd: Decomposition | Sequence[Decomposition],
+    svd: Bases,
     *,
     metric: AnyMetric | None = None,
     baseline: Baseline | None = None,
@@ -241,7 +249,7 @@ def rank_directions(
 def rank_directions(
     model: Model,
     task: Sequence[Task],
-    svd: Decomposition | Sequence[Decomposition],
+    svd: Bases,
     *,
     metric: AnyMetric | None = None,
     baseline: Baseline | None = None,
@@ -252,7 +260,7 @@ def rank_directions(
 def rank_directions(
     model: Model,
     task: Task | Sequence[Task],
-    svd: Decomposition | Sequence[Decomposition],
+    svd: Bases,
     *,
     metric: AnyMetric | None = None,
     baseline: Baseline | None = None,
@@ -266,8 +274,8 @@ def rank_directions(
 
     Args:
         task: one text, or a list of texts.
-        svd: the directions; or one decomposition per layer or site, where each direction is
-            removed at the sites of its own basis only.
+        svd: the directions, of a decomposition, a subspace or a tensor "d_model rank"; or one basis
+            per layer or site, where each direction is removed at the sites of its own only.
         metric: what the effect is measured in; the log-probability by default. See `Metric`.
         baseline: what a removed part is replaced by, 0 by default (zero ablation); see `gate`.
         after: directions of a single basis that are removed as well in every row; effects are
@@ -281,7 +289,7 @@ def rank_directions(
     Raises:
         TypeError, KeyError, ValueError: as `measure`; or a decomposition without directions.
     """
-    bases = require_decompositions(svd)
+    bases = require_directions(svd)
     require_baseline(baseline, bases[0].d_model, bases[0].source)
     several = is_several(svd)
     removed = _removed(bases, several, after)

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
-from mechsvd.edits.bases import is_several, site_gates
+from mechsvd.edits.bases import Bases, is_several, site_gates
 from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.measurement import Measurement, concatenate
 from mechsvd.engine.passes import measure
@@ -19,7 +19,7 @@ from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.experiments.intervals import summary
 from mechsvd.fields import require_between, require_declared, require_length
-from mechsvd.linalg.decomposition import Decomposition, joint_source, require_decompositions
+from mechsvd.linalg.decomposition import joint_source, require_directions
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import OverTexts, Provenance, Result, result
@@ -115,7 +115,7 @@ class RankSweeps(OverTexts):
 def sweep_rank(
     model: Model,
     task: Task,
-    svd: Decomposition | Sequence[Decomposition],
+    svd: Bases,
     ranks: Iterable[int] | Int[Tensor, " edit"] | None = None,
     order: Iterable[int] | Int[Tensor, " rank"] | None = None,
     *,
@@ -126,7 +126,7 @@ def sweep_rank(
 def sweep_rank(
     model: Model,
     task: Sequence[Task],
-    svd: Decomposition | Sequence[Decomposition],
+    svd: Bases,
     ranks: Iterable[int] | Int[Tensor, " edit"] | None = None,
     order: Iterable[int] | Int[Tensor, " rank"] | None = None,
     *,
@@ -137,7 +137,7 @@ def sweep_rank(
 def sweep_rank(
     model: Model,
     task: Task | Sequence[Task],
-    svd: Decomposition | Sequence[Decomposition],
+    svd: Bases,
     ranks: Iterable[int] | Int[Tensor, " edit"] | None = None,
     order: Iterable[int] | Int[Tensor, " rank"] | None = None,
     *,
@@ -148,8 +148,9 @@ def sweep_rank(
 
     Args:
         task: one text, or a list of texts.
-        svd: the directions; or one decomposition per layer or site
-            (`decompose(writes, per="site")`), where each write keeps the first k of its own basis.
+        svd: the directions, of a decomposition, a subspace or a tensor "d_model rank"; or one basis
+            per layer or site (`decompose(writes, per="site")`), where each write keeps the first k
+            of its own.
         ranks: numbers of directions to keep; 0 to all of them by default.
         order: a permutation of the directions; the first ones are kept first. By default, by
             falling singular value.
@@ -165,7 +166,7 @@ def sweep_rank(
         ValueError: a rank below 0 or above the number of directions, or an order that is not a
             permutation.
     """
-    bases = require_decompositions(svd)
+    bases = require_directions(svd)
     sizes = tuple(one.rank for one in bases)
     chosen = _valid_ranks(max(sizes), ranks)
     permutation = _valid_order(sum(sizes), order)

@@ -354,6 +354,30 @@ def require_decompositions(svd: Any) -> tuple[Decomposition, ...]:
     return bases
 
 
+def require_directions(bases: Any) -> tuple[Decomposition, ...]:
+    """Take one basis, or one per layer or site, where only its directions are used.
+
+    Returns:
+        Decompositions; those of a subspace or a tensor have NaN for singular values.
+
+    Raises:
+        TypeError, ValueError: anything else, or no directions at all.
+    """
+    several = isinstance(bases, list | tuple)
+    listed = tuple(bases) if several else (bases,)
+    made = [_unmeasured(one) if isinstance(one, Subspace | Tensor) else one for one in listed]
+    return require_decompositions(tuple(made) if several else made[0])
+
+
+def _unmeasured(basis: Subspace | Tensor) -> Decomposition:
+    """Directions whose sizes are not known, as a decomposition."""
+    subspace = basis if isinstance(basis, Subspace) else Subspace(basis)
+    directions = subspace.basis.to(at_least_single(subspace.basis.dtype))
+    unknown = directions.new_full((subspace.rank,), torch.nan)
+    left = directions.new_empty(0, 0, subspace.rank)
+    return Decomposition(unknown, directions, left, source=subspace.source)
+
+
 def kept_directions(svd: Decomposition, kept: Any) -> Int[Tensor, " direction"]:
     """Take the numbers of some directions, or how many of the first, as numbers.
 
