@@ -24,9 +24,7 @@ ROWS = {
     # what is no task
     "ms.sweep_rank(model, 'text', svd)": "TypeError: A task is needed, but this is str 'text'",
     "len(ms.measure(model, [task, task], [ms.chain()]))": 2,
-    "ms.collect_writes(model, 'I believe')": "TypeError: A task is needed, but this is str 'I believe'",
     "ms.collect_writes(model, None)": "TypeError: A task is needed, but this is NoneType",
-    "ms.collect_writes(model, [task, 'I believe'])": "TypeError: Task 1 is str 'I believe'",
     "ms.Task(tokens=[1, 2, 3], prompt_length=1)": "TypeError: `tokens` must be a tensor of token ids, but is list",
     "ms.Task(tokens=torch.tensor([0.5, 1.0]), prompt_length=1)": "TypeError: `tokens` must be token ids (whole numbers)",
     "ms.Task(tokens=torch.tensor([[0, 5]]), prompt_length=1)": "ValueError: `tokens` must have one axis, [pos], but their shape is [1, 2]",
@@ -40,6 +38,8 @@ ROWS = {
     "ms.collect_writes(model, task, layers='0')": "KeyError: No layers ['0']",
     "ms.collect_writes(model, task, layers=True)": "KeyError: No layers [True]",
     "ms.collect_writes(model, task, missing='ignore')": "ValueError: `missing` is 'ignore'",
+    "ms.collect_writes(model, '')": "ValueError: `prompt` is empty",
+    "ms.collect_writes(model, [task, 3])": "TypeError: Task 1 is int '3'",
     "ms.collect_writes(model, task, positions=3.5)": "TypeError: `positions` is 3.5; give a whole number, a list or range",
     "ms.collect_writes(model, task, positions='first')": "TypeError: `positions` is 'first', but the only word is 'last'",
     "ms.collect_writes(model, task, positions=[1.5])": "TypeError: `positions` must be whole numbers, but holds 1.5",

@@ -14,6 +14,7 @@ from mechsvd.engine.metrics import (
 )
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.model.sites import Site
+from mechsvd.model.tasks import APART
 from mechsvd.results import OverTexts, Provenance, Result, result
 
 _BY_EDIT = ("log_probs", "is_greedy", "orig_deltas", "kept_deltas")
@@ -187,13 +188,17 @@ class Measurement(Result):
         """One row per edit and scored token.
 
         Columns: edit, position, token, log_prob, clean_log_prob, is_greedy, kl_divergence. The
-        position is that of the token in the text; token is NaN where the source is not known.
+        position is that of the token in the text, one after its prediction; token is NaN where it
+        is not known: without a source, or for targets apart from the tokens.
         """
         import pandas as pd
 
         edits, scored = self.log_probs.shape
         tokens = self.source.tokens[0] if self.source and self.source.tokens else ()
-        places = range(len(tokens) - scored, len(tokens)) if tokens else range(scored)
+        is_apart = self.source is not None and APART in self.source.notes
+        end = len(tokens) + is_apart if tokens else scored
+        places = range(end - scored, end)
+        names = [tokens[p] if tokens and not is_apart else torch.nan for p in places]
         clean = (self if self.clean is None else self.clean).log_probs.expand(edits, -1)
         unknown = torch.full_like(self.log_probs, torch.nan)
         divergences = unknown if self.kl_divergences is None else self.kl_divergences
@@ -201,7 +206,7 @@ class Measurement(Result):
             {
                 "edit": [i for i in range(edits) for _ in range(scored)],
                 "position": [*places] * edits,
-                "token": [tokens[p] if tokens else torch.nan for p in places] * edits,
+                "token": names * edits,
                 "log_prob": self.log_probs.flatten().numpy(),
                 "clean_log_prob": clean.flatten().numpy(),
                 "is_greedy": self.is_greedy.flatten().numpy(),

@@ -296,7 +296,7 @@ def _ids(model: Model, task: Task, tokens: Any, name: str) -> Int[Tensor, " toke
         raise ValueError(f"`{name}` of a logit difference is empty; give at least one token.")
     if wrong := [token for token in ids if not is_whole(token, 0)]:
         raise TypeError(f"`{name}` must be a text or token ids, but holds {wrong[0]!r:.40}.")
-    require_known(model, torch.tensor(ids))
+    require_known(model, torch.tensor(ids), as_outputs=True)
     return torch.tensor(ids)
 
 

@@ -27,7 +27,7 @@ from mechsvd.model.sites import (
     Where,
     where_of,
 )
-from mechsvd.model.tasks import Task, require_fitting
+from mechsvd.model.tasks import APART, Task, require_fitting
 from mechsvd.results import Provenance
 
 
@@ -129,6 +129,8 @@ class Session:
     ) -> Provenance:
         """The model, its state, the tokens of the tasks, and which user hooks took part."""
         chosen = self.tasks if tasks is None else tasks
+        if any(task.targets is not None for task in chosen):
+            notes = (*notes, APART)
         tokens = tuple(tuple(task.tokens.tolist()) for task in chosen)
         return provenance_of(
             self.model, tokens, tuple(sites), (*self.notes, *self.other_hooks.notes, *notes)

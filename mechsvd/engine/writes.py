@@ -17,6 +17,7 @@ from mechsvd.fields import require_between, require_declared, require_finite, re
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import COMPONENTS, Hook, Model, Site
 from mechsvd.model.tasks import Task, as_tasks
+from mechsvd.model.tokenization import pieces_of, prompt_tokens
 from mechsvd.results import Provenance, Result, result
 
 
@@ -138,7 +139,7 @@ class Writes(Result):
 @runs_model(RunOptions)
 def collect_writes(
     model: Model,
-    tasks: Task | Sequence[Task],
+    tasks: Task | str | Sequence[Task | str],
     *,
     skip_bos: bool = False,
     **options: Unpack[RunOptions],
@@ -150,7 +151,8 @@ def collect_writes(
     top direction.
 
     Args:
-        tasks: one or more; those of the same length run together, without padding.
+        tasks: one or more, or texts, of which nothing needs to be scored; those of the same length
+            run together, without padding.
         skip_bos: leave out the BOS token.
         options: see `RunOptions` (layers, components, at, positions, batch_size, …).
             `components=("attn",)` gives the shortform's first, attention-only diagrams. With `at`,
@@ -164,7 +166,7 @@ def collect_writes(
             or inf in the writes.
         KeyError: an unknown layer or component.
     """
-    chosen = as_tasks(tasks)
+    chosen = as_tasks(_read(model, tasks))
     with open_session(model, chosen, **options) as session:
         sites = session.sites
         kept = [_kept_positions(session, task, skip_bos) for task in chosen]
@@ -187,6 +189,23 @@ def collect_writes(
         else (),
         source=source,
     )
+
+
+def _read(model: Model, tasks: Any) -> Any:
+    """Texts as tasks; everything else as it is."""
+    if isinstance(tasks, str):
+        return [_text(model, tasks)]
+    if isinstance(tasks, Iterable) and not isinstance(tasks, Task):
+        return [_text(model, one) if isinstance(one, str) else one for one in tasks]
+    return tasks
+
+
+def _text(model: Model, text: str) -> Task:
+    """The task of a text; which of its tokens count as scored plays no part in its writes."""
+    ids = prompt_tokens(model, text)
+    tokens = torch.tensor(ids)
+    targets = None if len(ids) > 1 else tokens
+    return Task(tokens, max(1, len(ids) - 1), pieces_of(model, ids), targets=targets)
 
 
 def _among(name: str, chosen: Any) -> Callable[[Any], bool]:

@@ -35,7 +35,7 @@ def random_tokens(model: Model, task: Task, seed: int = 0) -> Task:
     and padding rows of the vocabulary beyond the tokenizer's, are left out.
 
     Returns:
-        A task of the same length, `prompt_length` and name, without a choice.
+        A task of the same length, `prompt_length`, targets and name, without a choice.
 
     Raises:
         TypeError, ValueError: a task that does not fit the model, or no tokens to draw from.
@@ -46,7 +46,7 @@ def random_tokens(model: Model, task: Task, seed: int = 0) -> Task:
     if int(task.tokens[0]) == getattr(model.tokenizer, "bos_token_id", None):
         tokens[0] = task.tokens[0]
     pieces = () if model.tokenizer is None else pieces_of(model, tokens.tolist())
-    return Task(tokens, task.prompt_length, pieces, name=task.name)
+    return Task(tokens, task.prompt_length, pieces, name=task.name, targets=task.targets)
 
 
 def _ordinary_tokens(model: Model) -> Int[Tensor, " token"]:

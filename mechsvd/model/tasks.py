@@ -33,6 +33,8 @@ SHORTFORM_PROMPTS: dict[str, str] = {
     ),
 }
 
+APART = "targets apart from the tokens"  # a note for the provenance
+
 
 @result
 class Task(Result):
@@ -44,6 +46,15 @@ class Task(Result):
         pieces: the text of each token, for display; empty when made from bare tokens.
         right, wrong: tokens that a logit difference compares; empty where there is no choice.
         name: of the text, if it has one.
+        targets: what is scored, where that is no text that the model reads: an answer at the last
+            position, such as the sum in modular addition. `tokens` then holds inputs only, and the
+            targets are predicted at the last positions, so
+            `prompt_length = len(tokens) - len(targets) + 1`. None if the tokens hold them.
+
+    Example:
+        >>> sum_of = Task(torch.tensor([3, 4, 113]), prompt_length=3, targets=torch.tensor([7]))
+        >>> sum_of.continuation.tolist(), sum_of.scored
+        ([7], slice(2, 3, None))
 
     Raises:
         TypeError: the tokens are not whole numbers.
@@ -56,27 +67,12 @@ class Task(Result):
     right: tuple[int, ...] = ()
     wrong: tuple[int, ...] = ()
     name: str = ""
+    targets: Int[Tensor, " scored"] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, Tensor):
-            raise TypeError(
-                f"`tokens` must be a tensor of token ids, but is {type(self.tokens).__name__}; "
-                "wrap it in torch.tensor."
-            )
-        if (
-            self.tokens.is_floating_point()
-            or self.tokens.is_complex()
-            or self.tokens.dtype == torch.bool
-        ):
-            raise TypeError(
-                "`tokens` must be token ids (whole numbers), "
-                f"but their dtype is {self.tokens.dtype}."
-            )
-        if self.tokens.ndim != 1:
-            raise ValueError(
-                "`tokens` must have one axis, [pos], "
-                f"but their shape is {list(self.tokens.shape)}; pass one row."
-            )
+        _require_ids("tokens", self.tokens)
+        if self.targets is not None:
+            _require_ids("targets", self.targets)
         if not is_whole(self.prompt_length, 1):
             raise ValueError(
                 f"`prompt_length` is {self.prompt_length!r}, "
@@ -90,14 +86,22 @@ class Task(Result):
                 f"`pieces` has {len(self.pieces)} texts for {len(self.tokens)} tokens; "
                 "give one for each, or none."
             )
-        if self.prompt_length >= len(self.tokens):
+        if self.targets is not None:
+            inputs, count = len(self.tokens), len(self.targets)
+            if not 1 <= count <= inputs or self.prompt_length != inputs - count + 1:
+                raise ValueError(
+                    f"{count} `targets` are predicted at the last positions of {inputs} tokens, so "
+                    f"`prompt_length` must be {inputs - count + 1}, but is {self.prompt_length}."
+                )
+        elif self.prompt_length >= len(self.tokens):
             raise ValueError(
                 f"Nothing to score: `prompt_length` is {self.prompt_length} of {len(self.tokens)} "
-                "tokens; the continuation needs at least one."
+                "tokens; the continuation needs at least one. Targets that are no inputs are "
+                "given as `targets`."
             )
 
     def _require_values(self) -> None:
-        require_between(self, ["tokens", "right", "wrong"], 0)
+        require_between(self, ["tokens", "right", "wrong", "targets"], 0)
 
     @classmethod
     def from_text(
@@ -196,12 +200,12 @@ class Task(Result):
     @property
     def continuation(self) -> Int[Tensor, " scored"]:
         """The scored tokens."""
-        return self.tokens[self.prompt_length :]
+        return self.tokens[self.prompt_length :] if self.targets is None else self.targets
 
     @property
     def scored(self) -> slice:
         """Positions whose logits predict the continuation, each one before its token."""
-        return slice(self.prompt_length - 1, len(self.tokens) - 1)
+        return slice(self.prompt_length - 1, self.prompt_length - 1 + len(self.continuation))
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -210,15 +214,17 @@ class Task(Result):
 
     def text(self) -> tuple[str, str]:
         """The prompt and the continuation as text, from the pieces."""
+        if self.targets is not None:
+            return "".join(self.texts), "".join(f"[{i}]" for i in self.targets.tolist())
         return "".join(self.texts[: self.prompt_length]), "".join(self.texts[self.prompt_length :])
 
     def to_pandas(self) -> Any:
-        """One row per token."""
+        """One row per token that the model reads."""
         import pandas as pd
 
         count = len(self.tokens)
         pieces: list[str | None] = [*self.pieces] or [None] * count
-        scored = [i >= self.prompt_length for i in range(count)]
+        scored = [i >= self.prompt_length and self.targets is None for i in range(count)]
         return pd.DataFrame(
             {
                 "position": range(count),
@@ -278,19 +284,41 @@ def require_fitting(model: Model, task: Task) -> None:
             f"but the model's context holds {model.cfg.n_ctx}; shorten it."
         )
     require_known(model, task.tokens)
+    require_known(model, task.continuation, as_outputs=True)
     warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0])
 
 
-def require_known(model: Model, tokens: Int[Tensor, " pos"]) -> None:
-    """Refuse token ids that the model does not have.
+def require_known(model: Model, tokens: Int[Tensor, " pos"], as_outputs: bool = False) -> None:
+    """Refuse token ids that the model does not have, or does not predict.
 
     Raises:
         ValueError: naming the range that it has.
     """
     low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= model.cfg.d_vocab:
+    count = model.cfg.d_vocab
+    if as_outputs and getattr(model.cfg, "d_vocab_out", -1) > 0:
+        count = min(count, model.cfg.d_vocab_out)
+    if low < 0 or high >= count:
+        verb = "has" if count == model.cfg.d_vocab else "predicts"
         raise ValueError(
-            f"Token ids run from {low} to {high}, but the model has 0 to {model.cfg.d_vocab - 1}."
+            f"Token ids run from {low} to {high}, but the model {verb} 0 to {count - 1}."
+        )
+
+
+def _require_ids(name: str, ids: Any) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(
+            f"`{name}` must be a tensor of token ids, but is {type(ids).__name__}; "
+            "wrap it in torch.tensor."
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(
+            f"`{name}` must be token ids (whole numbers), but their dtype is {ids.dtype}."
+        )
+    if ids.ndim != 1:
+        raise ValueError(
+            f"`{name}` must have one axis, [pos], but their shape is {list(ids.shape)}; "
+            "pass one row."
         )
 
 
