@@ -13,7 +13,7 @@ from mechsvd.figures.spectra import (
     singular_values,
     writer_map,
 )
-from mechsvd.figures.style import save_image
+from mechsvd.figures.style import data, save_image
 from mechsvd.figures.subspaces import overlap_anchors, overlap_map, pooled_spectrum
 from mechsvd.figures.sweeps import (
     clip_and_ridge,
@@ -32,5 +32,5 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "race_of_orders", "margins", "clip_and_ridge", "dose_response", "baseline_correlations",
     "held_out", "contrast_map", "overlap_anchors",
     "hessian_spectrum", "estimate_errors", "accumulated_scores", "overlap_map", "pooled_spectrum",
-    "save_image",
+    "data", "save_image",
 ]  # fmt: skip

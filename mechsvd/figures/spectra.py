@@ -1,53 +1,65 @@
 """Plotly figures of spectra and of the writers of directions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
 from mechsvd.engine.writes import Writes
 from mechsvd.figures.display import label
-from mechsvd.figures.style import EDITED, UNITS, empty_figure, heat_map, line, shades
+from mechsvd.figures.style import (
+    UNITS,
+    by_name,
+    colours_of,
+    empty_figure,
+    heat_map,
+    line,
+    shades,
+)
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.results import require_kind, require_same_model
 
 
-def singular_values(svd: Decomposition, *, log: bool = False) -> go.Figure:
-    """Singular values, descending; `log` makes the axis logarithmic."""
-    require_kind(svd, Decomposition)
+def singular_values(
+    svd: Decomposition | Mapping[str, Decomposition], *, log: bool = False
+) -> go.Figure:
+    """Singular values, descending; `log` makes the axis logarithmic.
+
+    Args:
+        svd: one, or several by name.
+    """
+    svds = by_name(svd, Decomposition, "σ")
     figure = empty_figure(
         "Singular values of all writes", "direction", f"singular value ({UNITS})", log_y=log
     )
-    figure.add_trace(
-        line(
-            range(svd.rank),
-            svd.singular_values,
-            "σ",
-            EDITED,
-            hover="direction %{x}<br>σ = %{y:.4g}",
+    for colour, (name, one) in colours_of(svds):
+        which = f"{label(name)}<br>" if len(svds) > 1 else ""
+        hover = f"{which}direction %{{x}}<br>σ = %{{y:.4g}}"
+        figure.add_trace(
+            line(range(one.rank), one.singular_values, label(name), colour, hover=hover)
         )
-    )
-    return figure
+    return figure.update_layout(showlegend=len(svds) > 1)
 
 
-def cumulative_singular_values(svd: Decomposition) -> go.Figure:
-    """Cumulative sum of the singular values against a logarithmic axis of directions."""
-    require_kind(svd, Decomposition)
-    sums = svd.singular_values.cpu().double().cumsum(0)
+def cumulative_singular_values(svd: Decomposition | Mapping[str, Decomposition]) -> go.Figure:
+    """Cumulative sum of the singular values against a logarithmic axis of directions.
+
+    Args:
+        svd: one, or several by name.
+    """
+    svds = by_name(svd, Decomposition, "Σσ")
     figure = empty_figure(
         "Cumulative sum of singular values",
         "directions (log axis)",
         f"sum of singular values ({UNITS})",
         log_x=True,
     )
-    trace = line(
-        range(1, svd.rank + 1),
-        sums,
-        "Σσ",
-        EDITED,
-        hover="first %{x} directions<br>Σσ = %{y:.4g} (%{customdata:.1%})",
-    )
-    figure.add_trace(trace.update(customdata=(sums / sums[-1]).numpy() if len(sums) else None))
-    return figure
+    for colour, (name, one) in colours_of(svds):
+        sums = one.singular_values.cpu().double().cumsum(0)
+        which = f"{label(name)}<br>" if len(svds) > 1 else ""
+        hover = f"{which}first %{{x}} directions<br>Σσ = %{{y:.4g}} (%{{customdata:.1%}})"
+        trace = line(range(1, one.rank + 1), sums, label(name), colour, hover=hover)
+        figure.add_trace(trace.update(customdata=(sums / sums[-1]).numpy() if len(sums) else None))
+    return figure.update_layout(showlegend=len(svds) > 1)
 
 
 def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:

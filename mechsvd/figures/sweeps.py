@@ -18,10 +18,13 @@ from mechsvd.figures.style import (
     DISTINCT,
     EDITED,
     UNITS,
+    by_name,
+    colours_of,
     empty_figure,
     heat_map,
     line,
     with_clean,
+    with_clean_of,
 )
 from mechsvd.results import require_kind, require_same_model
 
@@ -37,10 +40,11 @@ def probability(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
     """Probability of the continuation against the number of kept directions.
 
     Args:
-        sweep: one, or several by name, such as those with directions of other texts.
+        sweep: one, or several by name: of directions of other texts, or of other prompts, models or
+            layers, each with its own clean value.
 
     Raises:
-        TypeError, ValueError: no sweep, or sweeps of different models.
+        TypeError, ValueError: no sweep.
     """
     figure = empty_figure(
         "Generation probability", "kept directions", "probability of the continuation"
@@ -55,7 +59,7 @@ def surprise(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
         sweep: see `probability`.
 
     Raises:
-        TypeError, ValueError: no sweep, or sweeps of different models.
+        TypeError, ValueError: no sweep.
     """
     figure = empty_figure(
         "Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True
@@ -69,15 +73,9 @@ def _curves(
     values: Callable[[Measurement], Tensor],
     hover: str,
 ) -> go.Figure:
-    """Draw a value of each sweep, and the clean value of the first."""
-    sweeps = dict(sweep) if isinstance(sweep, Mapping) else {"clipped": sweep}
-    if not sweeps:
-        raise ValueError("There are no sweeps to draw; give at least one, by its name.")
-    first = next(iter(sweeps.values()))
-    colours = [EDITED] if len(sweeps) == 1 else cycle(DISTINCT)
-    for colour, (name, one) in zip(colours, sweeps.items(), strict=False):
-        require_kind(one, RankSweep)
-        require_same_model(first.source, one.source, "The sweeps")
+    """Draw a value of each sweep, and its clean value."""
+    sweeps = by_name(sweep, RankSweep, "clipped")
+    for colour, (name, one) in colours_of(sweeps):
         which = f"{label(name)}<br>" if len(sweeps) > 1 else ""
         figure.add_trace(
             line(
@@ -88,36 +86,41 @@ def _curves(
                 hover=f"{which}k = %{{x}}<br>{hover}",
             )
         )
-    figure = with_clean(figure, values(first.measurement.clean_run))
-    return figure.update_layout(showlegend=True) if len(sweeps) > 1 else figure
+    cleans = {name: values(one.measurement.clean_run) for name, one in sweeps.items()}
+    return with_clean_of(figure, cleans).update_layout(showlegend=len(sweeps) > 1)
 
 
-def deltas(sweep: RankSweep) -> go.Figure:
-    """Sizes of attempted (orig_delta) and kept (kept_delta) writes by number of kept directions."""
-    require_kind(sweep, RankSweep)
+def deltas(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
+    """Sizes of attempted (orig_delta) and kept (kept_delta) writes by number of kept directions.
+
+    Args:
+        sweep: see `probability`; of several sweeps, attempted writes are dotted.
+    """
+    sweeps = by_name(sweep, RankSweep, "")
     figure = empty_figure(
         "Attempted and kept writes", "kept directions", f"root-mean-square write ({UNITS})"
     )
-    measured = sweep.measurement
-    figure.add_trace(
-        line(
-            sweep.ranks,
+    for colour, (name, one) in colours_of(sweeps):
+        which, measured = f"{label(name)}: " if name else "", one.measurement
+        attempted = line(
+            one.ranks,
             measured.orig_delta,
-            "orig_delta",
-            ATTEMPTED,
-            hover="k = %{x}<br>attempted %{y:.4g}",
+            f"{which}orig_delta",
+            colour if name else ATTEMPTED,
+            hover=f"{which}k = %{{x}}<br>attempted %{{y:.4g}}",
         )
-    )
-    figure.add_trace(
-        line(
-            sweep.ranks,
-            measured.kept_delta,
-            "kept_delta",
-            EDITED,
-            hover="k = %{x}<br>kept %{y:.4g}",
+        figure.add_trace(attempted.update(line={"dash": "dot"} if name else {}))
+        figure.add_trace(
+            line(
+                one.ranks,
+                measured.kept_delta,
+                f"{which}kept_delta",
+                colour,
+                hover=f"{which}k = %{{x}}<br>kept %{{y:.4g}}",
+            )
         )
-    )
-    return with_clean(figure, measured.clean_run.orig_delta).update_layout(showlegend=True)
+    cleans = {name: one.measurement.clean_run.orig_delta for name, one in sweeps.items()}
+    return with_clean_of(figure, cleans).update_layout(showlegend=True)
 
 
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
@@ -146,15 +149,12 @@ def metric(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
         sweep: see `probability`.
 
     Raises:
-        TypeError, ValueError: no sweep, or sweeps of different models or metrics.
+        TypeError, ValueError: no sweep, or sweeps of different metrics.
     """
-    sweeps = list(sweep.values()) if isinstance(sweep, Mapping) else [sweep]
-    for one in sweeps:
-        require_kind(one, RankSweep)
+    sweeps = [*by_name(sweep, RankSweep, "clipped").values()]
     if len(metrics := {one.measurement.metric for one in sweeps}) > 1:
         raise ValueError(f"The sweeps measure different metrics: {sorted(metrics)}.")
-    measured = sweeps[0].measurement if sweeps else None
-    name, unit = (label(measured.metric), label(measured.unit)) if measured else ("", "")
+    name, unit = label(sweeps[0].measurement.metric), label(sweeps[0].measurement.unit)
     figure = empty_figure(
         name.replace("_", " ").capitalize(), "kept directions", f"{name} ({unit})" if unit else name
     )
