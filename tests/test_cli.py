@@ -42,10 +42,36 @@ def data(out):
 def test_reproduce_writes_a_page_that_needs_no_network(report):
     page = (report / "report.html").read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", page)
-    assert page.count('class="plotly-graph-div"') == 3 * 20 + 4
+    assert page.count('class="figure"') == 3 * 20 + 4 + 4  # of each prompt; of all, two kinds
     for name, prompt in PROMPTS.items():
         assert f'id="{name}"' in page
         assert prompt.split("\n")[0].split(" => ")[0] in page
+
+
+def test_figures_are_data_that_the_script_draws_and_one_text_is_chosen(report):
+    page = (report / "report.html").read_text()
+    figures = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert len(figures) == page.count('class="figure"')
+    for content in figures:
+        assert "<" not in content
+        figure = json.loads(content)
+        assert figure["data"]
+        assert not figure["layout"]["template"]  # the page has it once
+    assert page.count("const TEMPLATE") == 1
+    options = re.findall(r'<option value="([^"]+)">', page)
+    assert options == [*PROMPTS]
+    for name in PROMPTS:
+        assert page.count(f'data-prompt="{name}"') == 20
+    assert "prefers-color-scheme:dark" in page
+    assert "@media print" in page
+
+
+def test_the_page_says_when_where_and_by_which_command_it_was_made(report):
+    page = (report / "report.html").read_text()
+    for part in (r"<th>date</th><td>20\d\d-", r"<th>device</th><td>", r"<th>command</th><td>\S"):
+        assert re.search(part, page)
+    assert "The embedded model is a Llama of six layers" in page
+    assert 'href="https://www.lesswrong.com/users/tailcalled"' in page
 
 
 def test_the_page_names_the_model_and_its_self_check(report):

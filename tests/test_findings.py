@@ -345,5 +345,5 @@ def test_many_prompts_have_pages_of_their_own_and_sentences_of_their_spread(
         assert str(own.relative_to(tmp_path)) in content
         assert "../plotly.min.js" in own.read_text()
         assert len(own.read_text()) < 2_000_000
-    assert content.count('class="plot"') == 2
+    assert content.count('class="plot"') == 4
     assert page.stat().st_size < 8_000_000

@@ -1,23 +1,12 @@
 """A self-contained HTML page: headings, figures in a grid, tables."""
 
+import json
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mechsvd.figures.display import escape, file_name, label
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222}
-h1{font-size:1.7rem;margin-bottom:.2rem}h2{margin-top:3rem;border-bottom:1px solid #ccc;padding-bottom:.3rem}
-.text{white-space:pre-wrap;background:#f6f6f4;border-left:4px solid #1f5fa8;padding:.6rem .9rem;border-radius:3px;margin:.6rem 0}
-.text b{font-weight:400;background:#dcebfa;unicode-bidi:isolate}.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:1rem}
-.plot{height:400px;min-width:0;overflow:hidden}.original{color:#555;margin:.3rem 0}.measured{font-weight:600;margin:.3rem 0 1rem}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;text-align:left;vertical-align:top}
-tr+tr{border-top:1px solid #e5e5e5}td{font-variant-numeric:tabular-nums}nav a{margin-right:1rem}
-.written{table-layout:fixed;width:100%}.written td{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem}
-.written th:first-child{width:9rem}.written div{max-height:10.5rem;overflow:auto}.written .start{color:#777}
-.same{background:#e4f2e4}footer{margin-top:3rem;color:#666;font-size:.9rem}
-"""
 
 
 def page(title: str, body: str, *, cdn: bool, plotly_file: str | None = None) -> str:
@@ -38,10 +27,32 @@ def page(title: str, body: str, *, cdn: bool, plotly_file: str | None = None) ->
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<style>{_STYLE}</style>{plotly}</head><body>
+<meta name="viewport" content="width=device-width">
+<style>{_part("page.css")}</style>{plotly}</head><body>
 {body}
+<script>const TEMPLATE = {_looks()};
+{_part("page.js")}</script>
 </body></html>
 """
+
+
+def _part(name: str) -> str:
+    """The style or the script of all pages."""
+    return files("mechsvd.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _looks() -> str:
+    """The template of all figures, which a page holds once."""
+    import plotly.io as pio
+
+    from mechsvd.figures.style import TEMPLATE
+
+    return _in_script(json.dumps(pio.templates[TEMPLATE].to_plotly_json()))
+
+
+def _in_script(text: str) -> str:
+    """JSON that cannot end the script that it stands in."""
+    return text.replace("<", "\\u003c")
 
 
 def heading(name: str, title: str, what: str, original: str, measured: str) -> str:
@@ -57,21 +68,33 @@ def grid(plots: Sequence[str]) -> str:
     return f'<div class="grid">{"".join(plots)}</div>\n'
 
 
-def plot(name: str, prompt: str, figure: Any) -> str:
-    """One figure; the prompt's name begins its title and its id."""
-    from plotly.io import to_html
+def plot(name: str, prompt: str, figure: Any, *, wide: bool = False) -> str:
+    """One figure, which the page's script draws when it comes into view.
 
+    Args:
+        prompt: its name begins the title and the id, and the figure is shown when it is chosen.
+        wide: over the whole width.
+    """
     if prompt:
         figure.update_layout(title_text=f"{label(prompt)}: {figure.layout.title.text}")
         name = f"{file_name(prompt)}-{name}"
-    body = to_html(
-        figure,
-        include_plotlyjs=False,
-        full_html=False,
-        div_id=name,
-        config={"displaylogo": False, "responsive": True},
+    figure.update_layout(template=None)
+    kind = "plot wide" if wide else "plot"
+    chosen = f' data-prompt="{file_name(prompt)}"' if prompt else ""
+    return (
+        f'<div class="{kind}"{chosen}><div class="figure" id="{name}"></div>'
+        f'<script type="application/json">{_in_script(figure.to_json())}</script></div>'
     )
-    return f'<div class="plot">{body}</div>'
+
+
+def chooser(names: Sequence[str]) -> str:
+    """The bar that chooses whose figures are shown; nothing for one text."""
+    if len(names) < 2:
+        return ""
+    options = "".join(
+        f'<option value="{file_name(name)}">{escape(name)}</option>' for name in names
+    )
+    return f'<div class="bar"><label>Figures of one text: <select id="choice">{options}</select></label></div>'
 
 
 def write_plotly(path: Path) -> None:
@@ -81,10 +104,17 @@ def write_plotly(path: Path) -> None:
     path.write_text(get_plotlyjs(), encoding="utf-8")
 
 
-def table(rows: Mapping[str, Sequence[str]]) -> str:
-    """A table whose rows begin with a heading."""
+def table(rows: Mapping[str, Sequence[str]], head: Sequence[str] = ()) -> str:
+    """A table whose rows begin with a heading.
+
+    Args:
+        head: of the columns, the first one included; it stays in view.
+    """
     body = "".join(
         f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
         for key, values in rows.items()
     )
-    return f"<table>{body}</table>"
+    if not head:
+        return f"<table>{body}</table>"
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,6 +1,9 @@
 """The page of a study, with its tables and results next to it."""
 
 import platform
+import shlex
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +15,7 @@ from mechsvd.figures.display import escape, file_name
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.report import findings
 from mechsvd.report.folders import DATA, replace_run
-from mechsvd.report.html import page, table, write_plotly
+from mechsvd.report.html import chooser, page, table, write_plotly
 from mechsvd.report.sections import (
     MANY,
     SECTIONS,
@@ -123,11 +126,13 @@ def _page(
 <a href="{data}"><code>{data}</code></a>. Probabilities are of the whole continuation. Logarithms
 are natural. Sizes are root-mean-square L2 norms over sites and positions.</footer>"""
     content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
-<p>The shortform's experiments on Llama-3-8B, repeated on this model. Each section says what the
-shortform saw. The text in bold says what was measured here.</p>{growing}
+<p>The experiments of tailcalled's <a href="https://www.lesswrong.com/users/tailcalled">shortform</a>
+on LessWrong (May 2024), which ran on Llama-3-8B, repeated on this model. Each section says what the
+shortform saw. The text in bold says what was measured here.{_about(source.model)}</p>{growing}
 <nav>{links}</nav>
 {told(comparison)}
 {_prompts(studies, data)}
+{chooser([s.name for s in studies]) if len(studies) <= MANY else ""}
 {body}
 <h2>Provenance</h2>
 {table({key: [value] for key, value in _provenance_rows(source, check, seconds).items()})}
@@ -148,20 +153,20 @@ def _write_pages(studies: Sequence[Study], folder: Path, cdn: bool) -> None:
 def _prompts(studies: Sequence[Study], data: str) -> str:
     """The texts and main numbers of the prompts; of many, as a table with links to their pages."""
     numbers = [findings.main_numbers(s) for s in studies]
+    names = [s.name for s in studies]
     if len(studies) <= MANY:
-        columns = table({"": [s.name for s in studies]} | _columns(numbers))
-        return "".join(prompt_text(s) for s in studies) + columns
+        rows = {key: [own[key] for own in numbers] for key in numbers[0]}
+        return "".join(prompt_text(s) for s in studies) + table(rows, ["", *names])
+    by_text = {name: list(own.values()) for name, own in zip(names, numbers, strict=True)}
+    whole = table(by_text, ["", *numbers[0]])
     links = "".join(
         f'<a href="{data}{file_name(s.name)}/{FIGURES}">{escape(s.name)}</a> '
         for s in studies
         if data
     )
-    rows = {"": list(numbers[0])} | {
-        s.name: list(own.values()) for s, own in zip(studies, numbers, strict=True)
-    }
     return (
         f"<details open><summary>One prompt at a time</summary><nav>{links}</nav></details>"
-        f"<details><summary>All numbers of {len(studies)} prompts</summary>{table(rows)}</details>"
+        f"<details><summary>All numbers of {len(studies)} prompts</summary>{whole}</details>"
     )
 
 
@@ -171,10 +176,20 @@ def _provenance_rows(source: Provenance, check: SelfCheck, seconds: float | None
         f"{torch.__version__}, {torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}"
     )
+    device = "CUDA: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    rows["device"] = f"{device} ({platform.processor() or platform.machine()})"
+    rows["date"] = time.strftime("%Y-%m-%d %H:%M %Z")
+    rows["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     rows["self-check"] = " ".join(repr(check).split())
     rows["notes"] = "; ".join(source.notes) or "none"
     return rows | ({"time": f"{seconds:.1f} s"} if seconds is not None else {})
 
 
-def _columns(numbers: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    return {key: [column[key] for column in numbers] for key in numbers[0]}
+def _about(model: str) -> str:
+    """What the embedded model is, on a page of it."""
+    return (
+        " The embedded model is a Llama of six layers and 128 dimensions that comes with mechsvd; it "
+        "was trained on texts of a small grammar."
+        if model == "mechsvd embedded"
+        else ""
+    )

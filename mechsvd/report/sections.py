@@ -25,7 +25,7 @@ class Section:
         original: what the shortform saw.
         measured: says what this model shows.
         figures: the figures of one prompt, by name.
-        together: a figure of all prompts, in place of theirs where there are many.
+        together: figures of all prompts, on one scale; where there are many, in place of theirs.
     """
 
     name: str
@@ -53,6 +53,11 @@ SECTIONS = (
             "layer_spectra": figures.layer_spectra(s.layers),
             "writers_of_direction_0": figures.writer_map(s.pooled, s.writes),
         },
+        lambda studies: {
+            "singular_values": _quiet(
+                figures.singular_values({s.name: s.pooled for s in studies}, log=True), studies
+            ),
+        },
     ),
     Section(
         "clipping",
@@ -75,6 +80,7 @@ SECTIONS = (
             "orig_deltas_by_site": figures.delta_map(s.sweep, kept=False),
         },
         lambda studies: {
+            "surprise": _quiet(figures.surprise({s.name: s.sweep for s in studies}), studies),
             "divergences": _lines({s.name: s.sweep for s in studies}, "One basis for all sites"),
             "divergences_by_site": _lines({s.name: s.by_site for s in studies}, "A basis per site"),
         },
@@ -161,11 +167,13 @@ def prompt_text(study: Study) -> str:
 
 
 def section(part: Section, studies: Sequence[Study]) -> str:
-    """One of `SECTIONS` as HTML, with the figures of every prompt, or of many together."""
-    if len(studies) > MANY:
-        plots = [plot(name, "", figure) for name, figure in part.together(studies).items()]
-    else:
-        plots = [
+    """One of `SECTIONS` as HTML: figures of all prompts together, and those of the chosen one."""
+    plots = []
+    if len(studies) > 1:
+        together = part.together(studies)
+        plots = [plot(f"all-{name}", "", figure) for name, figure in together.items()]
+    if len(studies) <= MANY:
+        plots += [
             plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()
         ]
     return heading(part.name, part.title, part.what, part.original, part.measured(studies)) + grid(
@@ -222,9 +230,16 @@ def _race(study: Study) -> dict[str, RankSweep]:
     }
 
 
+def _quiet(figure: Any, studies: Sequence[Study]) -> Any:
+    """A figure of many lines without their names and clean values, which hovering shows."""
+    if len(studies) > MANY:
+        figure.update_layout(showlegend=False, shapes=[], annotations=[])
+    return figure
+
+
 def _lines(sweeps: dict[str, RankSweep], title: str) -> Any:
     figure = figures.race_of_orders(sweeps, by="kl_divergence")
-    return figure.update_layout(title_text=title, showlegend=False)
+    return figure.update_layout(title_text=title, showlegend=len(sweeps) <= MANY)
 
 
 def texts(studies: Sequence[Study]) -> str:

@@ -1,0 +1,64 @@
+// Figures are drawn when they come into view, in the colours of the reader's system.
+"use strict";
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+function looks(isDark) {
+  const ink = isDark ? "#ddd" : "#2a3f5f", grid = isDark ? "#333" : "#e8e8ec";
+  const own = structuredClone(TEMPLATE), layout = own.layout;
+  Object.assign(layout, {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)"});
+  layout.font = {...layout.font, color: ink};
+  layout.modebar = {bgcolor: "rgba(0,0,0,0)", color: isDark ? "#777" : "#aaa"};
+  for (const axis of ["xaxis", "yaxis"])
+    layout[axis] = {...layout[axis], gridcolor: grid, linecolor: isDark ? "#666" : "#999"};
+  return own;
+}
+
+function draw(box, isDark = dark.matches) {
+  const place = box.querySelector(".figure");
+  if (place.data) return;
+  const figure = JSON.parse(box.querySelector("script").textContent);
+  Plotly.newPlot(place, figure.data, {...figure.layout, template: looks(isDark)},
+    {displaylogo: false, responsive: true});
+  const isLine = figure.data.length && figure.data.every(trace => /^scatter/.test(trace.type));
+  const isPositive = trace => (place._fullData.find(full => full.index === trace)?.y ?? [])
+    .some(y => y > 0);
+  if (!isLine || !figure.data.some((_, i) => isPositive(i)) || figure.layout.yaxis2) return;
+  const button = document.createElement("button");
+  button.className = "scale";
+  const tell = () => { button.textContent = place.layout.yaxis.type === "log" ? "linear" : "log"; };
+  button.onclick = () => {
+    const type = place.layout.yaxis.type === "log" ? "linear" : "log";
+    const heights = (place.layout.annotations ?? []).map((note, i) =>
+      note.yref === "paper" ? {} : {[`annotations[${i}].y`]: type === "log" ? Math.log10(note.y) : 10 ** note.y});
+    Plotly.relayout(place, Object.assign({"yaxis.type": type, "yaxis.autorange": true}, ...heights)).then(tell);
+  };
+  tell();
+  box.append(button);
+}
+
+function recolour(isDark) {
+  for (const place of document.querySelectorAll(".figure"))
+    if (place.data) Plotly.relayout(place, {template: looks(isDark)});
+}
+
+const boxes = [...document.querySelectorAll(".plot")];
+const seen = new IntersectionObserver(
+  entries => entries.filter(entry => entry.isIntersecting).forEach(entry => draw(entry.target)),
+  {rootMargin: "400px"});
+boxes.forEach(box => seen.observe(box));
+dark.addEventListener("change", () => recolour(dark.matches));
+addEventListener("beforeprint", () => {
+  boxes.filter(box => !box.closest("[hidden]")).forEach(box => draw(box, false));
+  recolour(false);
+});
+addEventListener("afterprint", () => recolour(dark.matches));
+
+const choice = document.getElementById("choice");
+function choose() {
+  for (const box of document.querySelectorAll("[data-prompt]"))
+    box.hidden = box.dataset.prompt !== choice.value;
+}
+if (choice) {
+  choice.addEventListener("change", choose);
+  choose();
+}
