@@ -37,6 +37,7 @@ from mechsvd.edits.hooks import fwd_hooks
 from mechsvd.edits.maps import chain, shift
 from mechsvd.engine.ablations import donor_baseline, mean_baseline, resample_baseline
 from mechsvd.engine.checkpoint import Checkpoint
+from mechsvd.engine.folds import folded
 from mechsvd.engine.measurement import Measurement, Measurements
 from mechsvd.engine.metrics import (
     Metric,
@@ -63,6 +64,7 @@ from mechsvd.experiments.criteria import (
     same_greedy_text,
 )
 from mechsvd.experiments.dose import DoseResponse, dose_response
+from mechsvd.experiments.exports import FoldReport, fold
 from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithfulness
 from mechsvd.experiments.generation import generate, generate_tasks
 from mechsvd.experiments.heldout import Fit, HeldOut, fit_and_measure
@@ -129,6 +131,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "stream_writes", "WriteStream", "merge", "Checkpoint", "span", "Subspace",
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
+    "fold", "folded", "FoldReport",
     "Baseline", "mean_baseline", "resample_baseline", "donor_baseline",
     "optimal_baseline", "OptimalBaseline", "compare_baselines", "BaselineComparison",
     # metrics
