@@ -59,6 +59,15 @@ ROWS = {
     "ms.measure(model, task, [ms.keep(torch.eye(64))])": "ValueError: The edit's basis has d_model 64, but the model's is 128",
     "ms.measure(model, task, [ms.gate(svd, torch.ones(3, 128))])": "ValueError: A stack of gates cannot be one of a list",
     "ms.measure(model, task, [ms.chain()], batch_size=0)": "ValueError: `batch_size` is 0",
+    # edits in the weights
+    "ms.fold('gpt2', ms.keep(svd), 'out')": "TypeError: `model` must be a TransformerLens model",
+    "ms.fold(model, svd, 'out')": "TypeError: Only gates and chains of them can be folded into weights, but this is Decomposition",
+    "ms.fold(model, ms.keep(svd), 5)": "TypeError: `out` must be a path, but is 5",
+    "ms.fold(model, ms.keep(svd), '.', task)": "FileExistsError: . holds files that `fold` did not write",
+    "ms.fold(model, ms.keep(svd), 'out', 'text')": "TypeError: A task is needed, but this is str 'text'",
+    "ms.fold(model, ms.keep(svd), 'out', task, position=[1])": "TypeError: `fold` has no option `position`: did you mean `positions`?",
+    "ms.folded(model, ms.keep(svd, 3), positions=[1]).__enter__()": "ValueError: `positions` cannot be folded",
+    "ms.folded(model, ms.keep(svd, 3), batch_size=1)": "TypeError: `folded` has no option `batch_size`",
     # decompositions and sweeps
     "ms.decompose(np.ones((2, 3, 4)))": "TypeError: `writes` must be what `collect_writes` gives",
     "ms.decompose([task])": "TypeError: `writes` must be what `collect_writes` gives",

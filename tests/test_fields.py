@@ -122,6 +122,7 @@ def tiny_results():
             whole, three, falling, sizes[None], sizes[None], "log_prob", "nats", 1e-6, 0, SOURCE
         ),
         ms.CriticalRank(sweep, three, 1e-6, 9, "a bar"),
+        ms.FoldReport(SITES, ("a",), *[three] * 6, ("b", "c"), ("d", "e"), SOURCE),
         ms.Overlap(torch.eye(2), torch.ones(2, 2), torch.ones(2, 2), SOURCE),
         Pool(falling, falling - 1, falling, falling + 1, 0, SOURCE),
         SelfCheck(three, 0.0, (1,), 1.0, 0.0, float("inf"), 1e-5),
@@ -180,6 +181,7 @@ UNFIT = [
     ("RankSweep", {"ranks": torch.tensor([1])}, "`measurement` of a RankSweep has length 3, but must have 1: one for each rank"),
     ("RidgeSweep", {"alphas": ONE, "effective_directions": ONE}, "`measurement` of a RidgeSweep has length 3"),
     ("Ranking", {"singular_values": ONE}, "`measurement` of a Ranking has length 3"),
+    ("FoldReport", {"sha256": ()}, "`sha256` of a FoldReport has length 0, but must have 2: one for each file"),
     ("CriticalRank", {"margins": ONE}, "`margins` of a CriticalRank has length 1, but must have 3"),
     ("Overlap", {"values": torch.ones(2, 3)}, r"`values` of an Overlap has shape \[2, 3\], but its axis `n` must have size 2"),
     ("Gradients", {"parts": (("gain", (3,)),)}, "`parts` must make up the 2 entries of w, but have 3"),

@@ -48,7 +48,11 @@ class FoldedWeights:
         """Let the model have the new weights in a block, in the dtype of its own."""
         pairs = zip(self.writers, self.weights, strict=True)
         with with_weights(
-            {p: v.to(p) for writer, own in pairs for p, v in zip(writer.parameters, own, strict=True)}
+            {
+                p: v.to(p)
+                for writer, own in pairs
+                for p, v in zip(writer.parameters, own, strict=True)
+            }
         ):
             yield
 

@@ -26,7 +26,7 @@ from mechsvd.model.exporting import (
     whole_logits,
     write_checkpoint,
 )
-from mechsvd.model.sites import Model, Site
+from mechsvd.model.sites import Model, Site, require_model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import UNFINISHED, Provenance, Result, result
 
@@ -139,6 +139,7 @@ def fold(
     Reference: Arditi et al., Refusal in language models is mediated by a single direction, 2024,
         arXiv:2406.11717 (appendix E: weight orthogonalisation).
     """
+    require_model(model)
     target = _free_folder(out)
     texts = (_default_task(model),) if tasks is None else as_tasks(tasks)
     if this_process()[1] > 1:
@@ -223,6 +224,8 @@ def _default_task(model: Model) -> Task:
 
 def _free_folder(out: str | os.PathLike[str]) -> Path:
     """The folder as a path, once it is seen that a checkpoint may be put there."""
+    if not isinstance(out, str | os.PathLike):
+        raise TypeError(f"`out` must be a path, but is {out!r:.60}.")
     folder = Path(out)
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(

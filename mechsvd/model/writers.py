@@ -128,8 +128,8 @@ def is_linear_map(module: nn.Module) -> bool:
     is_known = kind is nn.Linear or (
         kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
     )
-    own = module._parameters
-    return is_known and own.get("weight") is not None and own["weight"].is_floating_point()
+    weight = module._parameters.get("weight")
+    return is_known and weight is not None and weight.is_floating_point()
 
 
 def _same(output: Tensor, write: Tensor) -> bool:
