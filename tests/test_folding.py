@@ -17,6 +17,8 @@ from mechsvd.experiments import exports
 from mechsvd.model.identity import fingerprint
 from tests.conftest import ACCEPTED, _configurations, known, tiny, tiny_hf, tiny_task
 
+pytestmark = pytest.mark.older
+
 SITE = ms.Site(0, "attn", "blocks.0.hook_attn_out")
 FOLDS = [name for name in ACCEPTED if name not in ("Gemma-2", "OLMo-2")]  # a norm follows the map
 BIASED = ["GPT-2", "GPT-NeoX", "Phi", "OPT", "Bloom"]
