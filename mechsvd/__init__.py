@@ -21,6 +21,8 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mechsvd.attribution.estimate_results import RankingEstimate, RankingEstimates
+from mechsvd.attribution.estimates import estimate_ranking, refine_ranking
 from mechsvd.attribution.gradients import (
     GradientBasis,
     Gradients,
@@ -141,7 +143,8 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "measure", "Measurement", "Measurements", "estimate_seconds", "sweep_rank", "RankSweep",
     "RankSweeps", "Rankings", "RidgeSweeps", "CriticalRanks",
     "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
-    "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
+    "order_by_compromise", "order_at_random", "estimate_ranking", "refine_ranking",
+    "RankingEstimate", "RankingEstimates", "sweep_ridge", "RidgeSweep",
     "dose_response", "DoseResponse", "fit_and_measure", "HeldOut", "Fit",
     "measure_faithfulness", "worst_gains", "WorstGains", "Faithfulness", "areas",
     # the critical rank, and text from inside a subspace
