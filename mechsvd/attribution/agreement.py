@@ -52,6 +52,37 @@ def spearman_interval(
     return correlation, math.tanh(centre - half), math.tanh(centre + half)
 
 
+def redrawn_spearman(
+    estimate: Float[Tensor, " rank"],
+    scale: Float[Tensor, " rank"],
+    errors: Float[Tensor, " sampled"],
+    confidence: float,
+    seed: int,
+    draws: int = 300,
+) -> tuple[float, float]:
+    """The interval of Spearman's correlation if all errors are like those of the sample.
+
+    Each draw gives every direction an error of the sample at random, times its own scale.
+
+    Args:
+        scale: of the error of each direction; `errors` are in units of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pick = lambda n, *shape: torch.randint(n, shape, generator=generator)  # noqa: E731
+    values = []
+    for _ in range(draws):
+        redrawn = errors[pick(len(errors), len(errors))]
+        effect = estimate + scale * redrawn[pick(len(errors), len(estimate))]
+        values.append(torch.corrcoef(torch.stack([_ranks(estimate), _ranks(effect)]))[0, 1])
+    tail = (1 - confidence) / 2
+    low, high = torch.stack(values).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(low), float(high)
+
+
+def _ranks(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return values.argsort().argsort().double()
+
+
 def upper_share(hits: int, count: int, confidence: float) -> float:
     """The one-sided upper limit of a share; 1 where nothing was counted."""
     return share_interval(hits, count, 2 * confidence - 1)[2]

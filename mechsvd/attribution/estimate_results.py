@@ -6,8 +6,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsvd.attribution.agreement import share_interval, spearman_interval, upper_share
+from mechsvd.attribution.agreement import (
+    redrawn_spearman,
+    share_interval,
+    spearman_interval,
+    upper_share,
+)
 from mechsvd.checks import is_number, require_whole
+from mechsvd.edits.bases import names_of_directions
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.results import OverTexts, Provenance, Result, result
 
@@ -87,6 +93,11 @@ class RankingEstimate(Result):
         rows = int(self.is_exact.sum()) + 3 * self.gradients + 6 * self.products
         return rows / max(1, len(self))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each direction: its number, after that of its basis if there are several."""
+        return names_of_directions(self.bases, self.sizes, len(self))
+
     def held_out(self) -> Float[Tensor, " sampled"]:
         """The estimate of each sampled direction with the correction that the others give."""
         squares, errors = self._squares[self.is_sampled], self._errors
@@ -126,6 +137,8 @@ class RankingEstimate(Result):
         `sampled`; `missed_high`, the upper limit (one-sided) of how many directions that were not
         run belong to the top but are not reported; and `cost`. Each sampled direction is estimated
         with the correction of the others. A sample of eight tells little: the intervals are wide.
+        That of `spearman` is the hull of Fieller's and of one in which errors per σ² are redrawn
+        for all directions; on the trained models here, nine in ten held the true value.
 
         Raises:
             ValueError: `top` is no number of directions, or `confidence` not between 0.5 and 1.
@@ -141,7 +154,7 @@ class RankingEstimate(Result):
         last = self._threshold(top)
         worst = exact >= last
         rows = {
-            "spearman": spearman_interval(guess, exact, confidence),
+            "spearman": self._spearman(confidence),
             "sign": _share(guess.sign() == exact.sign(), confidence),
             "recall": _share((guess >= last)[worst], confidence),
         }
@@ -177,9 +190,7 @@ class RankingEstimate(Result):
         return table
 
     def __repr__(self) -> str:
-        correlation, low, high = spearman_interval(
-            self.held_out(), self.exact[self.is_sampled], 0.95
-        )
+        correlation, low, high = self._spearman(0.95)
         return (
             f"RankingEstimate of {len(self)} directions, order {self.order}, "
             f"{int(self.is_exact.sum())} of them run\n"
@@ -187,6 +198,16 @@ class RankingEstimate(Result):
             f"sample of {int(self.is_sampled.sum())}; {self.cost:.0%} of the exact work\n"
             f"  on {self._origin()}"
         )
+
+    def _spearman(self, confidence: float) -> tuple[float, float, float]:
+        guess, exact = self.held_out(), self.exact[self.is_sampled]
+        value, *limits = spearman_interval(guess, exact, confidence)
+        if value != value or not len(exact):
+            return value, -1.0, 1.0
+        squares = self._squares
+        errors = (exact - guess) / squares[self.is_sampled]
+        redrawn = redrawn_spearman(self.estimate, squares, errors, confidence, self.seed)
+        return value, min(limits[0], redrawn[0]), max(limits[1], redrawn[1])
 
     @property
     def _squares(self) -> Float[Tensor, " rank"]:

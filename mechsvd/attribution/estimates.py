@@ -17,12 +17,14 @@ from mechsvd.attribution.objective import objective_of_removals
 from mechsvd.checks import is_number, require_whole, warn
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import names_of, removals
-from mechsvd.engine.measurement import Measurement
+from mechsvd.edits.gates import Gate
+from mechsvd.edits.stacks import SiteRemovals
 from mechsvd.engine.metrics import AnyMetric, Metric, metric_for
 from mechsvd.engine.passes import measure
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session, warn_other_sites
 from mechsvd.linalg.decomposition import Decomposition, require_decompositions
+from mechsvd.model.identity import weights_read_once
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import require_kind, require_same_model
@@ -36,14 +38,14 @@ Order = Literal[1, 2, "path"]
 def estimate_ranking(
     model: Model, tasks: Task, svd: Decomposition | Sequence[Decomposition], order: Order = 1,
     *, verify: float = 0.05, metric: AnyMetric | None = None, baseline: Baseline | None = None,
-    calibrate: bool = True, products: int | None = None, steps: int = 8, seed: int = 0,
+    calibrate: bool | None = None, products: int | None = None, steps: int = 8, seed: int = 0,
     **options: Unpack[RunOptions],
 ) -> RankingEstimate: ...  # fmt: skip
 @overload
 def estimate_ranking(
     model: Model, tasks: Sequence[Task], svd: Decomposition | Sequence[Decomposition],
     order: Order = 1, *, verify: float = 0.05, metric: AnyMetric | None = None,
-    baseline: Baseline | None = None, calibrate: bool = True, products: int | None = None,
+    baseline: Baseline | None = None, calibrate: bool | None = None, products: int | None = None,
     steps: int = 8, seed: int = 0, **options: Unpack[RunOptions],
 ) -> RankingEstimates: ...  # fmt: skip
 @runs_model(RunOptions)
@@ -56,7 +58,7 @@ def estimate_ranking(
     verify: float = 0.05,
     metric: AnyMetric | None = None,
     baseline: Baseline | None = None,
-    calibrate: bool = True,
+    calibrate: bool | None = None,
     products: int | None = None,
     steps: int = 8,
     seed: int = 0,
@@ -82,7 +84,8 @@ def estimate_ranking(
         verify: the share of directions that are run exactly; at least 8 of them, or all.
         metric: what the effect is measured in; the log-probability by default. See `Metric`.
         baseline: what a removed part is replaced by, 0 by default; see `gate`.
-        calibrate: add the correction from the sample; without it, estimates are derivatives alone.
+        calibrate: add the correction from the sample; by default for orders 1 and 2. The shared path
+            is not on the scale of single removals: its estimates are for the order only.
         products: for order 2, the number of Hessian products. With fewer than there are directions,
             the second derivatives are estimated from random signs, without bias, and noisily.
         steps: for "path", the points of Gauss–Legendre quadrature, a gradient each.
@@ -104,36 +107,38 @@ def estimate_ranking(
     """
     bases, chosen = require_decompositions(svd), as_tasks(tasks)
     require_baseline(baseline, bases[0].d_model, bases[0].source)
-    count = sum(one.rank for one in bases)
+    stack, count = removals(svd, baseline), sum(one.rank for one in bases)
     how = _How(order, _valid_share("verify", verify), calibrate, products, steps, seed, count)
-    with open_session(model, chosen, gradients=True, **options) as session:
-        warn_other_sites(bases, session.sites)
-        slopes = [_slopes(session, task, svd, metric, baseline, how) for task in chosen]
-        source = session.provenance(session.sites)
     values = torch.cat([one.singular_values for one in bases]).cpu()
     parts = []
-    for task, (slope, fitted) in zip(chosen, slopes, strict=True):
-        sampled = spread_sample(slope, min(count, max(LEAST, math.ceil(how.verify * count))), seed)
-        measured = _run(model, task, svd, sampled, metric, baseline, options)
-        exact = torch.full_like(slope, torch.nan)
-        exact[sampled] = measured.effect.double()
-        part = RankingEstimate(
-            values,
-            slope,
-            exact,
-            ~exact.isnan(),
-            0.0,
-            str(order),
-            fitted.name,
-            fitted.unit,
-            how.gradients,
-            how.products,
-            seed,
-            *names_of(svd),
-            source=replace(source, tokens=(tuple(task.tokens.tolist()),)),
-        )
-        parts.append(_calibrated(part) if calibrate else part)
-        _warn_no_slope(parts[-1])
+    with weights_read_once(model):
+        with open_session(model, chosen, gradients=True, **options) as session:
+            warn_other_sites(bases, session.sites)
+            slopes = [_slopes(session, task, svd, metric, baseline, how) for task in chosen]
+            source = session.provenance(session.sites)
+        for task, (slope, fitted) in zip(chosen, slopes, strict=True):
+            size = min(count, max(LEAST, math.ceil(how.verify * count)))
+            sampled = spread_sample(slope, size, how.seed)
+            exact = _run(
+                torch.full_like(slope, torch.nan), sampled, stack, model, task, metric, options
+            )
+            part = RankingEstimate(
+                values,
+                slope,
+                exact,
+                ~exact.isnan(),
+                0.0,
+                str(order),
+                fitted.name,
+                fitted.unit,
+                how.gradients,
+                how.products,
+                how.seed,
+                *names_of(svd),
+                source=replace(source, tokens=(tuple(task.tokens.tolist()),)),
+            )
+            parts.append(_calibrated(part) if how.calibrate else part)
+            _warn_no_slope(parts[-1])
     return parts[0] if isinstance(tasks, Task) else RankingEstimates(tuple(parts))
 
 
@@ -175,15 +180,13 @@ def refine_ranking(
     given: tuple[RankingEstimate, ...] = (estimate,) if is_one else estimate.parts  # type: ignore[union-attr,assignment]
     values = torch.cat([one.singular_values for one in bases]).cpu()
     top, share = require_whole("top", top, 1, len(values)), _valid_share("budget", budget)
+    stack = removals(svd, baseline)
     _require_same(given, chosen, values, metric_for(metric, model, chosen[0]), bases[0])
     parts = []
     for part, task in zip(given, chosen, strict=True):
         left = int((~part.is_exact).sum())
         rows = part.doubt(top).argsort(stable=True)[: min(left, math.ceil(share * len(part)))]
-        exact = part.exact.clone()
-        if len(rows):
-            measured = _run(model, task, svd, rows, metric, baseline, options)
-            exact[rows] = measured.effect.double()
+        exact = _run(part.exact, rows, stack, model, task, metric, options)
         parts.append(replace(part, exact=exact))
     return parts[0] if is_one else RankingEstimates(tuple(parts))
 
@@ -199,8 +202,9 @@ class _How:
             raise ValueError(f"`order` is {order!r:.40}, but must be 1, 2 or 'path'.")
         if products is not None and order != 2:
             raise ValueError("`products` are Hessian products, which only order 2 takes.")
-        if not isinstance(calibrate, bool):
+        if calibrate is not None and not isinstance(calibrate, bool):
             raise TypeError(f"`calibrate` is {calibrate!r:.40}, but must be True or False.")
+        self.calibrate = order != "path" if calibrate is None else calibrate
         self.order, self.verify, self.seed = order, verify, require_whole("seed", seed)
         self.gradients = require_whole("steps", steps, 1) if order == "path" else 1
         wanted = count if products is None else require_whole("products", products, 1)
@@ -259,17 +263,19 @@ def effects_from(
 
 
 def _run(
+    exact: Float[Tensor, " rank"],
+    rows: Int[Tensor, " row"],
+    stack: Gate | SiteRemovals,
     model: Model,
     task: Task,
-    svd: Decomposition | Sequence[Decomposition],
-    rows: Int[Tensor, " row"],
     metric: AnyMetric | None,
-    baseline: Baseline | None,
     options: RunOptions,
-) -> Measurement:
-    """The exact effects of some removals."""
-    stack = removals(svd, baseline)[rows]
-    return measure(model, task, stack, metric=metric, **options)
+) -> Float[Tensor, " rank"]:
+    """The exact effects, with those of some more removals."""
+    if not len(rows):
+        return exact
+    measured = measure(model, task, stack[rows], metric=metric, **options)
+    return exact.index_copy(0, rows, measured.effect.double())
 
 
 def _calibrated(part: RankingEstimate) -> RankingEstimate:

@@ -186,6 +186,14 @@ def names_of(svd: Decomposition | Sequence[Decomposition]) -> tuple[tuple[str, .
     return tuple(names), tuple(one.rank for one in bases)
 
 
+def names_of_directions(names: Sequence[str], sizes: Sequence[int], count: int) -> tuple[str, ...]:
+    """The name of each direction: its number, after that of its basis if there are several."""
+    if not names:
+        return tuple(str(j) for j in range(count))
+    pairs = zip(names, sizes, strict=True)
+    return tuple(f"{name}: {j}" for name, size in pairs for j in range(size))
+
+
 def is_several(basis: Any) -> bool:
     """Whether this is a list of bases, rather than one."""
     return isinstance(basis, list | tuple)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
-from mechsvd.edits.bases import is_several, names_of, removals
+from mechsvd.edits.bases import is_several, names_of, names_of_directions, removals
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import measure
@@ -93,13 +93,7 @@ class Ranking(Result):
     @property
     def names(self) -> tuple[str, ...]:
         """The name of each direction: its number, after that of its basis if there are several."""
-        if not self.bases:
-            return tuple(str(j) for j in range(len(self.singular_values)))
-        return tuple(
-            f"{name}: {j}"
-            for name, size in zip(self.bases, self.sizes, strict=True)
-            for j in range(size)
-        )
+        return names_of_directions(self.bases, self.sizes, len(self.singular_values))
 
     @property
     def is_noise(self) -> Bool[Tensor, " rank"]:
