@@ -25,7 +25,7 @@ from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session, warn_other_sites
 from mechsvd.linalg.decomposition import Decomposition, require_decompositions
 from mechsvd.model.identity import weights_read_once
-from mechsvd.model.sites import Model
+from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import require_kind, require_same_model
 
@@ -105,6 +105,7 @@ def estimate_ranking(
         Sundararajan, Taly, Yan, arXiv:1703.01365 (path). Bekas, Kokiopoulou, Saad, An estimator for
         the diagonal of a matrix, 2007, doi:10.1016/j.apnum.2007.01.003 (`products`).
     """
+    require_model(model)
     bases, chosen = require_decompositions(svd), as_tasks(tasks)
     require_baseline(baseline, bases[0].d_model, bases[0].source)
     stack, count = removals(svd, baseline), sum(one.rank for one in bases)
@@ -172,10 +173,11 @@ def refine_ranking(
     Raises:
         TypeError, ValueError: an estimate of other texts, directions or another metric, or model.
     """
+    require_model(model)
     bases, chosen = require_decompositions(svd), as_tasks(tasks)
     require_baseline(baseline, bases[0].d_model, bases[0].source)
     is_one = isinstance(estimate, RankingEstimate)
-    if not is_one:
+    if not is_one:  # of several texts
         require_kind(estimate, RankingEstimates)
     given: tuple[RankingEstimate, ...] = (estimate,) if is_one else estimate.parts  # type: ignore[union-attr,assignment]
     values = torch.cat([one.singular_values for one in bases]).cpu()
@@ -198,14 +200,19 @@ class _How:
         self, order: Any, verify: float, calibrate: Any, products: Any, steps: Any, seed: Any,
         count: int,
     ):  # fmt: skip
-        if order not in (1, 2, "path") or isinstance(order, bool):
+        if (
+            isinstance(order, bool)
+            or not isinstance(order, int | str)
+            or order not in (1, 2, "path")
+        ):
             raise ValueError(f"`order` is {order!r:.40}, but must be 1, 2 or 'path'.")
         if products is not None and order != 2:
             raise ValueError("`products` are Hessian products, which only order 2 takes.")
         if calibrate is not None and not isinstance(calibrate, bool):
             raise TypeError(f"`calibrate` is {calibrate!r:.40}, but must be True or False.")
         self.calibrate = order != "path" if calibrate is None else calibrate
-        self.order, self.verify, self.seed = order, verify, require_whole("seed", seed)
+        self.order: Order = order  # type: ignore[assignment]
+        self.verify, self.seed = verify, require_whole("seed", seed)
         self.gradients = require_whole("steps", steps, 1) if order == "path" else 1
         wanted = count if products is None else require_whole("products", products, 1)
         self.products = min(count, wanted) if order == 2 else 0
