@@ -11,7 +11,7 @@ from scipy.stats import beta, binomtest, spearmanr
 import mechsvd as ms
 from mechsvd.attribution.agreement import share_interval, spread_sample
 from mechsvd.attribution.curvature import Function
-from mechsvd.attribution.estimates import effects_from
+from mechsvd.attribution.slopes import effects_from
 from tests.conftest import load_real, tiny, tiny_task
 
 
@@ -180,14 +180,17 @@ def test_the_parts_are_what_their_names_say(real, number):
     assert found.cost == pytest.approx((3 + int(run.sum())) / svd.rank)
     squares = svd.singular_values.double().square()
     errors = (found.exact - found.derivative) / squares
-    assert found.correction == pytest.approx(float(errors[run].median()))
+    low, high = np.quantile(errors[run].numpy(), [0.25, 0.75])
+    shown = 0.0 if low < 0 < high else min(low, high, key=abs)
+    assert found.correction == pytest.approx(shown, abs=1e-12)
     torch.testing.assert_close(found.estimate, found.derivative + found.correction * squares)
     assert torch.equal(found.effect, torch.where(run, found.exact, found.estimate))
-    for place, held in zip(
-        run.nonzero().flatten().tolist(), found.held_out().tolist(), strict=True
-    ):
+    places = run.nonzero().flatten().tolist()
+    for place, held in zip(places, found.held_out().tolist(), strict=True):
         others = [e for j, e in enumerate(errors.tolist()) if run[j] and j != place]
-        own = float(found.derivative[place] + torch.tensor(others).median() * squares[place])
+        low, high = np.quantile(others, [0.25, 0.75])
+        a = 0.0 if low < 0 < high or shown == 0 else min(low, high, key=abs)
+        own = float(found.derivative[place] + a * squares[place])
         assert held == pytest.approx(own, rel=1e-5, abs=1e-9)
     table = found.to_pandas()
     assert list(table.direction) == list(range(svd.rank))
@@ -209,7 +212,7 @@ def test_the_correction_and_the_second_order_bring_estimates_nearer_to_the_exact
                 rows.setdefault((order, calibrate), []).append(agreement)
     mean = {key: np.mean(values, axis=0) for key, values in rows.items()}
     # derivatives alone, and with the correction: what one gradient and eight runs give
-    plain, corrected = {"embedded": (0.80, 0.81), "stories260k": (0.55, 0.84)}[real.name]
+    plain, corrected = {"embedded": (0.80, 0.80), "stories260k": (0.55, 0.83)}[real.name]
     assert mean[1, False][0] == pytest.approx(plain, abs=0.05)
     assert mean[1, True][0] > corrected - 0.05
     assert mean[1, True][1] > 0.78  # of the top 32; the goal of 0.95 needs more runs

@@ -103,8 +103,15 @@ class RankingEstimate(Result):
         squares, errors = self._squares[self.is_sampled], self._errors
         if self.correction == 0 or len(errors) < 2:
             return self.estimate[self.is_sampled]
-        others = [errors[torch.arange(len(errors)) != i].median() for i in range(len(errors))]
-        return self.derivative[self.is_sampled] + torch.stack(others) * squares
+        others = [
+            _smaller_quartile(errors[torch.arange(len(errors)) != i]) for i in range(len(errors))
+        ]
+        return self.derivative[self.is_sampled] + torch.tensor(others).to(squares) * squares
+
+    @property
+    def shown_correction(self) -> float:
+        """The a that the sample shows: of the quartiles of error ÷ σ², the one nearer to 0."""
+        return _smaller_quartile(self._errors)
 
     def order_by_estimate(self) -> Int[Tensor, " rank"]:
         """The directions by falling effect; an order for `sweep_rank`."""
@@ -138,7 +145,7 @@ class RankingEstimate(Result):
         run belong to the top but are not reported; and `cost`. Each sampled direction is estimated
         with the correction of the others. A sample of eight tells little: the intervals are wide.
         That of `spearman` is the hull of Fieller's and of one in which errors per σ² are redrawn
-        for all directions; on the trained models here, nine in ten held the true value.
+        for all directions; on the trained models here, more than nine in ten held the true value.
 
         Raises:
             ValueError: `top` is no number of directions, or `confidence` not between 0.5 and 1.
@@ -233,6 +240,12 @@ class RankingEstimate(Result):
         comparable = (guess < last) & (guess <= self.estimate[outside].max())
         hits = int((exact >= last)[comparable].sum())
         return int(outside.sum()) * upper_share(hits, int(comparable.sum()), confidence)
+
+
+def _smaller_quartile(errors: Tensor) -> float:
+    """Of the lower and the upper quartile, the one nearer to 0; 0 if they have two signs."""
+    low, high = errors.quantile(torch.tensor([0.25, 0.75]).to(errors)).tolist()
+    return max(0.0, low) + min(0.0, high)
 
 
 def _share(hits: Tensor, confidence: float) -> tuple[float, float, float]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -11,9 +11,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.attribution.agreement import spread_sample
-from mechsvd.attribution.curvature import Function, differentiate
+from mechsvd.attribution.curvature import Function
 from mechsvd.attribution.estimate_results import TOP, RankingEstimate, RankingEstimates
 from mechsvd.attribution.objective import objective_of_removals
+from mechsvd.attribution.slopes import Order, effects_from
 from mechsvd.checks import is_number, require_whole, warn
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import names_of, removals
@@ -30,8 +31,6 @@ from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import require_kind, require_same_model
 
 LEAST = 8  # sampled directions; fewer test nothing
-COLUMNS = 512  # of Hessian products that are held at once
-Order = Literal[1, 2, "path"]
 
 
 @overload
@@ -77,7 +76,10 @@ def estimate_ranking(
     would cost more than running it.
 
     What these leave out is mostly the curvature, which grows with the energy of the direction's
-    writes. So the median of error ÷ σ² in the sample, times σ², is added to each estimate.
+    writes. So a·σ² is added to each estimate: of the quartiles of error ÷ σ² in the sample, a is
+    the one nearer to 0, or 0 if they have two signs. On stories260k this took Spearman's
+    correlation with the exact ranking from 0.62 to 0.84 (24 texts), and on the embedded model from
+    0.79 to 0.80; no estimate finds 0.95 of the top 32 without running a third of the directions.
 
     Args:
         svd: the directions; or one decomposition per layer or site, as in `rank_directions`.
@@ -110,35 +112,17 @@ def estimate_ranking(
     require_baseline(baseline, bases[0].d_model, bases[0].source)
     stack, count = removals(svd, baseline), sum(one.rank for one in bases)
     how = _How(order, _valid_share("verify", verify), calibrate, products, steps, seed, count)
-    values = torch.cat([one.singular_values for one in bases]).cpu()
+    size = min(count, max(LEAST, math.ceil(how.verify * count)))
     parts = []
     with weights_read_once(model):
         with open_session(model, chosen, gradients=True, **options) as session:
             warn_other_sites(bases, session.sites)
-            slopes = [_slopes(session, task, svd, metric, baseline, how) for task in chosen]
-            source = session.provenance(session.sites)
-        for task, (slope, fitted) in zip(chosen, slopes, strict=True):
-            size = min(count, max(LEAST, math.ceil(how.verify * count)))
-            sampled = spread_sample(slope, size, how.seed)
-            exact = _run(
-                torch.full_like(slope, torch.nan), sampled, stack, model, task, metric, options
-            )
-            part = RankingEstimate(
-                values,
-                slope,
-                exact,
-                ~exact.isnan(),
-                0.0,
-                str(order),
-                fitted.name,
-                fitted.unit,
-                how.gradients,
-                how.products,
-                how.seed,
-                *names_of(svd),
-                source=replace(source, tokens=(tuple(task.tokens.tolist()),)),
-            )
-            parts.append(_calibrated(part) if how.calibrate else part)
+            untested = [_untested(session, task, svd, metric, baseline, how) for task in chosen]
+        for task, part in zip(chosen, untested, strict=True):
+            sampled = spread_sample(part.derivative, size, how.seed)
+            exact = _run(part.exact, sampled, stack, model, task, metric, options)
+            part = replace(part, exact=exact, is_sampled=~exact.isnan())
+            parts.append(replace(part, correction=part.shown_correction) if how.calibrate else part)
             _warn_no_slope(parts[-1])
     return parts[0] if isinstance(tasks, Task) else RankingEstimates(tuple(parts))
 
@@ -218,15 +202,15 @@ class _How:
         self.products = min(count, wanted) if order == 2 else 0
 
 
-def _slopes(
+def _untested(
     session: Session,
     task: Task,
     svd: Decomposition | Sequence[Decomposition],
     metric: AnyMetric | None,
     baseline: Baseline | None,
     how: _How,
-) -> tuple[Float[Tensor, " rank"], Metric]:
-    """The estimate from derivatives alone, with damage positive, and the metric of the task."""
+) -> RankingEstimate:
+    """The estimate from derivatives alone, before any removal is run."""
     fitted = metric_for(metric, session.model, task)
     objective = objective_of_removals(session, task, svd, baseline)
     function = Function(
@@ -237,36 +221,22 @@ def _slopes(
         session.progress or False,
     )
     sign = 1 if fitted.better == "more" else -1
-    return sign * effects_from(function, how.order, how.products, how.gradients, how.seed), fitted
-
-
-def effects_from(
-    function: Function, order: Order, products: int, steps: int, seed: int
-) -> Float[Tensor, " rank"]:
-    """f(w) − f(w without entry j) for all j, estimated; f is exact at this order or it is not.
-
-    Exact where f is linear in w (order 1), quadratic (order 2, with all products), or a sum of
-    functions of one entry each (path); w must be 1 everywhere.
-    """
-    if order == "path":
-        return function.path_gradient(steps).double().cpu()
-    curvature = differentiate(function)
-    gradient = curvature.gradient.detach().double()
-    if order == 1:
-        return gradient.cpu()
-    entries = len(gradient)
-    second = torch.zeros_like(gradient)
-    if products >= entries:
-        for chosen in torch.arange(entries).split(COLUMNS):
-            units = torch.eye(entries)[:, chosen].to(function.point)
-            columns = curvature.products(units, function.progress)
-            second[chosen.to(second.device)] = (columns * units).sum(0).double()
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        signs = 2.0 * torch.randint(0, 2, (entries, products), generator=generator) - 1
-        signs = signs.to(function.point)
-        second = (signs * curvature.products(signs, function.progress)).double().mean(dim=1)
-    return (gradient - second.detach() / 2).cpu()
+    slopes = sign * effects_from(function, how.order, how.products, how.gradients, how.seed)
+    return RankingEstimate(
+        torch.cat([one.singular_values for one in require_decompositions(svd)]).cpu(),
+        slopes,
+        torch.full_like(slopes, torch.nan),
+        torch.zeros(len(slopes), dtype=torch.bool),
+        0.0,
+        str(how.order),
+        fitted.name,
+        fitted.unit,
+        how.gradients,
+        how.products,
+        how.seed,
+        *names_of(svd),
+        source=session.provenance(session.sites, tasks=[task]),
+    )
 
 
 def _run(
@@ -283,11 +253,6 @@ def _run(
         return exact
     measured = measure(model, task, stack[rows], metric=metric, **options)
     return exact.index_copy(0, rows, measured.effect.double())
-
-
-def _calibrated(part: RankingEstimate) -> RankingEstimate:
-    """With the correction that the sample gives: a median, since errors have long tails."""
-    return replace(part, correction=float(part._errors.median()))
 
 
 def _warn_no_slope(part: RankingEstimate) -> None:
