@@ -221,7 +221,7 @@ def test_the_correction_and_the_second_order_bring_estimates_nearer_to_the_exact
 
 
 def test_refinement_finds_the_top_at_a_fraction_of_the_exact_work(real):
-    """0.95 of the top 32 took 30 % of the runs on the embedded model, and 40 % on stories260k."""
+    """About 0.95 of the top 32: a fifth of the work on the embedded model, half on stories260k."""
     budget = {"embedded": 0.25, "stories260k": 0.4}[real.name]
     before, after = [], []
     for number in range(4):
