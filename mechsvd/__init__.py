@@ -21,6 +21,8 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mechsvd.attribution.estimate_results import RankingEstimate, RankingEstimates
+from mechsvd.attribution.estimates import estimate_ranking, refine_ranking
 from mechsvd.attribution.gradients import (
     GradientBasis,
     Gradients,
@@ -37,6 +39,7 @@ from mechsvd.edits.hooks import fwd_hooks
 from mechsvd.edits.maps import chain, shift
 from mechsvd.engine.ablations import donor_baseline, mean_baseline, resample_baseline
 from mechsvd.engine.checkpoint import Checkpoint
+from mechsvd.engine.folds import folded
 from mechsvd.engine.measurement import Measurement, Measurements
 from mechsvd.engine.metrics import (
     Metric,
@@ -63,6 +66,7 @@ from mechsvd.experiments.criteria import (
     same_greedy_text,
 )
 from mechsvd.experiments.dose import DoseResponse, dose_response
+from mechsvd.experiments.exports import FoldReport, fold
 from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithfulness
 from mechsvd.experiments.generation import generate, generate_tasks
 from mechsvd.experiments.heldout import Fit, HeldOut, fit_and_measure
@@ -130,6 +134,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "stream_writes", "WriteStream", "merge", "Checkpoint", "span", "union", "Subspace",
     # edits and hooks
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
+    "fold", "folded", "FoldReport",
     "Baseline", "mean_baseline", "resample_baseline", "donor_baseline",
     "optimal_baseline", "OptimalBaseline", "compare_baselines", "BaselineComparison",
     # metrics
@@ -139,7 +144,8 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "measure", "Measurement", "Measurements", "estimate_seconds", "sweep_rank", "RankSweep",
     "RankSweeps", "Rankings", "RidgeSweeps", "CriticalRanks",
     "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
-    "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
+    "order_by_compromise", "order_at_random", "estimate_ranking", "refine_ranking",
+    "RankingEstimate", "RankingEstimates", "sweep_ridge", "RidgeSweep",
     "dose_response", "DoseResponse", "fit_and_measure", "HeldOut", "Fit",
     "measure_faithfulness", "worst_gains", "WorstGains", "Faithfulness", "areas",
     # the critical rank, and text from inside a subspace

@@ -30,6 +30,10 @@ SAID = {  # what warns, and a word of it
         lambda model, task, svd: ms.rank_directions(model, task, svd),
         "12 sites are edited",
     ),
+    "estimate_ranking": (
+        lambda model, task, svd: ms.estimate_ranking(model, task, svd),
+        "12 sites are edited",
+    ),
     "critical_rank": (
         lambda model, task, svd: ms.critical_rank(model, task, svd, 1e4),
         "12 sites are edited",

@@ -36,6 +36,11 @@ def tiny_results():
         torch.ones(1, 4) > 0, torch.eye(3)[:, :2].expand(1, 3, 2, 1, 3, 2).clone(), 0.05, "pool",
         1e-6, SOURCE,
     )  # fmt: skip
+    estimate = ms.RankingEstimate(
+        three, three.double(), torch.tensor([1.0, torch.nan, 2.0]).double(),
+        torch.tensor([True, False, False]), 0.5, "1", "log_prob", "nats", 1, 0, 0,
+        ("a", "b"), (2, 1), SOURCE,
+    )  # fmt: skip
     moments = Moments(
         whole[1:], sizes[:2].double(), torch.eye(2).expand(2, 2, 2).double(), "float32"
     )
@@ -123,6 +128,9 @@ def tiny_results():
             whole, three, falling, sizes[None], sizes[None], "log_prob", "nats", 1e-6, 0, SOURCE
         ),
         ms.CriticalRank(sweep, three, 1e-6, 9, "a bar"),
+        estimate,
+        ms.RankingEstimates((estimate,)),
+        ms.FoldReport(SITES, ("a",), *[three] * 6, ("b", "c"), ("d", "e"), SOURCE),
         ms.Overlap(torch.eye(2), torch.ones(2, 2), torch.ones(2, 2), SOURCE),
         Pool(falling, falling - 1, falling, falling + 1, 0, SOURCE),
         SelfCheck(three, 0.0, (1,), 1.0, 0.0, float("inf"), 1e-5),
@@ -181,6 +189,8 @@ UNFIT = [
     ("RankSweep", {"ranks": torch.tensor([1])}, "`measurement` of a RankSweep has length 3, but must have 1: one for each rank"),
     ("RidgeSweep", {"alphas": ONE, "effective_directions": ONE}, "`measurement` of a RidgeSweep has length 3"),
     ("Ranking", {"singular_values": ONE}, "`measurement` of a Ranking has length 3"),
+    ("FoldReport", {"sha256": ()}, "`sha256` of a FoldReport has length 0, but must have 2: one for each file"),
+    ("RankingEstimate", {"sizes": (3,)}, "`sizes` of a RankingEstimate has length 1, but must have 2: one for each basis"),
     ("CriticalRank", {"margins": ONE}, "`margins` of a CriticalRank has length 1, but must have 3"),
     ("Overlap", {"values": torch.ones(2, 3)}, r"`values` of an Overlap has shape \[2, 3\], but its axis `n` must have size 2"),
     ("Gradients", {"parts": (("gain", (3,)),)}, "`parts` must make up the 2 entries of w, but have 3"),

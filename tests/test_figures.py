@@ -260,6 +260,28 @@ def test_estimates_are_drawn_against_what_is_measured_without_the_noise(attribut
     )
 
 
+def test_estimated_effects_are_drawn_against_what_was_run_and_the_rest_on_the_line(real):
+    found = ms.refine_ranking(
+        real.model, real.task, real.svd, ms.estimate_ranking(real.model, real.task, real.svd), 0.1
+    )
+    figure = figures.estimated_effects(found)
+    assert [trace.name for trace in figure.data] == ["not run", "run besides", "random sample"]
+    hollow, besides, sample = figure.data
+    assert len(hollow.x) + len(besides.x) + len(sample.x) == real.svd.rank
+    np.testing.assert_array_equal(drawn(figure).y, hollow.x)
+    np.testing.assert_allclose(sample.y, found.exact[found.is_sampled].numpy())
+    np.testing.assert_allclose(sample.x, found.estimate[found.is_sampled].numpy())
+    assert len(besides.x) == int((found.is_exact & ~found.is_sampled).sum())
+    assert list(sample.customdata) == [
+        str(j) for j in found.is_sampled.nonzero().flatten().tolist()
+    ]
+    row = found.agreement(1).iloc[0]
+    assert f"{row.spearman:.2f} ({row.spearman_low:.2f} to" in figure.layout.title.text
+    assert "nats" in figure.layout.xaxis.title.text
+    (line,) = figure.layout.shapes
+    assert (line.x0, line.x1) == (line.y0, line.y1)
+
+
 def test_scores_accumulate_from_the_largest_to_their_sum(attribution):
     figure = figures.accumulated_scores(attribution.bases)
     assert [trace.name for trace in figure.data] == ["Hessian", "singular", "random"]

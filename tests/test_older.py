@@ -301,3 +301,11 @@ def test_an_attention_only_model_needs_the_missing_component_to_be_skipped():
         ms.collect_writes(model, tiny_task())
     assert len(ms.collect_writes(model, tiny_task(), missing="skip").sites) == 2
     assert len(ms.collect_writes(model, tiny_task(), components="attn").sites) == 2
+
+
+def test_an_edit_is_not_folded_into_a_hooked_transformer(tmp_path):
+    model, task = hooked(tiny_hf("Llama")), tiny_task()
+    svd = ms.decompose(ms.collect_writes(model, task))
+    with pytest.raises(ValueError, match="is a HookedTransformer, so the weights of its Hugging"):
+        ms.fold(model, ms.keep(svd, 5), tmp_path / "out", task)
+    assert not any(tmp_path.iterdir())

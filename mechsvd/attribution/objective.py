@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mechsvd.checks import warn
+from mechsvd.edits.baselines import Baseline
+from mechsvd.edits.bases import removals
 from mechsvd.edits.gates import Gate
 from mechsvd.edits.hooks import bind, require_fitting_edit
+from mechsvd.edits.maps import for_task, gates_of
+from mechsvd.edits.stacks import SiteGates, SiteRemovals
 from mechsvd.engine.memory import is_out_of_memory
 from mechsvd.engine.metrics import Metric, evaluate, predict, score
 from mechsvd.engine.session import Session, warn_other_sites
-from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.linalg.decomposition import (
+    Decomposition,
+    require_decomposition,
+    require_decompositions,
+)
 from mechsvd.linalg.subspace import at_least_single, widest
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.model.sites import Hook, Model, Site, Where, find_sites, find_weights
@@ -142,7 +150,7 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     w = 1 is the model as it is; w = 0 removes all writes.
     """
     require_decomposition(svd)
-    model, check = session.model, session.check
+    model = session.model
     device, dtype = _like(model)
     # a clone, because tensors from inference mode cannot carry gradients
     basis = svd.directions.to(device, dtype).clone()
@@ -152,10 +160,8 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     has_rest = svd.rank < svd.d_model
     warn_other_sites(svd, sites)
 
-    def logits(rows: Tensor) -> Tensor:
-        gate = Gate(basis, rows[:, : svd.rank], rows[:, -1] if has_rest else 0.0)
-        hooks = [(site.hook_name, bind(gate, site, positions, rows=len(rows))) for site in sites]
-        return predict(model, [task], check, hooks, [len(rows)])
+    def gate(rows: Tensor) -> Gate:
+        return Gate(basis, rows[:, : svd.rank], rows[:, -1] if has_rest else 0.0)
 
     parts: tuple[Part, ...] = (
         ("gain", (svd.rank,)),
@@ -163,10 +169,66 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     )
     point = torch.ones(svd.rank + has_rest, device=device, dtype=dtype)
     hooks = tuple(site.name for site in sites)
-    content = svd.directions.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    digest = hashlib.sha256(content).hexdigest()[:8]
-    over = f"gains of {svd.rank} directions ({digest}) at {_at(hooks, positions)}"
-    return Objective(logits, task, point, over, parts, hooks)
+    over = f"gains of {svd.rank} directions ({_digest([svd])}) at {_at(hooks, positions)}"
+    return Objective(_logits_under(session, task, gate), task, point, over, parts, hooks)
+
+
+def objective_of_removals(
+    session: Session,
+    task: Task,
+    svd: Decomposition | Sequence[Decomposition],
+    baseline: Baseline | None = None,
+) -> Objective:
+    """One gain per direction, each at the sites of its basis; what no direction spans is kept.
+
+    w = 1 is the model as it is; w_j = 0 removes direction j, as the stack of `removals` does.
+
+    Raises:
+        TypeError, KeyError, ValueError: the directions or the baseline do not fit model or task.
+    """
+    bases = require_decompositions(svd)
+    stack = for_task(session.stack(removals(svd, baseline)), task)
+    device, dtype = _like(session.model)
+    # clones, because tensors from inference mode cannot carry gradients
+    gates = [replace(g, basis=g.basis.to(device, dtype).clone()) for g in gates_of(stack)]
+    ranks = [one.rank for one in bases]
+    index = stack.edits.index if isinstance(stack, SiteRemovals) else None
+
+    def edit(rows: Tensor) -> Gate | SiteGates:
+        parts = rows.split(ranks, dim=1)
+        gained = [replace(g, gains=own.to(g.basis)) for g, own in zip(gates, parts, strict=True)]
+        return gained[0] if index is None else SiteGates(tuple(gained), index)
+
+    hooks = tuple(site.name for site in session.sites)
+    at = _at(hooks, session.positions(task))
+    over = f"gains of {sum(ranks)} directions ({_digest(bases)}) at {at}"
+    point = torch.ones(sum(ranks), device=device, dtype=dtype)
+    logits = _logits_under(session, task, edit)
+    return Objective(logits, task, point, over, (("gain", (sum(ranks),)),), hooks)
+
+
+def _logits_under(
+    session: Session, task: Task, edit: Callable[[Tensor], Any]
+) -> Callable[[Tensor], Tensor]:
+    """The logits of a task under the edit that rows of w make, with gradients."""
+    model, check, sites = session.model, session.check, session.sites
+    positions = session.positions(task)
+
+    def logits(rows: Tensor) -> Tensor:
+        made = edit(rows)
+        hooks = [(site.hook_name, bind(made, site, positions, rows=len(rows))) for site in sites]
+        return predict(model, [task], check, hooks, [len(rows)])
+
+    return logits
+
+
+def _digest(bases: Sequence[Decomposition]) -> str:
+    """Eight letters that differ where the directions do."""
+    digest = hashlib.sha256()
+    for one in bases:
+        content = one.directions.cpu().contiguous().view(torch.uint8)
+        digest.update(content.numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Objective:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mechsvd.checks import is_whole
 from mechsvd.edits.baselines import Baseline
 from mechsvd.edits.gates import Basis, Gate, directions_of, gate_of, ridge_gains
-from mechsvd.edits.stacks import SiteGates
+from mechsvd.edits.stacks import SiteGates, SiteRemovals
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.linalg.subspace import Subspace
 
@@ -153,6 +153,45 @@ def shrink(
     if is_several(svd):
         return site_gates(svd, [shrink(one, alpha, baseline=baseline) for one in svd])  # type: ignore[union-attr,arg-type]
     return gate_of(svd, ridge_gains(svd.singular_values, torch.tensor(alpha)), 0.0, baseline)  # type: ignore[union-attr,arg-type]
+
+
+def removals(
+    svd: Decomposition | Sequence[Decomposition],
+    baseline: Baseline | None = None,
+    after: Sequence[int] = (),
+) -> Gate | SiteRemovals:
+    """The stack that removes each direction alone; of several bases, each at its own sites.
+
+    Args:
+        after: directions that every edit removes as well.
+    """
+    if is_several(svd):
+        unchanged = [
+            Gate(one.directions, one.directions.new_ones(one.rank), 1.0, one.source, baseline)
+            for one in svd  # type: ignore[union-attr]
+        ]
+        return SiteRemovals(site_gates(svd, unchanged))  # type: ignore[arg-type]
+    gains = 1 - torch.eye(svd.rank)  # type: ignore[union-attr]
+    gains[:, list(after)] = 0
+    directions: Tensor = svd.directions  # type: ignore[union-attr]
+    return Gate(directions, gains.to(directions), 1.0, svd.source, baseline)  # type: ignore[union-attr]
+
+
+def names_of(svd: Decomposition | Sequence[Decomposition]) -> tuple[tuple[str, ...], Any]:
+    """The names of several bases and their ranks; both empty for a single one."""
+    if not is_several(svd):
+        return (), ()
+    bases: Sequence[Decomposition] = svd  # type: ignore[assignment]
+    names = [f"layer {one.layer}" + (f" {one.component}" if one.component else "") for one in bases]
+    return tuple(names), tuple(one.rank for one in bases)
+
+
+def names_of_directions(names: Sequence[str], sizes: Sequence[int], count: int) -> tuple[str, ...]:
+    """The name of each direction: its number, after that of its basis if there are several."""
+    if not names:
+        return tuple(str(j) for j in range(count))
+    pairs = zip(names, sizes, strict=True)
+    return tuple(f"{name}: {j}" for name, size in pairs for j in range(size))
 
 
 def is_several(basis: Any) -> bool:

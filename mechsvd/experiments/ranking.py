@@ -10,9 +10,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
-from mechsvd.edits.bases import Bases, is_several, site_gates
-from mechsvd.edits.gates import Gate
-from mechsvd.edits.stacks import SiteRemovals
+from mechsvd.edits.bases import Bases, is_several, names_of, names_of_directions, removals
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import measure
@@ -101,13 +99,7 @@ class Ranking(Result):
     @property
     def names(self) -> tuple[str, ...]:
         """The name of each direction: its number, after that of its basis if there are several."""
-        if not self.bases:
-            return tuple(str(j) for j in range(len(self.singular_values)))
-        return tuple(
-            f"{name}: {j}"
-            for name, size in zip(self.bases, self.sizes, strict=True)
-            for j in range(size)
-        )
+        return names_of_directions(self.bases, self.sizes, len(self.singular_values))
 
     @property
     def is_noise(self) -> Bool[Tensor, " rank"]:
@@ -293,23 +285,12 @@ def rank_directions(
     require_baseline(baseline, bases[0].d_model, bases[0].source)
     several = is_several(svd)
     removed = _removed(bases, several, after)
-    gates = []
-    for one in bases:
-        size = () if several else (one.rank, one.rank)
-        gains = 1 - torch.eye(*size) if size else torch.ones(one.rank)
-        gains[..., removed] = 0
-        gates.append(Gate(one.directions, gains.to(one.directions), 1.0, one.source, baseline))
-    stack = SiteRemovals(site_gates(bases, gates)) if several else gates[0]
+    own = bases if several else bases[0]
+    stack = removals(own, baseline, removed.tolist())
     measured = measure(model, as_tasks(task), stack, metric=metric, noise_floor=True, **options)
     warn_other_sites(bases, measured[0].sites)
     values = torch.cat([one.singular_values for one in bases]).cpu()
-    own: tuple[Any, ...] = ()
-    if several:
-        names = [
-            f"layer {one.layer}" + (f" {one.component}" if one.component else "") for one in bases
-        ]
-        own = (tuple(names), tuple(one.rank for one in bases))
-    rankings = tuple(Ranking(values, part, *own) for part in measured.parts)
+    rankings = tuple(Ranking(values, part, *names_of(own)) for part in measured.parts)
     return rankings[0] if isinstance(task, Task) else Rankings(rankings)
 
 

@@ -190,7 +190,7 @@ def require_sound(
 
 
 def _measure(model: Model) -> SelfCheck:
-    tokens = _probe_tokens(model)
+    tokens = probe_tokens(model)
     sites, names = find_sites(model, missing="skip"), stream_names(model)
     stored: dict[str, Tensor] = {}
 
@@ -331,7 +331,8 @@ def _difference(measured: Tensor, expected: Tensor) -> float:
     return float((measured - expected).abs().max() / expected.abs().max())
 
 
-def _probe_tokens(model: Model) -> Tensor:
+def probe_tokens(model: Model) -> Tensor:
+    """A few tokens, none of them special, as a batch of one row."""
     generator = torch.Generator().manual_seed(0)
     count = min(6, model.cfg.n_ctx)
     tokens = torch.randperm(model.cfg.d_vocab, generator=generator)[: count + 8]
