@@ -1,0 +1,82 @@
+"""What is attributed: the probability of a task, or a metric, as a function of w."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mechsvd.attribution.curvature import Function
+from mechsvd.attribution.objective import Objective, Over, objective_over
+from mechsvd.engine.metrics import AnyMetric, Metric, log_prob, metric_for
+from mechsvd.engine.session import Session
+from mechsvd.model.tasks import Task
+
+Kind = Literal["probability", "log_prob"]
+
+
+@dataclass(frozen=True)
+class TaskFunction:
+    """The function of w that belongs to a task.
+
+    Attributes:
+        function: f, in units of `unit`.
+        name: what f is.
+        unit: multiplies everything that is measured in f; the clean probability if f is relative
+            to it, and 1 otherwise.
+        metric: what the noise floor is measured of.
+        objective: the logits as a function of w, and what w is.
+    """
+
+    function: Function
+    name: str
+    unit: float
+    metric: Metric
+    objective: Objective
+
+
+def task_function(
+    session: Session, task: Task, over: Over, objective: Kind | None, metric: AnyMetric | None
+) -> TaskFunction:
+    """Make the function f of w that belongs to a task; a probability is relative to the clean one.
+
+    Raises:
+        TypeError, KeyError, ValueError: as `hessian_attribution`.
+    """
+    f = objective_over(session, task, over)
+    if metric is None and objective != "log_prob":
+        clean = float(f.log_prob(f.point[None]).detach())
+        chosen, name, unit = log_prob, "probability", _probability(clean)
+        values: Callable[[Tensor], Tensor] = f.log_prob
+        relative_to: float | None = clean
+    else:
+        chosen = metric_for(log_prob if metric is None else metric, session.model, task)
+        name, unit, relative_to = chosen.name, 1.0, None
+        values = f.log_prob if chosen is log_prob else f.metric(chosen)
+    size, halve = session.rows_per_pass(task), session.halve(task)
+    function = Function(values, f.point, size, halve, session.progress, relative_to)
+    return TaskFunction(function, name, unit, chosen, f)
+
+
+def require_one_function(objective: Any, metric: Any) -> None:
+    """Refuse an unknown objective, or two functions to attribute.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if objective not in (None, "probability", "log_prob"):
+        raise ValueError(f"`objective` is {objective!r}, but must be 'probability' or 'log_prob'.")
+    if objective and metric is not None:
+        raise ValueError("`objective` and `metric` are two functions; give one of them.")
+
+
+def _probability(log_prob: float) -> float:
+    if log_prob < math.log(sys.float_info.min):
+        raise ValueError(
+            f"The log-probability of the continuation is {log_prob:.0f} nats, so its probability "
+            "is too small for a number (it underflows); shorten the continuation, or attribute the "
+            'logarithm by `objective="log_prob"`.'
+        )
+    return math.exp(log_prob)
