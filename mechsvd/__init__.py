@@ -21,6 +21,7 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mechsvd.attribution.curvature_ridge import CurvatureRidge, shrink_by_curvature
 from mechsvd.attribution.gradients import (
     GradientBasis,
     Gradients,
@@ -28,6 +29,8 @@ from mechsvd.attribution.gradients import (
     gradient_basis,
 )
 from mechsvd.attribution.hessian import hessian_attribution, hessian_attribution_of
+from mechsvd.attribution.interacting import Interactions
+from mechsvd.attribution.pair_scores import interactions, interactions_of
 from mechsvd.attribution.scores import Attribution
 from mechsvd.attribution.stress import WorstGains, worst_gains
 from mechsvd.edits.baselines import Baseline
@@ -147,7 +150,8 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "generate", "generate_tasks",
     # attribution in a Hessian eigenbasis, and in other bases
     "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients",
-    "Gradients", "gradient_basis", "GradientBasis",
+    "Gradients", "gradient_basis", "GradientBasis", "interactions", "interactions_of",
+    "Interactions", "shrink_by_curvature", "CurvatureRidge",
     # comparison of subspaces
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     "to_transformer_lens", "from_transformer_lens",

@@ -116,7 +116,7 @@ def test_from_w_all_weights_agree_with_a_dense_hessian(small, from_w):
 
 
 def test_as_many_steps_as_weights_give_all_that_the_dense_hessian_says_of_w(small):
-    raw, model, task = small
+    _, model, task = small
     options = {"objective": "log_prob", "tolerance": 1e-6}
     whole = ms.hessian_attribution(model, task, "*", **options)
     found = ms.hessian_attribution(model, task, "*", basis="from_w", pairs=300, **options)

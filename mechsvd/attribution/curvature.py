@@ -70,7 +70,11 @@ class Function:
         return float(self.at(lambda rows: torch.zeros_like(self.point)[None], 1))
 
     def at(
-        self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int
+        self,
+        row: Callable[[Tensor], Float[Tensor, "row entry"]],
+        count: int,
+        progress: bool | None = False,
+        what: str = "points",
     ) -> Float[Tensor, " row"]:
         """Values of f at `count` points; `row` makes points from their numbers when needed."""
         with torch.no_grad():
@@ -79,7 +83,8 @@ class Function:
                 torch.arange(count),
                 self.forward_size,
                 self.halve,
-                False,
+                progress,
+                what,
                 restored=independent,
             )
         return torch.cat(batches)

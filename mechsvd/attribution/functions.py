@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.attribution.curvature import Function
-from mechsvd.attribution.objective import Objective, Over, objective_over
+from mechsvd.attribution.objective import Objective, Over, batched, objective_over
+from mechsvd.checks import require_whole
 from mechsvd.engine.metrics import AnyMetric, Metric, log_prob, metric_for
 from mechsvd.engine.session import Session
 from mechsvd.model.tasks import Task
@@ -60,6 +63,40 @@ def task_function(
     return TaskFunction(function, name, unit, chosen, f)
 
 
+def function_of(
+    function: Callable[[Float[Tensor, " entry"]], Float[Tensor, ""]],
+    w: Float[Tensor, " entry"],
+    batch_size: int,
+) -> Function:
+    """Check your own function of one vector, and make one of rows.
+
+    Raises:
+        TypeError, ValueError: as `hessian_attribution_of`.
+    """
+    if not callable(function):
+        raise TypeError(
+            f"`function` must be a function of one vector, but is {type(function).__name__}."
+        )
+    if not isinstance(w, Tensor) or w.ndim != 1 or not w.is_floating_point() or len(w) == 0:
+        what = (
+            f"{w.dtype} of shape {list(w.shape)}"
+            if isinstance(w, Tensor)
+            else f"{type(w).__name__}"
+        )
+        raise ValueError(f"`w` must be a float tensor with one axis, but is {what}.")
+    value = function(w)
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        what = (
+            f"a tensor of shape {list(value.shape)}"
+            if isinstance(value, Tensor)
+            else f"{type(value).__name__} {value!r:.20}"
+        )
+        raise ValueError(f"`function` must give a scalar tensor (no `.item()`), but gives {what}.")
+    with torch.inference_mode(False):  # a tensor from inference mode cannot have gradients
+        size = require_whole("batch_size", batch_size, 1)
+        return Function(batched(function), w.clone(), size, _halve)
+
+
 def require_one_function(objective: Any, metric: Any) -> None:
     """Refuse an unknown objective, or two functions to attribute.
 
@@ -80,3 +117,9 @@ def _probability(log_prob: float) -> float:
             'logarithm by `objective="log_prob"`.'
         )
     return math.exp(log_prob)
+
+
+def _halve(size: int) -> int:
+    if size == 1:
+        raise MemoryError("A single evaluation of the function does not fit into memory.")
+    return size // 2

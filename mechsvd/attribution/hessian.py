@@ -18,9 +18,9 @@ from mechsvd.attribution.directions import (
     given_directions,
     hessian_directions,
 )
-from mechsvd.attribution.functions import Kind, require_one_function, task_function
+from mechsvd.attribution.functions import Kind, function_of, require_one_function, task_function
 from mechsvd.attribution.gradients import GradientBasis
-from mechsvd.attribution.objective import Over, batched
+from mechsvd.attribution.objective import Over
 from mechsvd.attribution.scores import Attribution, score_directions
 from mechsvd.checks import is_number, is_whole, require_whole
 from mechsvd.edits.gates import Basis
@@ -144,31 +144,9 @@ def hessian_attribution_of(
         >>> hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]).double()).quadratic
         tensor([ 6.2500, -0.2500], dtype=torch.float64)
     """
-    if not callable(function):
-        raise TypeError(
-            f"`function` must be a function of one vector, but is {type(function).__name__}."
-        )
-    if not isinstance(w, Tensor) or w.ndim != 1 or not w.is_floating_point() or len(w) == 0:
-        what = (
-            f"{w.dtype} of shape {list(w.shape)}"
-            if isinstance(w, Tensor)
-            else f"{type(w).__name__}"
-        )
-        raise ValueError(f"`w` must be a float tensor with one axis, but is {what}.")
-    value = function(w)
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        what = (
-            f"a tensor of shape {list(value.shape)}"
-            if isinstance(value, Tensor)
-            else f"{type(value).__name__} {value!r:.20}"
-        )
-        raise ValueError(f"`function` must give a scalar tensor (no `.item()`), but gives {what}.")
-
     choices = _Choices(basis, pairs, bases, tolerance, max_products, path_steps, seed)
+    f = function_of(function, w, batch_size)
     with torch.inference_mode(False):  # inference mode has no gradients
-        f = Function(
-            batched(function), w.clone(), require_whole("batch_size", batch_size, 1), _halve
-        )
         return _attribute(
             f,
             choices,
@@ -232,7 +210,8 @@ def _attribute(
     """Attribute with one gradient, path integral and Hessian (or Lanczos) for all bases."""
     entries, over = len(function.point), header["over"]
     pairs = choices.count(entries)
-    others = given_directions(choices.bases or {}, function.point, over)
+    bases = {} if choices.bases is None else choices.bases
+    others = given_directions(bases, function.point, over)
     curvature = differentiate(function)
     baseline = function.at_zero
     if noise is not None:
@@ -263,9 +242,3 @@ def _attribute(
         warn_unconverged(attribution, most)
     warn_undefined(attribution, curvature, choices.path_steps)
     return attribution
-
-
-def _halve(size: int) -> int:
-    if size == 1:
-        raise MemoryError("A single evaluation of the function does not fit into memory.")
-    return size // 2

@@ -1,0 +1,74 @@
+"""Plotly figures of pairs of directions: their interactions next to those of random bases."""
+
+from itertools import cycle
+
+import plotly.graph_objects as go
+import torch
+from torch import Tensor
+
+from mechsvd.attribution.interacting import Amount, Interactions
+from mechsvd.figures.display import label
+from mechsvd.figures.style import CLEAN, DISTINCT, empty_figure, scatter
+from mechsvd.results import require_kind
+
+RANDOM = "#a0a0a0"
+
+
+def interactions(found: Interactions, of: Amount = "interaction", task: int = 0) -> go.Figure:
+    """The share of pairs with an interaction of at most x, per basis, next to random bases.
+
+    A line to the left of its grey ones is of a basis whose directions work more independently than
+    random ones of the same span. The legend has the median and its p-value. Interactions of 0 have
+    no place on the logarithmic axis of sizes.
+
+    Args:
+        of: "interaction" draws sizes in units of f, with a line at twice the noise floor;
+            "relative" is without unit, from 0 to 1.
+        task: number of the text.
+
+    Raises:
+        ValueError: `of` is none of these, or there is no such text.
+    """
+    require_kind(found, Interactions)
+    if not 0 <= task < len(found.values):
+        raise ValueError(f"`task` is {task}, but there are {len(found.values)} texts.")
+    table = found.summary(of)
+    table = table[table.task == task] if "task" in table else table
+    sized = of == "interaction"
+    figure = empty_figure(
+        "Interactions of pairs of directions",
+        f"|interaction| ({label(found.objective)})"
+        if sized
+        else "|interaction| ÷ sum of the costs",
+        "share of the pairs with at most this",
+        log_x=sized,
+    )
+    amounts = (found.interaction.abs() if sized else found.relative)[task]
+    for number, colour, row in zip(
+        range(len(found.names)), cycle(DISTINCT), table.itertuples(), strict=False
+    ):
+        name, chosen = label(found.names[number]), amounts[:, found.basis == number]
+        for draw in range(1, len(chosen)):
+            random = _curve(chosen[draw], f"random bases of {name}", RANDOM, 0.6, name)
+            figure.add_trace(random.update(showlegend=draw == 1))
+        shown = f"{name}: median {row.median:.3g}, p = {row.p_value:.2g}"
+        figure.add_trace(_curve(chosen[0], shown, colour, 2.2, f"{name} itself"))
+    if sized and found.noise_floor[task] > 0:
+        noise = 2 * float(found.noise_floor[task])
+        figure.add_vline(x=noise, line={"color": CLEAN, "dash": "dot", "width": 1.2})
+    return figure.update_layout(showlegend=True)
+
+
+def _curve(values: Tensor, name: str, colour: str, width: float, group: str) -> go.Scatter:
+    """The cumulative distribution of some values as a step line."""
+    defined = values[~values.isnan()].sort().values
+    shares = torch.arange(1, len(defined) + 1) / max(1, len(defined))
+    return scatter(len(defined))(
+        x=defined.numpy(),
+        y=shares.numpy(),
+        name=name,
+        legendgroup=group,
+        mode="lines",
+        line={"color": colour, "width": width, "shape": "hv"},
+        hovertemplate=f"{name}<br>%{{x:.3g}}<br>%{{y:.0%}} of the pairs<extra></extra>",
+    )
