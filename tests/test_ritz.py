@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -219,8 +220,6 @@ def test_undefined_scores_come_last():
             lambda w: w.log().sum(), torch.tensor([2.0, 3.0]), bases={"axes": torch.eye(2)}
         )
     measured = torch.tensor([math.nan, 1.0])
-    from dataclasses import replace
-
     assert replace(found, measured=measured).order("measured").tolist() == [1, 0]
 
 
@@ -252,4 +251,5 @@ def test_an_attribution_keeps_its_basis_and_a_file_without_it_still_loads(from_w
     old = ms.Attribution.load(older)
     assert old.basis == "given"
     assert old.held.isnan().all()
+    assert "hold" not in repr(old)
     torch.testing.assert_close(old.measured, from_w.measured)

@@ -20,13 +20,17 @@ from mechsvd.engine.passes import clean_noise
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.fields import require_between, require_declared, require_finite
-from mechsvd.linalg.shrinkage import evenly_spaced_strengths, require_strengths, ridge_gains
+from mechsvd.linalg.shrinkage import (
+    LEFT,
+    evenly_spaced_strengths,
+    require_strengths,
+    ridge_gains,
+)
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import Provenance, Result, require_kind, result
 
 STEPS = 64  # number of strengths by default
-LEFT = 0.1  # a direction with a larger gain is still there
 
 
 @result
@@ -245,7 +249,7 @@ def _measure(
     """f(w) and f of w under each row of gains, in one loop; and the shares of ‖w‖²."""
     w = f.point.detach()
     held = w.cpu().double() @ vectors.cpu().double()
-    outside = w - (vectors.double() @ held.to(vectors.device).double()).to(w)
+    outside = w - vectors @ held.to(w)
     # w itself, unchanged, is the first row
     changes = torch.cat([torch.zeros_like(held)[None], (gains - 1) * held])
     off = torch.cat([torch.zeros(1), torch.full((len(gains),), rest - 1.0)]).to(w)

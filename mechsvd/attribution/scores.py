@@ -45,7 +45,7 @@ class Attribution(Result):
         products: Hessian-vector products used to find the directions.
         basis: where the directions come from: "largest", "from_w", "from_gradient" or "from_both"
             (see `hessian_attribution`), or "given".
-        norm: ‖w‖; NaN in a file of an older version.
+        norm: ‖w‖; None in a file of an older version.
         beside: attributions of the same function in other bases, by name: the given bases and
             random directions.
     """
@@ -67,7 +67,7 @@ class Attribution(Result):
     tolerance: float = 1e-4
     products: int = 0
     basis: str = "given"
-    norm: float = math.nan
+    norm: float | None = None
     beside: "tuple[tuple[str, Attribution], ...]" = ()
     source: Provenance | None = None
 
@@ -133,9 +133,10 @@ class Attribution(Result):
     def held(self) -> Float[Tensor, " direction"]:
         """Share of ‖w‖² that each direction holds, (u·w)² / ‖w‖².
 
-        All directions of a complete basis hold 1 together, and so do those from w. NaN if w is 0.
+        All directions of a complete basis hold 1 together, and so do those from w. NaN if w is 0,
+        or ‖w‖ is unknown.
         """
-        return self.projections.square() / (self.norm**2 or torch.nan)
+        return self.projections.square() / ((self.norm or 0) ** 2 or torch.nan)
 
     @property
     def converged(self) -> Bool[Tensor, " direction"]:
@@ -245,8 +246,8 @@ class Attribution(Result):
         loud = int((~self.is_noise).sum())
         return (
             f"Attribution of the {self.objective} {self.value:.4g} (at w = 0: "
-            f"{self.baseline:.3g}) to {len(self)} directions of {len(self.vectors):,} entries, "
-            f"which hold {float(self.held.sum()):.3g} of ‖w‖²\n"
+            f"{self.baseline:.3g}) to {len(self)} directions of {len(self.vectors):,} entries"
+            f"{f', which hold {float(self.held.sum()):.3g} of ‖w‖²' if self.norm else ''}\n"
             f"  eigenvalues {top}; {int(self.converged.sum())} converged after {self.products} "
             f"products with the Hessian; of {loud} scores above "
             f"the noise, {near['linear']} within 10 % of the linear estimate, "

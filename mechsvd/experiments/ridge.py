@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -17,6 +17,7 @@ from mechsvd.experiments.intervals import summary
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
 from mechsvd.linalg.shrinkage import (
+    LEFT,
     effective_number,
     evenly_spaced_strengths,
     require_strengths,
@@ -38,6 +39,8 @@ class RidgeSweep(Result):
         effective_directions: Σ s²/(s² + alpha), the effective number of directions that are left
             (ridge regression's effective degrees of freedom).
         measurement: one row per strength, and the clean run.
+        directions_left: number of directions whose gain is above 0.1; None in a file of an older
+            version. Few effective directions may be many with small gains.
         basis_source: the writes that the directions come from.
     """
 
@@ -45,6 +48,7 @@ class RidgeSweep(Result):
     effective_directions: Float[Tensor, " edit"]
     measurement: Measurement
     basis_source: Provenance | None = None
+    directions_left: Int[Tensor, " edit"] | None = None
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -52,15 +56,17 @@ class RidgeSweep(Result):
 
     def _require_values(self) -> None:
         require_finite(self, "alphas", "effective_directions")
-        require_between(self, ["alphas", "effective_directions"], 0)
+        require_between(self, ["alphas", "effective_directions", "directions_left"], 0)
 
     def to_pandas(self) -> Any:
         """One row per strength.
 
-        Columns: alpha, effective_directions, log_prob, probability, surprise, orig_delta,
-        kept_delta.
+        Columns: alpha, effective_directions, directions_left (where known), log_prob, probability,
+        surprise, orig_delta, kept_delta.
         """
         table = self.measurement.to_pandas()
+        if self.directions_left is not None:
+            table.insert(0, "directions_left", self.directions_left.numpy())
         table.insert(0, "effective_directions", self.effective_directions.numpy())
         table.insert(0, "alpha", self.alphas.numpy())
         return table
@@ -154,7 +160,10 @@ def sweep_ridge(
     measured = measure(model, as_tasks(task), stack, **options)
     warn_other_sites(svd, measured[0].sites)
     numbers = effective_directions(svd, strengths)
-    sweeps = tuple(RidgeSweep(strengths, numbers, part, svd.source) for part in measured.parts)
+    left = (gains > LEFT).sum(dim=1).cpu()
+    sweeps = tuple(
+        RidgeSweep(strengths, numbers, part, svd.source, left) for part in measured.parts
+    )
     return sweeps[0] if isinstance(task, Task) else RidgeSweeps(sweeps)
 
 

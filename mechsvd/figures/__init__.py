@@ -11,7 +11,7 @@ from mechsvd.figures.attribution import (
 )
 from mechsvd.figures.contrasts import contrast_map
 from mechsvd.figures.heldout import held_out
-from mechsvd.figures.pairs import interactions
+from mechsvd.figures.pairs import curvature_ridge, interactions
 from mechsvd.figures.rankings import baseline_correlations, direction_effects, dose_response
 from mechsvd.figures.spectra import (
     cumulative_singular_values,
@@ -38,6 +38,6 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "race_of_orders", "margins", "clip_and_ridge", "dose_response", "baseline_correlations",
     "held_out", "contrast_map", "overlap_anchors",
     "hessian_spectrum", "estimate_errors", "accumulated_scores", "accumulated_shares",
-    "interactions", "overlap_map", "pooled_spectrum",
+    "interactions", "curvature_ridge", "overlap_map", "pooled_spectrum",
     "save_image",
 ]  # fmt: skip

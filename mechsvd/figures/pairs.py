@@ -1,4 +1,4 @@
-"""Plotly figures of pairs of directions: their interactions next to those of random bases."""
+"""Plotly figures of an attribution's directions at work: in pairs, and shrunken or clipped."""
 
 from itertools import cycle
 
@@ -6,9 +6,19 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from mechsvd.attribution.curvature_ridge import CurvatureRidge
 from mechsvd.attribution.interacting import Amount, Interactions
 from mechsvd.figures.display import label
-from mechsvd.figures.style import CLEAN, DISTINCT, empty_figure, scatter
+from mechsvd.figures.style import (
+    ATTEMPTED,
+    CLEAN,
+    DISTINCT,
+    EDITED,
+    empty_figure,
+    line,
+    scatter,
+    with_clean,
+)
 from mechsvd.results import require_kind
 
 RANDOM = "#a0a0a0"
@@ -30,8 +40,7 @@ def interactions(found: Interactions, of: Amount = "interaction", task: int = 0)
         ValueError: `of` is none of these, or there is no such text.
     """
     require_kind(found, Interactions)
-    if not 0 <= task < len(found.values):
-        raise ValueError(f"`task` is {task}, but there are {len(found.values)} texts.")
+    _require_text(task, found.values)
     table = found.summary(of)
     table = table[table.task == task] if "task" in table else table
     sized = of == "interaction"
@@ -57,6 +66,42 @@ def interactions(found: Interactions, of: Amount = "interaction", task: int = 0)
         noise = 2 * float(found.noise_floor[task])
         figure.add_vline(x=noise, line={"color": CLEAN, "dash": "dot", "width": 1.2})
     return figure.update_layout(showlegend=True)
+
+
+def curvature_ridge(found: CurvatureRidge, task: int = 0) -> go.Figure:
+    """f against the number of directions, for ridge by curvature and for clipping.
+
+    For ridge it is the effective number Σ |λ|/(|λ| + α), or the number of directions whose gain is
+    above 0.1 (dotted), which can be far larger.
+
+    Args:
+        task: number of the text.
+
+    Raises:
+        ValueError: there is no such text.
+    """
+    require_kind(found, CurvatureRidge)
+    _require_text(task, found.values)
+    name = label(found.objective)
+    figure = empty_figure(
+        "Clipping and ridge by curvature",
+        "kept directions, or their effective number Σ |λ|/(|λ| + α)",
+        f"{name} without the rest" if found.rest == 0 else name,
+    )
+    kept, values = range(found.clip_values.shape[1]), found.ridge_values[task]
+    hover = f"the first %{{x}} directions<br>{name} %{{y:.4g}}"
+    figure.add_trace(line(kept, found.clip_values[task], "clipped", EDITED, hover=hover))
+    hover = f"α = %{{customdata:.3g}}<br>%{{x:.1f}} directions<br>{name} %{{y:.4g}}"
+    shrunk = line(found.effective_directions, values, "ridge", ATTEMPTED, hover=hover)
+    left = line(found.directions_left, values, "ridge, gains above 0.1", ATTEMPTED, hover=hover)
+    for trace in (shrunk, left.update(line={"dash": "dot"})):
+        figure.add_trace(trace.update(customdata=found.alphas.numpy()))
+    return with_clean(figure, found.values[task]).update_layout(showlegend=True)
+
+
+def _require_text(task: int, values: Tensor) -> None:
+    if not 0 <= task < len(values):
+        raise ValueError(f"`task` is {task}, but there are {len(values)} texts.")
 
 
 def _curve(values: Tensor, name: str, colour: str, width: float, group: str) -> go.Scatter:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+LEFT = 0.1  # a direction with a larger gain is still there
+
 
 def ridge_gains(
     singular_values: Float[Tensor, " rank"], alpha: Float[Tensor, "*edit"]
