@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mechsvd as ms
 from mechsvd.demo.train import CONTEXT, held_out_loss, train, train_tokenizer
+from mechsvd.model.sites import find_weights
 
 STEPS = (0, 12, 60)
 OVER = "blocks.1.mlp.*"
@@ -46,8 +47,8 @@ def task(checkpoints):
 def test_the_checkpoints_are_those_of_the_training(trained, checkpoints):
     _, tokenizer, model = trained
     final = dict(model.named_parameters())["model.layers.1.mlp.down_proj.weight"]
-    stored = {n: p for n, p in checkpoints[-1].named_parameters() if "layers.1.mlp" in n}
-    assert any(torch.equal(p, final) for p in stored.values() if p.shape == final.shape)
+    ((_, stored),) = find_weights(checkpoints[-1], ["blocks.1.mlp.out.weight"]).values()
+    torch.testing.assert_close(stored, final, rtol=0, atol=0)
     losses = []
     for step in STEPS:
         raw = LlamaForCausalLM.from_pretrained(trained[0] / f"step-{step}").eval()
@@ -61,8 +62,8 @@ def test_a_gradient_basis_of_training_holds_the_gradients_of_every_checkpoint(ch
     basis = ms.gradient_basis(collected)
     rows = torch.cat([gradients.values for gradients in collected]).double()
     assert basis.rank == min(rows.shape) == 3 * len(task.continuation)
-    moment = rows.T @ rows / len(rows)
-    values = torch.linalg.eigvalsh(moment).flip(0)[: basis.rank]
+    gram = rows @ rows.T / len(rows)  # it has the eigenvalues of the second moment
+    values = torch.linalg.eigvalsh(gram).flip(0)
     torch.testing.assert_close(basis.eigenvalues.double(), values, rtol=1e-3, atol=1e-9)
     v = basis.directions.double()
     torch.testing.assert_close(rows @ v @ v.T, rows, rtol=0, atol=2e-4 * float(rows.abs().max()))
@@ -75,15 +76,7 @@ def test_a_gradient_basis_of_training_holds_the_gradients_of_every_checkpoint(ch
 def test_each_checkpoints_gradients_are_finite_differences_of_its_own_run(checkpoints, task):
     for model in checkpoints:
         found = ms.collect_gradients(model, task, "blocks.1.ln2.weight")
-        weight = (
-            dict(model.named_parameters())["blocks.1.ln2.weight"]
-            if False
-            else next(
-                p
-                for n, p in model.named_parameters()
-                if "layers.1.post_attention" in n or "1.ln2" in n
-            )
-        )
+        ((_, weight),) = find_weights(model, ["blocks.1.ln2.weight"]).values()
         clean = weight.detach().clone()
         for entry in (0, 17):
             ends = []

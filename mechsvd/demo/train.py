@@ -246,4 +246,5 @@ language models.
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]), checkpoints=[*map(int, sys.argv[2:])])
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else WEIGHTS
+    main(target, [int(step) for step in sys.argv[2:]])
