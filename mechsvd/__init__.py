@@ -28,7 +28,11 @@ from mechsvd.attribution.gradients import (
     collect_gradients,
     gradient_basis,
 )
-from mechsvd.attribution.hessian import hessian_attribution, hessian_attribution_of
+from mechsvd.attribution.hessian import (
+    Attributions,
+    hessian_attribution,
+    hessian_attribution_of,
+)
 from mechsvd.attribution.interacting import Interactions
 from mechsvd.attribution.pair_scores import interactions, interactions_of
 from mechsvd.attribution.scores import Attribution
@@ -149,7 +153,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "change_at_most", "same_greedy_text",
     "generate", "generate_tasks",
     # attribution in a Hessian eigenbasis, and in other bases
-    "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients",
+    "hessian_attribution", "hessian_attribution_of", "Attribution", "Attributions", "collect_gradients",
     "Gradients", "gradient_basis", "GradientBasis", "interactions", "interactions_of",
     "Interactions", "shrink_by_curvature", "CurvatureRidge",
     # comparison of subspaces

@@ -153,6 +153,7 @@ def tiny_results():
             0,
             SOURCE,
         ),
+        ms.Attributions((control,)),
         replace(control, beside=(("random", control),), source=SOURCE),
     ]
     return {type(result).__name__: result for result in found}

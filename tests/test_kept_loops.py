@@ -41,7 +41,7 @@ CALLS = {
     "attribution": lambda m, t, svd, **o: ms.hessian_attribution(m, t[0], svd, **o),
     "pairs": lambda m, t, svd, **o: ms.hessian_attribution(m, t[0], svd, pairs=4, **o),
     "from w": lambda m, t, svd, **o: ms.hessian_attribution(
-        m, t[0], svd, pairs=4, basis="from_w", **o
+        m, t[:2], svd, pairs=4, basis="from_w", **o
     ),
     "interactions": lambda m, t, svd, **o: ms.interactions(
         m, t[:2], svd, {"axes": torch.eye(svd.rank)}, rows=4, batch_size=30, **o

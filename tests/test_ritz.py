@@ -253,3 +253,20 @@ def test_an_attribution_keeps_its_basis_and_a_file_without_it_still_loads(from_w
     assert old.held.isnan().all()
     assert "hold" not in repr(old)
     torch.testing.assert_close(old.measured, from_w.measured)
+
+
+def test_several_texts_get_their_own_directions_in_one_table(small, tmp_path):
+    _, model, task = small
+    other = ms.Task(tokens=torch.tensor([0, 9, 4, 4, 12, 8]), prompt_length=2)
+    options = {"objective": "log_prob", "basis": "from_w", "pairs": 4}
+    found = ms.hessian_attribution(model, [task, other], "*", **options)
+    alone = [ms.hessian_attribution(model, one, "*", **options) for one in (task, other)]
+    assert len(found) == 2
+    for part, single in zip(found.parts, alone, strict=True):
+        assert part.to_pandas().equals(single.to_pandas())
+        assert part.source.tokens == single.source.tokens
+    table = found.to_pandas()
+    assert list(table.task) == [0] * 4 + [1] * 4
+    found.save(tmp_path / "several.safetensors")
+    loaded = ms.Attributions.load(tmp_path / "several.safetensors")
+    assert loaded.to_pandas().equals(table)

@@ -1,8 +1,8 @@
 """Attribution of a probability, or any function, in its Hessian eigenbasis or another basis."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
@@ -27,16 +27,24 @@ from mechsvd.edits.gates import Basis
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import clean_noise
 from mechsvd.engine.resuming import runs_model
-from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.comparison import random_subspace
 from mechsvd.model.sites import Model
-from mechsvd.model.tasks import Task
+from mechsvd.model.tasks import Task, as_tasks
+from mechsvd.results import OverTexts, result
 
 PAIRS = 20  # default number of eigenpairs without the whole Hessian
 CONTROLS = 128  # at most so many random directions
 
 
-@runs_model(RunOptions)
+@result
+class Attributions(OverTexts):
+    """The attributions of several texts over the same kind of w, each with its own directions."""
+
+    parts: tuple[Attribution, ...]
+
+
+@overload
 def hessian_attribution(
     model: Model,
     task: Task,
@@ -52,13 +60,48 @@ def hessian_attribution(
     path_steps: int = 32,
     seed: int = 0,
     **options: Unpack[RunOptions],
-) -> Attribution:
+) -> Attribution: ...
+@overload
+def hessian_attribution(
+    model: Model,
+    task: Sequence[Task],
+    over: Over,
+    *,
+    objective: Kind | None = None,
+    metric: AnyMetric | None = None,
+    basis: Start = "largest",
+    pairs: int | None = None,
+    bases: Mapping[str, Basis | GradientBasis] | None = None,
+    tolerance: float = 1e-4,
+    max_products: int | None = None,
+    path_steps: int = 32,
+    seed: int = 0,
+    **options: Unpack[RunOptions],
+) -> Attributions: ...
+@runs_model(RunOptions)
+def hessian_attribution(
+    model: Model,
+    task: Task | Sequence[Task],
+    over: Over,
+    *,
+    objective: Kind | None = None,
+    metric: AnyMetric | None = None,
+    basis: Start = "largest",
+    pairs: int | None = None,
+    bases: Mapping[str, Basis | GradientBasis] | None = None,
+    tolerance: float = 1e-4,
+    max_products: int | None = None,
+    path_steps: int = 32,
+    seed: int = 0,
+    **options: Unpack[RunOptions],
+) -> Attribution | Attributions:
     """Attribute a continuation's probability to directions of w, in its Hessian eigenbasis.
 
     Everything is computed relative to the clean probability. So ratios stay exact even if the
     probability is tiny.
 
     Args:
+        task: one, or several, each of which gets its own directions.
         over: what w is. A decomposition: the gains of its directions in every write, and one gain
             for the rest that they do not span; w = 1 is the model as it is, w = 0 removes all
             writes. Sites: their writes; w minus the clean writes is added to every write.
@@ -91,7 +134,8 @@ def hessian_attribution(
 
     Returns:
         One row per direction, by falling |eigenvalue|. `.bases` holds the other bases, with the
-        directions in their given order.
+        directions in their given order. Several tasks give an attribution each, and one table
+        whose first column is `task`.
 
     Raises:
         TypeError: `over` is none of these.
@@ -101,18 +145,32 @@ def hessian_attribution(
     """
     require_one_function(objective, metric)
     choices = _Choices(basis, pairs, bases, tolerance, max_products, path_steps, seed)
-    with open_session(model, [task], gradients=True, **options) as session:
-        source = session.provenance()
-        f = task_function(session, task, over, objective, metric)
-        noise = clean_noise(session, task, f.metric)
-        header = {
-            "objective": f.name,
-            "over": f.objective.over,
-            "parts": f.objective.parts,
-            "noise_floor": noise * f.unit,
-            "source": replace(source, hooks=f.objective.hooks, seed=int(choices.seed)),
-        }
-        return _attribute(f.function, choices, f.unit, header, noise)
+    texts = as_tasks(task)
+    with open_session(model, texts, gradients=True, **options) as session:
+        parts = tuple(_of_text(session, text, over, objective, metric, choices) for text in texts)
+    return parts[0] if isinstance(task, Task) else Attributions(parts)
+
+
+def _of_text(
+    session: Session,
+    task: Task,
+    over: Over,
+    objective: Kind | None,
+    metric: AnyMetric | None,
+    choices: "_Choices",
+) -> Attribution:
+    """The attribution of one text."""
+    source = session.provenance(tasks=[task])
+    f = task_function(session, task, over, objective, metric)
+    noise = clean_noise(session, task, f.metric)
+    header = {
+        "objective": f.name,
+        "over": f.objective.over,
+        "parts": f.objective.parts,
+        "noise_floor": noise * f.unit,
+        "source": replace(source, hooks=f.objective.hooks, seed=int(choices.seed)),
+    }
+    return _attribute(f.function, choices, f.unit, header, noise)
 
 
 def hessian_attribution_of(
