@@ -294,6 +294,12 @@ def test_a_spectrum_and_sums_follow_another_order(attribution):
     assert "in the order of the table" in figure.layout.xaxis.title.text
 
 
+def test_scores_accumulate_from_the_largest_share_where_f_is_larger_at_zero(attribution):
+    above = dataclasses.replace(attribution, baseline=attribution.value + 1)
+    steps = np.diff([0, *drawn(figures.accumulated_scores({"a": above})).y])
+    assert (np.diff(steps) <= 1e-9).all()
+
+
 def test_shares_of_w_accumulate_to_all_of_it(attribution):
     figure = figures.accumulated_shares(attribution.bases)
     for number, found in enumerate(attribution.bases.values()):

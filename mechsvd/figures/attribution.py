@@ -113,7 +113,13 @@ def accumulated_scores(bases: Mapping[str, Attribution], order: Order = "measure
         "sum of the scores (share of f(w) − f(0))",
     )
     hover = "first %{x} directions<br>%{y:.3f} of f(w) − f(0)"
-    figure = _accumulated(figure, bases, lambda a: a.share[a.order(order)], hover)
+
+    def shares(attribution: Attribution) -> Tensor:
+        if order == "measured":  # the largest share first, also where f(0) is above f(w)
+            return attribution.share.sort(descending=True).values
+        return attribution.share[attribution.order(order)]
+
+    figure = _accumulated(figure, bases, shares, hover)
     if max(max(trace.y) for trace in figure.data) > 1 / 3:
         figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
     return figure
