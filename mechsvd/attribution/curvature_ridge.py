@@ -1,6 +1,7 @@
 """Ridge on the coefficients of w in a Hessian eigenbasis: flat directions shrink first."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -212,7 +213,7 @@ def shrink_by_curvature(
         for text in texts:
             f = task_function(session, text, over, kind, metric)
             chosen = choose(
-                attribution,
+                replace(attribution, beside=()),
                 order.tolist(),
                 "eigenvalue",
                 f.function.point,
