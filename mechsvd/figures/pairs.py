@@ -21,13 +21,11 @@ from mechsvd.figures.style import (
 )
 from mechsvd.results import require_kind
 
-RANDOM = "#a0a0a0"
-
 
 def interactions(found: Interactions, of: Amount = "interaction", task: int = 0) -> go.Figure:
     """The share of pairs with an interaction of at most x, per basis, next to random bases.
 
-    A line to the left of its grey ones is of a basis whose directions work more independently than
+    A line to the left of its thin ones is of a basis whose directions work more independently than
     random ones of the same span. The legend has the median and its p-value. Interactions of 0 have
     no place on the logarithmic axis of sizes.
 
@@ -58,8 +56,8 @@ def interactions(found: Interactions, of: Amount = "interaction", task: int = 0)
     ):
         name, chosen = label(found.names[number]), amounts[:, found.basis == number]
         for draw in range(1, len(chosen)):
-            random = _curve(chosen[draw], f"random bases of {name}", RANDOM, 0.6, name)
-            figure.add_trace(random.update(showlegend=draw == 1))
+            random = _curve(chosen[draw], f"random bases of {name}", colour, 0.7, name)
+            figure.add_trace(random.update(showlegend=draw == 1, opacity=0.4))
         shown = f"{name}: median {row.median:.3g}, p = {row.p_value:.2g}"
         figure.add_trace(_curve(chosen[0], shown, colour, 2.2, f"{name} itself"))
     if sized and found.noise_floor[task] > 0:
