@@ -21,6 +21,7 @@ A worked example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mechsvd.attribution.curvature_ridge import CurvatureRidge, shrink_by_curvature
 from mechsvd.attribution.estimate_results import RankingEstimate, RankingEstimates
 from mechsvd.attribution.estimates import estimate_ranking, refine_ranking
 from mechsvd.attribution.gradients import (
@@ -29,7 +30,13 @@ from mechsvd.attribution.gradients import (
     collect_gradients,
     gradient_basis,
 )
-from mechsvd.attribution.hessian import hessian_attribution, hessian_attribution_of
+from mechsvd.attribution.hessian import (
+    Attributions,
+    hessian_attribution,
+    hessian_attribution_of,
+)
+from mechsvd.attribution.interacting import Interactions
+from mechsvd.attribution.pair_scores import interactions, interactions_of
 from mechsvd.attribution.scores import Attribution
 from mechsvd.attribution.stress import WorstGains, worst_gains
 from mechsvd.edits.baselines import Baseline
@@ -153,8 +160,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "change_at_most", "same_greedy_text",
     "generate", "generate_tasks",
     # attribution in a Hessian eigenbasis, and in other bases
-    "hessian_attribution", "hessian_attribution_of", "Attribution", "collect_gradients",
-    "Gradients", "gradient_basis", "GradientBasis",
+    "hessian_attribution", "hessian_attribution_of", "Attribution", "Attributions", "collect_gradients",
+    "Gradients", "gradient_basis", "GradientBasis", "interactions", "interactions_of",
+    "Interactions", "shrink_by_curvature", "CurvatureRidge",
     # comparison of subspaces
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
     "to_transformer_lens", "from_transformer_lens",

@@ -42,6 +42,12 @@ SAID = {  # what warns, and a word of it
         lambda model, task, svd: ms.hessian_attribution(model, task, svd, pairs=1),
         "12 sites are edited",
     ),
+    "interactions": (
+        lambda model, task, svd: ms.interactions(
+            model, task, svd, {"axes": torch.eye(svd.rank + 1)}, rows=2, draws=1
+        ),
+        "12 sites are edited",
+    ),
     "collect_gradients": (
         lambda model, task, svd: ms.collect_gradients(model, task, svd),
         "12 sites are edited",

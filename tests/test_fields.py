@@ -136,6 +136,33 @@ def tiny_results():
         SelfCheck(three, 0.0, (1,), 1.0, 0.0, float("inf"), 1e-5),
         Gradients(sizes, whole, whole, "gains", (("gain", (1, 2)),), SOURCE),
         GradientBasis(three, torch.eye(3), torch.eye(3), "gains", (("gain", (3,)),), SOURCE),
+        ms.CurvatureRidge(
+            three,
+            falling,
+            torch.ones(1, 2),
+            torch.ones(1, 3),
+            torch.ones(1, 3),
+            torch.ones(1),
+            torch.ones(1),
+            0.0,
+            "probability",
+            "gains",
+            SOURCE,
+        ),
+        ms.Interactions(
+            ("a", "b"),
+            whole - whole,
+            whole,
+            whole,
+            *[torch.ones(1, 4, 3).double()] * 3,
+            *[torch.ones(1, 2).double()] * 2,
+            *[torch.ones(1).double()] * 2,
+            "probability",
+            "gains",
+            0,
+            SOURCE,
+        ),
+        ms.Attributions((control,)),
         replace(control, beside=(("random", control),), source=SOURCE),
     ]
     return {type(result).__name__: result for result in found}
@@ -195,6 +222,8 @@ UNFIT = [
     ("Overlap", {"values": torch.ones(2, 3)}, r"`values` of an Overlap has shape \[2, 3\], but its axis `n` must have size 2"),
     ("Gradients", {"parts": (("gain", (3,)),)}, "`parts` must make up the 2 entries of w, but have 3"),
     ("Attribution", {"parts": (("gain", (-1, -3)),)}, "`parts` must make up the 3 entries of w"),
+    ("CurvatureRidge", {"clip_values": torch.ones(1, 2)}, "`clip_values` must have one column more than the 2 directions, but have 2"),
+    ("Interactions", {"names": ("a",)}, "`names` of an Interactions has length 1, but must have 2: one for each basis"),
     ("Attribution", {"vectors": torch.eye(2), "parts": (("gain", (2,)),)}, "`beside` holds directions 'random' of 3 entries"),
 ]  # fmt: skip
 

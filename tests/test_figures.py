@@ -306,6 +306,52 @@ def test_scores_accumulate_from_the_largest_to_their_sum(attribution):
             )
 
 
+def test_a_spectrum_and_sums_follow_another_order(attribution):
+    order = attribution.order("measured").numpy()
+    dots = drawn(figures.hessian_spectrum(attribution, order="measured"))
+    np.testing.assert_allclose(dots.y, attribution.eigenvalues.numpy()[order])
+    assert dots.customdata[:, 2].tolist() == order.tolist()
+    figure = figures.accumulated_scores({"a": attribution}, order="eigenvalue")
+    np.testing.assert_allclose(drawn(figure).y, attribution.share.cumsum(0).numpy())
+    assert "in the order of the table" in figure.layout.xaxis.title.text
+
+
+def test_scores_accumulate_from_the_largest_share_where_f_is_larger_at_zero(attribution):
+    above = dataclasses.replace(attribution, baseline=attribution.value + 1)
+    steps = np.diff([0, *drawn(figures.accumulated_scores({"a": above})).y])
+    assert (np.diff(steps) <= 1e-9).all()
+
+
+def test_shares_of_w_accumulate_to_all_of_it(attribution):
+    figure = figures.accumulated_shares(attribution.bases)
+    for number, found in enumerate(attribution.bases.values()):
+        shares = found.projections.square().sort(descending=True).values / found.norm**2
+        np.testing.assert_allclose(drawn(figure, number).y, shares.cumsum(0).numpy())
+        assert figure.data[number].y[-1] == pytest.approx(1, rel=1e-5)  # complete bases
+    assert figure.layout.yaxis.type == "log"
+
+
+def test_interactions_are_drawn_as_shares_of_the_pairs_next_to_random_bases(real, attribution):
+    found = ms.interactions(real.model, real.task, real.svd, attribution, rows=5, draws=3)
+    figure = figures.interactions(found)
+    own = [trace for trace in figure.data if "p = " in trace.name]
+    assert [trace.name.partition(":")[0] for trace in own] == ["Hessian", "singular"]
+    assert len(figure.data) == 2 * (3 + 1)
+    for number, trace in enumerate(own):
+        sizes = found.interaction[0, 0, found.basis == number].abs().sort().values
+        np.testing.assert_allclose(trace.x, sizes.numpy())
+        np.testing.assert_allclose(trace.y, np.arange(1, 11) / 10, rtol=1e-6)
+        median = found.summary()["median"][number]
+        assert f"median {median:.3g}" in trace.name
+    assert [shape.x0 for shape in figure.layout.shapes] == [2 * float(found.noise_floor[0])]
+    relative = figures.interactions(found, of="relative")
+    assert min(map(min, (t.x for t in relative.data))) >= 0
+    assert max(map(max, (t.x for t in relative.data))) <= 1
+    assert relative.layout.xaxis.type == "linear"
+    with pytest.raises(ValueError, match="`task` is 1, but there are 1 texts"):
+        figures.interactions(found, task=1)
+
+
 def test_clipping_and_ridge_share_an_axis(real):
     clip, ridge = (
         ms.sweep_rank(real.model, real.task, real.svd),

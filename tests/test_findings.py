@@ -110,6 +110,14 @@ def test_the_sentence_on_ridge_names_the_smallest_lasting_number(studies):
             f"{expected:.0f} where clipping needs {findings.lasting_rank(found.sweep)} ({found.name})"
             in said
         )
+    left = []
+    for found in studies:
+        gains = found.pooled.singular_values.double().square()
+        table = found.ridge.to_pandas()
+        alpha = table.alpha[table.effective_directions == findings.lasting_number(found.ridge)]
+        left.append(int((gains / (gains + float(alpha.iloc[0])) > 0.1).sum()))
+    span = f"{min(left)} to {max(left)}" if min(left) < max(left) else f"{left[0]}"
+    assert f"a sum of gains: {span} directions still have a gain above 0.1 there" in said
     never = dataclasses.replace(
         studies[0].ridge, measurement=far_from_clean(studies[0].ridge.measurement)
     )

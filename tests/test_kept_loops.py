@@ -40,11 +40,28 @@ CALLS = {
     "held out": lambda m, t, svd, **o: ms.fit_and_measure(m, t, 2, ranks=range(9), **o),
     "attribution": lambda m, t, svd, **o: ms.hessian_attribution(m, t[0], svd, **o),
     "pairs": lambda m, t, svd, **o: ms.hessian_attribution(m, t[0], svd, pairs=4, **o),
+    "from w": lambda m, t, svd, **o: ms.hessian_attribution(
+        m, t[:2], svd, pairs=4, basis="from_w", **o
+    ),
+    "interactions": lambda m, t, svd, **o: ms.interactions(
+        m, t[:2], svd, {"axes": torch.eye(svd.rank)}, rows=4, batch_size=30, **o
+    ),
+    "ridge by curvature": lambda m, t, svd, **o: ms.shrink_by_curvature(
+        m, t[:2], svd, ms.hessian_attribution(m, t[0], svd, pairs=4), batch_size=30, **o
+    ),
     "gradients": lambda m, t, svd, **o: ms.collect_gradients(m, t[:2], svd, **o),
     "doses": lambda m, t, svd, **o: ms.dose_response(m, t[0], svd, [0, 1], **o),
     "worst gains": lambda m, t, svd, **o: ms.worst_gains(m, t[0], svd, 3, steps=3, **o),
 }
-ATTRIBUTION = ("attribution", "pairs", "gradients", "worst gains")
+ATTRIBUTION = (
+    "attribution",
+    "pairs",
+    "from w",
+    "interactions",
+    "ridge by curvature",
+    "gradients",
+    "worst gains",
+)
 
 
 def same(first, second):

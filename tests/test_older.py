@@ -200,6 +200,27 @@ def test_attributions_are_the_same(pair, kind):
     torch.testing.assert_close(one.eigenvalues, other.eigenvalues, rtol=1e-3, atol=0)
 
 
+def test_directions_from_w_and_their_interactions_are_the_same(pair, silent):
+    found = []
+    for model, over in zip(pair, (["blocks.2.mlp.W_*"], "blocks.2.mlp.*"), strict=True):
+        task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
+        options = {"objective": "log_prob", "basis": "from_w", "pairs": 5, "path_steps": 2}
+        attribution = ms.hessian_attribution(model, task, over, **options)
+        pairs = ms.interactions(model, task, over, attribution, order="eigenvalue", draws=2)
+        ridge = ms.shrink_by_curvature(model, task, over, attribution, [0.0, 1.0])
+        found.append((attribution, pairs, ridge))
+    (one, first, left), (other, second, right) = found
+    assert float(one.held.sum()) == pytest.approx(1, abs=1e-6)
+    for name in ("eigenvalues", "held", "measured"):  # entries of w stand in another order
+        scale = float(getattr(other, name).abs().max())
+        torch.testing.assert_close(
+            getattr(one, name), getattr(other, name), rtol=1e-2, atol=1e-3 * scale
+        )
+    scale = float(second.interaction.abs().max())
+    torch.testing.assert_close(first.interaction, second.interaction, rtol=2e-2, atol=5e-3 * scale)
+    torch.testing.assert_close(left.ridge_values, right.ridge_values, rtol=1e-3, atol=1e-2)
+
+
 def test_weights_that_a_processed_bridge_keeps_as_copies_are_refused(silent):
     model = ms.load_model(device="cpu")
     model.enable_compatibility_mode()

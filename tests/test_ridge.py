@@ -40,6 +40,7 @@ def test_the_default_strengths_are_evenly_spaced_in_effective_directions(real):
     assert list(table) == [
         "alpha",
         "effective_directions",
+        "directions_left",
         "log_prob",
         "probability",
         "surprise",
@@ -50,6 +51,14 @@ def test_the_default_strengths_are_evenly_spaced_in_effective_directions(real):
     ]
     assert (table.alpha.diff().dropna() < 0).all()
     assert (table.kept_delta <= table.orig_delta * 1.0001).all()
+
+
+def test_few_effective_directions_may_be_many_that_are_left(real):
+    found = ms.sweep_ridge(real.model, real.task, real.svd)
+    squares = real.svd.singular_values.double().square()
+    for alpha, left in zip(found.alphas.tolist(), found.directions_left.tolist(), strict=True):
+        assert left == sum(s / (s + alpha) > 0.1 for s in squares.tolist())
+    assert (found.directions_left.double() > found.effective_directions).double().mean() > 0.5
 
 
 def test_few_directions_are_swept_too(real, silent):

@@ -26,11 +26,15 @@ stream: ms.WriteStream = ms.stream_writes(model, ["I"], context=9, shard=(0, 2),
 streamed: ms.Decomposition = ms.merge([stream]).decompose(center=True)
 per_site: tuple[ms.Decomposition, ...] = stream.decompose(per="site", scale="site")
 loaded: ms.Ranking = ms.Ranking.load(Path("ranking.safetensors"))
+attribution: ms.Attribution = ms.hessian_attribution(model, task, svd, basis="from_w", pairs=9)
+attributions: ms.Attributions = ms.hessian_attribution(model, [task], svd)
+pairs: ms.Interactions = ms.interactions(model, [task], svd, attribution, rows=4, layers=[0])
 found: ms.CriticalRank = ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text)
 """
 WRONG = {
     "ms.sweep_rank(model, task, svd, rank=[1])": 'Unexpected keyword argument "rank"',
     "ms.measure(model, task, [], layers='all')": 'incompatible type "str"',
+    "ms.hessian_attribution(model, task, svd, basis='w')": 'No overload variant of "hessian_attribution"',
     "ms.rank_directions(model, task, svd, noise_floor=True)": 'keyword argument "noise_floor"',
     "ms.decompose(writes, per_layer=True).rank": 'has no attribute "rank"',
     "ms.stream_writes(model, 'a.txt', contxt=9)": 'Unexpected keyword argument "contxt"',

@@ -1,6 +1,7 @@
 """Curvature of a function at a point: Hessian-vector products, the Hessian, eigenpairs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,15 @@ from torch import Tensor
 
 from mechsvd.engine.batches import independent, progress_bar, run_batches
 from mechsvd.engine.memory import free_bytes
-from mechsvd.linalg.eigenpairs import BLOCK, Eigenpairs, capacity, dense_eigenpairs, lanczos
+from mechsvd.linalg.eigenpairs import (
+    BLOCK,
+    Eigenpairs,
+    Products,
+    capacity,
+    dense_eigenpairs,
+    lanczos,
+    ritz_pairs,
+)
 from mechsvd.linalg.subspace import widest
 
 DENSE = 2048  # entries up to which the whole Hessian is computed,
@@ -61,7 +70,11 @@ class Function:
         return float(self.at(lambda rows: torch.zeros_like(self.point)[None], 1))
 
     def at(
-        self, row: Callable[[Tensor], Float[Tensor, "row entry"]], count: int
+        self,
+        row: Callable[[Tensor], Float[Tensor, "row entry"]],
+        count: int,
+        progress: bool | None = False,
+        what: str = "points",
     ) -> Float[Tensor, " row"]:
         """Values of f at `count` points; `row` makes points from their numbers when needed."""
         with torch.no_grad():
@@ -70,7 +83,8 @@ class Function:
                 torch.arange(count),
                 self.forward_size,
                 self.halve,
-                False,
+                progress,
+                what,
                 restored=independent,
             )
         return torch.cat(batches)
@@ -239,22 +253,43 @@ def eigenpairs(
     entries = len(curvature.w)
     if takes_whole(entries, pairs):
         return dense_eigenpairs(curvature.hessian, pairs)
-    needed, free = (
-        capacity(pairs) * entries * curvature.w.element_size(),
-        free_bytes(curvature.w.device),
-    )
+    _require_memory(curvature, pairs, capacity(pairs), curvature.w.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(entries, BLOCK, generator=generator, dtype=torch.float64).to(curvature.w)
+    with _counted(curvature, max_products) as products:
+        return lanczos(products, start, pairs, tolerance=tolerance, max_products=max_products)
+
+
+def pairs_from(curvature: Curvature, start: Float[Tensor, "entry start"], pairs: int) -> Eigenpairs:
+    """Compute the Hessian's Ritz pairs in the Krylov space of some vectors; see `ritz_pairs`.
+
+    Raises:
+        MemoryError: the vectors of Lanczos do not fit.
+    """
+    _require_memory(curvature, pairs, pairs, widest(curvature.w.device))
+    with _counted(curvature, pairs) as products:
+        return ritz_pairs(products, start, pairs)
+
+
+def _require_memory(curvature: Curvature, pairs: int, vectors: int, dtype: torch.dtype) -> None:
+    """Refuse Lanczos vectors that do not fit into memory."""
+    entries, free = len(curvature.w), free_bytes(curvature.w.device)
+    needed = vectors * entries * dtype.itemsize
     if needed > free:
         raise MemoryError(
-            f"{pairs} eigenpairs of {entries:,} entries need {capacity(pairs)} vectors, "
+            f"{pairs} eigenpairs of {entries:,} entries need {vectors} vectors, "
             f"{needed / 2**30:,.1f} GiB, but {free / 2**30:,.1f} GiB are free; "
             "choose fewer weights by a narrower pattern, or fewer `pairs`."
         )
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(entries, BLOCK, generator=generator, dtype=torch.float64).to(curvature.w)
-    with progress_bar(max_products, "Hessian, at most", curvature.function.progress) as bar:
+
+
+@contextmanager
+def _counted(curvature: Curvature, most: int) -> Iterator[Products]:
+    """The products with the Hessian, behind a progress bar."""
+    with progress_bar(most, "Hessian, at most", curvature.function.progress) as bar:
 
         def products(vectors: Tensor) -> Tensor:
             bar.update(vectors.shape[1])
             return curvature.products(vectors)
 
-        return lanczos(products, start, pairs, tolerance=tolerance, max_products=max_products)
+        yield products

@@ -1,48 +1,50 @@
 """Attribution of a probability, or any function, in its Hessian eigenbasis or another basis."""
 
-import math
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.attribution.curvature import (
-    DENSE,
-    Function,
-    differentiate,
-    eigenpairs,
-    takes_whole,
-)
+from mechsvd.attribution.curvature import DENSE, Function, differentiate, takes_whole
 from mechsvd.attribution.diagnostics import warn_unconverged, warn_undefined, warn_unlike_values
-from mechsvd.attribution.gradients import GradientBasis
-from mechsvd.attribution.objective import Over, batched, objective_over
-from mechsvd.attribution.scores import (
-    HESSIAN,
+from mechsvd.attribution.directions import (
     RANDOM,
-    Attribution,
-    score_directions,
+    STARTS,
+    Start,
+    given_directions,
+    hessian_directions,
 )
+from mechsvd.attribution.functions import Kind, function_of, require_one_function, task_function
+from mechsvd.attribution.gradients import GradientBasis
+from mechsvd.attribution.objective import Over
+from mechsvd.attribution.scores import Attribution, score_directions
 from mechsvd.checks import is_number, is_whole, require_whole
-from mechsvd.edits.gates import Basis, directions_of
-from mechsvd.engine.metrics import AnyMetric, log_prob, metric_for
+from mechsvd.edits.gates import Basis
+from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import clean_noise
 from mechsvd.engine.resuming import runs_model
-from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.comparison import random_subspace
 from mechsvd.model.sites import Model
-from mechsvd.model.tasks import Task
+from mechsvd.model.tasks import Task, as_tasks
+from mechsvd.results import OverTexts, result
 
 PAIRS = 20  # default number of eigenpairs without the whole Hessian
 CONTROLS = 128  # at most so many random directions
-Kind = Literal["probability", "log_prob"]
 
 
-@runs_model(RunOptions)
+@result
+class Attributions(OverTexts):
+    """The attributions of several texts over the same kind of w, each with its own directions."""
+
+    parts: tuple[Attribution, ...]
+
+
+@overload
 def hessian_attribution(
     model: Model,
     task: Task,
@@ -50,6 +52,7 @@ def hessian_attribution(
     *,
     objective: Kind | None = None,
     metric: AnyMetric | None = None,
+    basis: Start = "largest",
     pairs: int | None = None,
     bases: Mapping[str, Basis | GradientBasis] | None = None,
     tolerance: float = 1e-4,
@@ -57,13 +60,48 @@ def hessian_attribution(
     path_steps: int = 32,
     seed: int = 0,
     **options: Unpack[RunOptions],
-) -> Attribution:
+) -> Attribution: ...
+@overload
+def hessian_attribution(
+    model: Model,
+    task: Sequence[Task],
+    over: Over,
+    *,
+    objective: Kind | None = None,
+    metric: AnyMetric | None = None,
+    basis: Start = "largest",
+    pairs: int | None = None,
+    bases: Mapping[str, Basis | GradientBasis] | None = None,
+    tolerance: float = 1e-4,
+    max_products: int | None = None,
+    path_steps: int = 32,
+    seed: int = 0,
+    **options: Unpack[RunOptions],
+) -> Attributions: ...
+@runs_model(RunOptions)
+def hessian_attribution(
+    model: Model,
+    task: Task | Sequence[Task],
+    over: Over,
+    *,
+    objective: Kind | None = None,
+    metric: AnyMetric | None = None,
+    basis: Start = "largest",
+    pairs: int | None = None,
+    bases: Mapping[str, Basis | GradientBasis] | None = None,
+    tolerance: float = 1e-4,
+    max_products: int | None = None,
+    path_steps: int = 32,
+    seed: int = 0,
+    **options: Unpack[RunOptions],
+) -> Attribution | Attributions:
     """Attribute a continuation's probability to directions of w, in its Hessian eigenbasis.
 
     Everything is computed relative to the clean probability. So ratios stay exact even if the
     probability is tiny.
 
     Args:
+        task: one, or several, each of which gets its own directions.
         over: what w is. A decomposition: the gains of its directions in every write, and one gain
             for the rest that they do not span; w = 1 is the model as it is, w = 0 removes all
             writes. Sites: their writes; w minus the clean writes is added to every write.
@@ -71,8 +109,15 @@ def hessian_attribution(
         objective: f, the "probability" of the whole continuation (the default), or "log_prob", its
             natural logarithm in nats.
         metric: f, instead of `objective`: any metric that is differentiable; see `Metric`.
-        pairs: number of eigenpairs, those with the largest |eigenvalue|. By default all, from the
-            whole Hessian, if w has at most 2048 entries; otherwise 20, by Lanczos.
+        basis: where the directions come from. "largest" takes the eigenvectors with the largest
+            |eigenvalue|, of which w may hold little; see the column `held`. "from_w" takes all
+            Ritz vectors of Lanczos started at w. They hold all of w, and the quadratic model of f
+            along w is exact: Σ linear = w·∇f, and Σ λ(u·w)² = wᵀHw. Uᵀ H U is diagonal, though
+            not every u is an eigenvector; see `converged`. "from_gradient" starts at ∇f, and
+            "from_both" at the two.
+        pairs: number of eigenpairs, or of steps from w or ∇f. By default all, from the whole
+            Hessian, if they are the largest and w has at most 2048 entries; otherwise 20, by
+            Lanczos. From w or ∇f there are fewer if H leads nowhere new.
         bases: more bases to score, by name, besides the eigenvectors and random directions. Each
             has orthonormal columns in the space of w, and needs not be complete. For gains,
             `torch.eye(rank)` gives the singular directions themselves. If they do not span
@@ -80,8 +125,8 @@ def hessian_attribution(
             `gradient_basis` gives another basis.
         tolerance: Lanczos stops when every residual ‖Hu − λu‖ is at most this times |λ|. The
             table marks pairs with larger residuals.
-        max_products: Hessian-vector products that Lanczos may use, at least one per pair; by
-            default 200, plus 20 per pair.
+        max_products: Hessian-vector products that Lanczos may use for the largest pairs, at least
+            one per pair; by default 200, plus 20 per pair.
         path_steps: Gauss–Legendre nodes of the path integral.
         seed: seed of the start of Lanczos and of the random directions.
         options: see `RunOptions` (layers, components, positions, batch_size, …). They say where
@@ -89,51 +134,50 @@ def hessian_attribution(
 
     Returns:
         One row per direction, by falling |eigenvalue|. `.bases` holds the other bases, with the
-        directions in their given order.
+        directions in their given order. Several tasks give an attribution each, and one table
+        whose first column is `task`.
 
     Raises:
         TypeError: `over` is none of these.
         KeyError: a pattern matches no weight.
         ValueError: there are more pairs than entries, a basis has another size, the probability
-            underflows, or f is not finite.
+            underflows, f is not finite, or Lanczos should start from a zero vector.
     """
-    if objective not in (None, "probability", "log_prob"):
-        raise ValueError(f"`objective` is {objective!r}, but must be 'probability' or 'log_prob'.")
-    if objective and metric is not None:
-        raise ValueError("`objective` and `metric` are two functions; give one of them.")
-    choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
-    with open_session(model, [task], gradients=True, **options) as session:
-        source = session.provenance()
-        f = objective_over(session, task, over)
-        clean = float(f.log_prob(f.point[None]).detach())
-        if metric is None and objective != "log_prob":
-            chosen, name, unit = log_prob, "probability", _probability(clean)
-            values: Callable[[Tensor], Tensor] = f.log_prob
-            relative_to: float | None = clean
-        else:
-            chosen = metric_for(metric, model, task)
-            name, unit, relative_to = chosen.name, 1.0, None
-            values = f.log_prob if chosen is log_prob else f.metric(chosen)
-        size = session.rows_per_pass(task)
-        function = Function(
-            values, f.point, size, session.halve(task), session.progress, relative_to
-        )
-        noise = clean_noise(session, task, chosen)
-        source = replace(source, hooks=f.hooks, seed=int(choices.seed))
-        header = {
-            "objective": name,
-            "over": f.over,
-            "parts": f.parts,
-            "noise_floor": noise * unit,
-            "source": source,
-        }
-        return _attribute(function, choices, unit, header, noise)
+    require_one_function(objective, metric)
+    choices = _Choices(basis, pairs, bases, tolerance, max_products, path_steps, seed)
+    texts = as_tasks(task)
+    with open_session(model, texts, gradients=True, **options) as session:
+        parts = tuple(_of_text(session, text, over, objective, metric, choices) for text in texts)
+    return parts[0] if isinstance(task, Task) else Attributions(parts)
+
+
+def _of_text(
+    session: Session,
+    task: Task,
+    over: Over,
+    objective: Kind | None,
+    metric: AnyMetric | None,
+    choices: "_Choices",
+) -> Attribution:
+    """The attribution of one text."""
+    source = session.provenance(tasks=[task])
+    f = task_function(session, task, over, objective, metric)
+    noise = clean_noise(session, task, f.metric)
+    header = {
+        "objective": f.name,
+        "over": f.objective.over,
+        "parts": f.objective.parts,
+        "noise_floor": noise * f.unit,
+        "source": replace(source, hooks=f.objective.hooks, seed=int(choices.seed)),
+    }
+    return _attribute(f.function, choices, f.unit, header, noise)
 
 
 def hessian_attribution_of(
     function: Callable[[Float[Tensor, " entry"]], Float[Tensor, ""]],
     w: Float[Tensor, " entry"],
     *,
+    basis: Start = "largest",
     pairs: int | None = None,
     bases: Mapping[str, Basis | GradientBasis] | None = None,
     tolerance: float = 1e-4,
@@ -147,7 +191,7 @@ def hessian_attribution_of(
     Args:
         function: twice differentiable, made of torch operations. If `torch.func.vmap` can batch
             it, many points are computed at once.
-        pairs, bases, tolerance, max_products, path_steps, seed: see `hessian_attribution`.
+        basis, pairs, bases, tolerance, max_products, path_steps, seed: see `hessian_attribution`.
 
     Raises:
         TypeError: `function` is no function.
@@ -158,31 +202,9 @@ def hessian_attribution_of(
         >>> hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]).double()).quadratic
         tensor([ 6.2500, -0.2500], dtype=torch.float64)
     """
-    if not callable(function):
-        raise TypeError(
-            f"`function` must be a function of one vector, but is {type(function).__name__}."
-        )
-    if not isinstance(w, Tensor) or w.ndim != 1 or not w.is_floating_point() or len(w) == 0:
-        what = (
-            f"{w.dtype} of shape {list(w.shape)}"
-            if isinstance(w, Tensor)
-            else f"{type(w).__name__}"
-        )
-        raise ValueError(f"`w` must be a float tensor with one axis, but is {what}.")
-    value = function(w)
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        what = (
-            f"a tensor of shape {list(value.shape)}"
-            if isinstance(value, Tensor)
-            else f"{type(value).__name__} {value!r:.20}"
-        )
-        raise ValueError(f"`function` must give a scalar tensor (no `.item()`), but gives {what}.")
-
-    choices = _Choices(pairs, bases, tolerance, max_products, path_steps, seed)
+    choices = _Choices(basis, pairs, bases, tolerance, max_products, path_steps, seed)
+    f = function_of(function, w, batch_size)
     with torch.inference_mode(False):  # inference mode has no gradients
-        f = Function(
-            batched(function), w.clone(), require_whole("batch_size", batch_size, 1), _halve
-        )
         return _attribute(
             f,
             choices,
@@ -195,6 +217,7 @@ def hessian_attribution_of(
 class _Choices:
     """Options of an attribution, checked."""
 
+    basis: str = "largest"
     pairs: int | None = None
     bases: Mapping[str, Basis | GradientBasis] | None = None
     tolerance: float = 1e-4
@@ -203,6 +226,8 @@ class _Choices:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.basis not in STARTS:
+            raise ValueError(f"`basis` is {self.basis!r:.40}, but must be one of {list(STARTS)}.")
         if not is_number(self.tolerance) or not 0 < self.tolerance < 1:
             raise ValueError(
                 f"`tolerance` is {self.tolerance!r}, but must be a number above 0 and below 1."
@@ -211,49 +236,26 @@ class _Choices:
         require_whole("seed", self.seed)
         if self.max_products is not None:
             require_whole("max_products", self.max_products, 1)
+        if self.max_products is not None and self.basis != "largest":
+            raise ValueError(
+                f"`max_products` is for `basis='largest'`; {self.basis!r} takes one product per "
+                "pair, so choose `pairs`."
+            )
 
     def count(self, entries: int) -> int:
         """Number of eigenpairs to compute."""
         if self.pairs is None:
-            return entries if entries <= DENSE else PAIRS
+            whole = self.basis == "largest" and entries <= DENSE
+            return entries if whole else min(PAIRS, entries)
         if not is_whole(self.pairs, 1, entries):
             raise ValueError(
                 f"`pairs` is {self.pairs!r}, but w has {entries} entries; choose 1 to {entries}."
             )
         return int(self.pairs)
 
-    def directions(
-        self, point: Float[Tensor, " entry"], over: str
-    ) -> dict[str, Float[Tensor, "entry direction"]]:
-        """The given bases, on the device and in the dtype of w; refuses those of another w."""
-        if self.bases is None:
-            return {}
-        if not isinstance(self.bases, Mapping):
-            raise TypeError(
-                "`bases` must be bases by name, such as {'mine': basis}, but is "
-                f"{type(self.bases).__name__}."
-            )
-        bases = {}
-        for name, basis in self.bases.items():
-            if name in (HESSIAN, RANDOM):
-                raise ValueError(
-                    f"`bases` names one {name!r}, which is always there; choose another name."
-                )
-            directions = (
-                basis.directions if isinstance(basis, GradientBasis) else directions_of(basis)[0]
-            )
-            if len(directions) != len(point):
-                raise ValueError(
-                    f"The basis {name!r} has columns of {len(directions)} entries, but w has "
-                    f"{len(point)}: {over[:80]}."
-                )
-            if isinstance(basis, GradientBasis) and basis.over != over:
-                raise ValueError(
-                    f"The basis {name!r} is of gradients with respect to {basis.over[:60]}, but w "
-                    f"is {over[:60]}; collect the gradients with the same `over`."
-                )
-            bases[name] = directions.to(point)
-        return bases
+    def most(self, pairs: int) -> int:
+        """How many products Lanczos may use for the largest pairs."""
+        return 200 + 20 * pairs if self.max_products is None else self.max_products
 
 
 def _attribute(
@@ -264,15 +266,21 @@ def _attribute(
     noise: float | None = None,
 ) -> Attribution:
     """Attribute with one gradient, path integral and Hessian (or Lanczos) for all bases."""
-    entries = len(function.point)
-    pairs, others = choices.count(entries), choices.directions(function.point, header["over"])
-    max_products = 200 + 20 * pairs if choices.max_products is None else choices.max_products
+    entries, over = len(function.point), header["over"]
+    pairs = choices.count(entries)
+    bases = {} if choices.bases is None else choices.bases
+    others = given_directions(bases, function.point, over)
     curvature = differentiate(function)
     baseline = function.at_zero
     if noise is not None:
         warn_unlike_values(curvature, noise, baseline)
-    solution = eigenpairs(
-        curvature, pairs, tolerance=choices.tolerance, max_products=max_products, seed=choices.seed
+    solution = hessian_directions(
+        curvature,
+        choices.basis,
+        pairs,
+        tolerance=choices.tolerance,
+        max_products=choices.most(pairs),
+        seed=choices.seed,
     )
     path = function.path_gradient(choices.path_steps)
     random = random_subspace(entries, min(pairs, CONTROLS), choices.seed).basis.to(function.point)
@@ -283,25 +291,12 @@ def _attribute(
 
     attribution = score(
         solution.vectors.to(function.point),
+        basis=choices.basis,
         products=solution.products,
         beside=tuple((name, score(basis)) for name, basis in {**others, RANDOM: random}.items()),
     )
-    warn_unconverged(attribution, None if takes_whole(entries, pairs) else max_products)
+    if choices.basis == "largest":  # others need not converge: they hold w or the gradient
+        most = None if takes_whole(entries, pairs) else choices.most(pairs)
+        warn_unconverged(attribution, most)
     warn_undefined(attribution, curvature, choices.path_steps)
     return attribution
-
-
-def _probability(log_prob: float) -> float:
-    if log_prob < math.log(sys.float_info.min):
-        raise ValueError(
-            f"The log-probability of the continuation is {log_prob:.0f} nats, so its probability "
-            "is too small for a number (it underflows); shorten the continuation, or attribute the "
-            'logarithm by `objective="log_prob"`.'
-        )
-    return math.exp(log_prob)
-
-
-def _halve(size: int) -> int:
-    if size == 1:
-        raise MemoryError("A single evaluation of the function does not fit into memory.")
-    return size // 2

@@ -1,27 +1,29 @@
 """Scores of directions of a vector w for a function of it: estimated and measured, in one table."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsvd.attribution.curvature import Curvature
+from mechsvd.attribution.directions import HESSIAN, RANDOM
 from mechsvd.attribution.objective import Part, require_parts
 from mechsvd.fields import require_between, require_declared, require_finite
 from mechsvd.linalg.subspace import require_orthonormal, rounding
 from mechsvd.results import Provenance, Result, result
 
-HESSIAN, RANDOM = "Hessian", "random"  # names of the bases that are always scored
+ORDERS = ("eigenvalue", "projection", "measured")
+Order = Literal["eigenvalue", "projection", "measured"]
 
 
 @result
 class Attribution(Result):
     """Scores of orthonormal directions u of a vector w for a function f.
 
-    The directions are eigenvectors of the Hessian of f at w, by falling |eigenvalue|.
-    `.bases` also holds the scores in other bases.
+    The directions are eigenvectors of the Hessian of f at w, or Ritz vectors, by falling
+    |eigenvalue|. `.bases` also holds the scores in other bases.
 
     Attributes:
         objective: what f is.
@@ -41,6 +43,9 @@ class Attribution(Result):
         noise_floor: rounding noise of f(w); measured scores are exact up to about this.
         tolerance: a pair is converged if its residual is at most this times |λ|.
         products: Hessian-vector products used to find the directions.
+        basis: where the directions come from: "largest", "from_w", "from_gradient" or "from_both"
+            (see `hessian_attribution`), or "given".
+        norm: ‖w‖; None in a file of an older version.
         beside: attributions of the same function in other bases, by name: the given bases and
             random directions.
     """
@@ -61,6 +66,8 @@ class Attribution(Result):
     noise_floor: float = 0.0
     tolerance: float = 1e-4
     products: int = 0
+    basis: str = "given"
+    norm: float | None = None
     beside: "tuple[tuple[str, Attribution], ...]" = ()
     source: Provenance | None = None
 
@@ -80,7 +87,7 @@ class Attribution(Result):
         )
         # the other fields may hold NaN or inf: f may not be finite at w = 0 or without a direction
         require_between(
-            self, ["residuals", "path_error", "noise_floor", "tolerance", "products"], 0
+            self, ["residuals", "path_error", "noise_floor", "tolerance", "products", "norm"], 0
         )
         if len(self):
             require_orthonormal(self.vectors, rounding(self.vectors.dtype), "`vectors`")
@@ -123,6 +130,15 @@ class Attribution(Result):
         return self.measured / (whole if whole and math.isfinite(whole) else torch.nan)
 
     @property
+    def held(self) -> Float[Tensor, " direction"]:
+        """Share of ‖w‖² that each direction holds, (u·w)² / ‖w‖².
+
+        All directions of a complete basis hold 1 together, and so do those from w. NaN if w is 0,
+        or ‖w‖ is unknown.
+        """
+        return self.projections.square() / ((self.norm or 0) ** 2 or torch.nan)
+
+    @property
     def converged(self) -> Bool[Tensor, " direction"]:
         """Whether each direction is an eigenvector within the tolerance.
 
@@ -134,6 +150,24 @@ class Attribution(Result):
     def is_noise(self) -> Bool[Tensor, " direction"]:
         """Whether each measured score is within the noise floor."""
         return self.measured.abs() <= self.noise_floor
+
+    def order(self, by: Order = "eigenvalue") -> Int[Tensor, " direction"]:
+        """The numbers of the directions, the first in an order first.
+
+        Args:
+            by: "eigenvalue" is the order of the directions themselves; the Hessian's fall by
+                |eigenvalue|. "projection" falls by |u·w|, and "measured" by the measured score,
+                with undefined ones last.
+
+        Raises:
+            ValueError: there is no such order.
+        """
+        if by not in ORDERS:
+            raise ValueError(f"`order` is {by!r:.40}, but must be one of {list(ORDERS)}.")
+        if by == "eigenvalue":
+            return torch.arange(len(self))
+        keys = self.projections.abs() if by == "projection" else self.measured
+        return keys.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
 
     def error(self, estimate: str) -> Float[Tensor, " direction"]:
         """Relative error of an estimate, |estimate − measured| / |measured|.
@@ -165,18 +199,24 @@ class Attribution(Result):
         place = names.index(name)
         return self.vectors.split(sizes)[place].T.reshape(len(self), *self.parts[place][1])
 
-    def to_pandas(self) -> Any:
-        """One row per direction, with its scores.
+    def to_pandas(self, order: Order = "eigenvalue") -> Any:
+        """One row per direction, with its scores; the index is the number of the direction.
 
-        The columns are eigenvalue, projection, slope, linear, quadratic, integrated, measured,
-        share, residual, converged, is_noise, the relative errors linear_error and
-        quadratic_error, and nearer: the better one of the linear and quadratic estimates.
+        The columns are eigenvalue, projection, held (the share of ‖w‖²), slope, linear,
+        quadratic, integrated, measured, share (of f(w) − f(0)), residual, converged, is_noise,
+        the relative errors linear_error and quadratic_error, and nearer: the better one of the
+        linear and quadratic estimates.
+
+        Args:
+            order: of the rows; see `order`.
         """
         import pandas as pd
 
+        places = self.order(order).numpy()
         columns: dict[str, Any] = {
             "eigenvalue": self.eigenvalues,
             "projection": self.projections,
+            "held": self.held,
             "slope": self.slopes,
             "linear": self.linear,
             "quadratic": self.quadratic,
@@ -193,7 +233,7 @@ class Attribution(Result):
         linear = (table.linear_error <= table.quadratic_error).map(
             {True: "linear", False: "quadratic"}
         )
-        return table.assign(nearer=linear.where(table.quadratic_error.notna()))
+        return table.assign(nearer=linear.where(table.quadratic_error.notna())).iloc[places]
 
     def __repr__(self) -> str:
         top = ", ".join(f"{value:.3g}" for value in self.eigenvalues[:4].tolist()) + (
@@ -206,7 +246,8 @@ class Attribution(Result):
         loud = int((~self.is_noise).sum())
         return (
             f"Attribution of the {self.objective} {self.value:.4g} (at w = 0: "
-            f"{self.baseline:.3g}) to {len(self)} directions of {len(self.vectors):,} entries\n"
+            f"{self.baseline:.3g}) to {len(self)} directions of {len(self.vectors):,} entries"
+            f"{f', which hold {float(self.held.sum()):.3g} of ‖w‖²' if self.norm else ''}\n"
             f"  eigenvalues {top}; {int(self.converged.sum())} converged after {self.products} "
             f"products with the Hessian; of {loud} scores above "
             f"the noise, {near['linear']} within 10 % of the linear estimate, "
@@ -243,6 +284,7 @@ def score_directions(
     value, removed = float(values[0]), values[1:]
     integrated = projections * (path @ exact) * (1 if math.isfinite(baseline) else torch.nan)
     return Attribution(
+        norm=float(point.norm()),
         vectors=vectors.cpu(),
         eigenvalues=eigenvalues * unit,
         residuals=(product - exact * eigenvalues).norm(dim=0) * unit,

@@ -1,15 +1,19 @@
-"""Train the embedded model from scratch: `python -m mechsvd.demo.train [DIRECTORY]`.
+"""Train the embedded model from scratch: `python -m mechsvd.demo.train [DIRECTORY [STEP …]]`.
 
 Training is seeded and takes about 15 minutes on 2 cores. It makes text, a byte-level BPE tokenizer
 and a model of the Llama architecture. The result is a plain Hugging Face directory in half
 precision. The numbers of its model card are measured on held-out text, after the rounding to half
 precision.
+
+With steps, such as `DIRECTORY 100 1000`, the model after each of them goes to a folder of its own,
+DIRECTORY/step-100, in single precision. `load_model` takes these training checkpoints.
 """
 
 import math
 import random
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +36,18 @@ SHAPE_WEIGHTS = (2, 2, 2, 3)  # word lists have the most to learn
 BOS, EOS = "<s>", "</s>"
 
 
-def main(directory: Path = WEIGHTS) -> None:
-    """Train, round to half precision, measure, and store model, tokenizer and card."""
+def main(directory: Path = WEIGHTS, checkpoints: Collection[int] = ()) -> None:
+    """Train, round to half precision, measure, and store model, tokenizer and card.
+
+    Args:
+        checkpoints: steps after which the model is stored too; see `train`.
+    """
     torch.manual_seed(SEED)
     started = time.perf_counter()
     tokenizer = train_tokenizer(random.Random(f"{SEED} tokenizer"))
     model = LlamaForCausalLM(configuration())
-    train(model, tokenizer, random.Random(f"{SEED} train"))
+    rng = random.Random(f"{SEED} train")
+    train(model, tokenizer, rng, checkpoints=checkpoints, directory=directory)
     model.half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     card = model_card(model.float(), tokenizer, minutes=(time.perf_counter() - started) / 60)
@@ -82,26 +91,55 @@ def configuration() -> LlamaConfig:
     )
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
-    """Train with AdamW, warm-up and a cosine schedule, on rows packed from whole texts."""
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    *,
+    steps: int = STEPS,
+    rows: int = ROWS,
+    checkpoints: Collection[int] = (),
+    directory: Path = WEIGHTS,
+) -> None:
+    """Train with AdamW, warm-up and a cosine schedule, on rows packed from whole texts.
+
+    Args:
+        steps: updates of the weights; the schedule spans them.
+        rows: texts per step, each as long as the context.
+        checkpoints: steps after which model and tokenizer are stored in `directory`/step-N; 0 is
+            the model before training.
+
+    Raises:
+        ValueError: a checkpoint is not from 0 to `steps`.
+    """
+    if outside := sorted({*checkpoints} - {*range(steps + 1)}):
+        raise ValueError(f"`checkpoints` holds {outside}, but training has steps 0 to {steps}.")
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_RATE, total_steps=STEPS, pct_start=0.08
+        optimizer, PEAK_RATE, total_steps=steps, pct_start=0.08
     )
+
+    def store(step: int) -> None:
+        if step in checkpoints:
+            model.save_pretrained(directory / f"step-{step}")
+            tokenizer.save_pretrained(directory / f"step-{step}")
+
     model.train()
-    bar = tqdm(range(STEPS), desc="training", mininterval=5)
-    for _ in bar:
-        rows = torch.stack([packed_row(tokenizer, rng) for _ in range(ROWS)])
-        loss = model(rows, labels=rows).loss
+    store(0)
+    bar = tqdm(range(1, steps + 1), desc="training", mininterval=5)
+    for step in bar:
+        batch = torch.stack([packed_row(tokenizer, rng) for _ in range(rows)])
+        loss = model(batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        store(step)
     model.eval()
 
 
@@ -208,4 +246,5 @@ language models.
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else WEIGHTS
+    main(target, [int(step) for step in sys.argv[2:]])

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mechsvd.checks import is_whole
 from mechsvd.edits.baselines import Baseline
-from mechsvd.edits.gates import Basis, Gate, directions_of, gate_of, ridge_gains
+from mechsvd.edits.gates import Basis, Gate, directions_of, gate_of
 from mechsvd.edits.stacks import SiteGates, SiteRemovals
 from mechsvd.linalg.decomposition import Decomposition
+from mechsvd.linalg.shrinkage import ridge_gains
 from mechsvd.linalg.subspace import Subspace
 
 Bases = Basis | Sequence[Basis]

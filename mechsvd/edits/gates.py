@@ -254,14 +254,6 @@ def gate_of(
     )
 
 
-def ridge_gains(
-    singular_values: Float[Tensor, " rank"], alpha: Float[Tensor, "*edit"]
-) -> Float[Tensor, "*edit rank"]:
-    """The gains s²/(s² + alpha) of `shrink`, per strength."""
-    squares = singular_values.square()
-    return squares / (squares + alpha[..., None].to(squares))
-
-
 def directions_of(basis: Basis) -> tuple[Float[Tensor, "d_model rank"], Provenance | None]:
     """The directions of a basis as columns, and the model they come from, or None if unknown.
 

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.edits.baselines import Baseline, require_baseline
-from mechsvd.edits.gates import cheapest_gate, ridge_gains
+from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.passes import measure
 from mechsvd.engine.resuming import runs_model
@@ -17,6 +16,13 @@ from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.experiments.intervals import summary
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.linalg.shrinkage import (
+    LEFT,
+    effective_number,
+    evenly_spaced_strengths,
+    require_strengths,
+    ridge_gains,
+)
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import OverTexts, Provenance, Result, result
@@ -33,6 +39,8 @@ class RidgeSweep(Result):
         effective_directions: Σ s²/(s² + alpha), the effective number of directions that are left
             (ridge regression's effective degrees of freedom).
         measurement: one row per strength, and the clean run.
+        directions_left: number of directions whose gain is above 0.1; None in a file of an older
+            version. Few effective directions may be many with small gains.
         basis_source: the writes that the directions come from.
     """
 
@@ -40,6 +48,7 @@ class RidgeSweep(Result):
     effective_directions: Float[Tensor, " edit"]
     measurement: Measurement
     basis_source: Provenance | None = None
+    directions_left: Int[Tensor, " edit"] | None = None
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -47,15 +56,17 @@ class RidgeSweep(Result):
 
     def _require_values(self) -> None:
         require_finite(self, "alphas", "effective_directions")
-        require_between(self, ["alphas", "effective_directions"], 0)
+        require_between(self, ["alphas", "effective_directions", "directions_left"], 0)
 
     def to_pandas(self) -> Any:
         """One row per strength.
 
-        Columns: alpha, effective_directions, log_prob, probability, surprise, orig_delta,
-        kept_delta.
+        Columns: alpha, effective_directions, directions_left (where known), log_prob, probability,
+        surprise, orig_delta, kept_delta.
         """
         table = self.measurement.to_pandas()
+        if self.directions_left is not None:
+            table.insert(0, "directions_left", self.directions_left.numpy())
         table.insert(0, "effective_directions", self.effective_directions.numpy())
         table.insert(0, "alpha", self.alphas.numpy())
         return table
@@ -138,14 +149,21 @@ def sweep_ridge(
         ValueError: a strength below 0, NaN or inf, or no strengths.
     """
     require_decomposition(svd)
-    strengths = _evenly_spaced(svd) if alphas is None else _valid_alphas(alphas)
+    strengths = (
+        evenly_spaced_strengths(svd.singular_values, STEPS)
+        if alphas is None
+        else require_strengths(alphas)
+    )
     gains = ridge_gains(svd.singular_values, strengths.to(svd.singular_values.device))
     require_baseline(baseline, svd.d_model, svd.source)
     stack = cheapest_gate(svd, gains.to(svd.directions), baseline)
     measured = measure(model, as_tasks(task), stack, **options)
     warn_other_sites(svd, measured[0].sites)
     numbers = effective_directions(svd, strengths)
-    sweeps = tuple(RidgeSweep(strengths, numbers, part, svd.source) for part in measured.parts)
+    left = (gains > LEFT).sum(dim=1).cpu()
+    sweeps = tuple(
+        RidgeSweep(strengths, numbers, part, svd.source, left) for part in measured.parts
+    )
     return sweeps[0] if isinstance(task, Task) else RidgeSweeps(sweeps)
 
 
@@ -157,34 +175,4 @@ def effective_directions(
     Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed.,
         eq. 3.50.
     """
-    return ridge_gains(svd.singular_values.cpu().double(), alphas).sum(dim=-1)
-
-
-def _evenly_spaced(svd: Decomposition) -> Float[Tensor, " edit"]:
-    import numpy as np
-
-    squares = svd.singular_values.cpu().double().square()
-    exponents = torch.linspace(
-        float(squares[-1].log()) - 7, float(squares.sum().log()) + 7, 4096, dtype=torch.float64
-    )
-    numbers = effective_directions(svd, exponents.exp())  # falling
-    targets = torch.linspace(0, svd.rank, STEPS + 1, dtype=torch.float64)[1:-1]
-    spaced = np.interp(targets.numpy(), numbers.flip(0).numpy(), exponents.flip(0).numpy())
-    return torch.cat([torch.from_numpy(spaced).exp(), torch.zeros(1, dtype=torch.float64)])
-
-
-def _valid_alphas(alphas: Any) -> Float[Tensor, " edit"]:
-    if isinstance(alphas, str) or not isinstance(alphas, Iterable):
-        raise TypeError(f"`alphas` must be a list of numbers, but is {alphas!r:.40}.")
-    try:
-        strengths = torch.as_tensor(
-            alphas if isinstance(alphas, Tensor) else list(alphas), dtype=torch.float64
-        ).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"`alphas` must be a list of numbers, but is {alphas!r:.40}.") from error
-    is_valid = strengths.isfinite().all() and (strengths >= 0).all()
-    if strengths.ndim != 1 or len(strengths) == 0 or not is_valid:
-        raise ValueError(
-            f"`alphas` must be finite numbers from 0, at least one, but is {alphas!r:.60}."
-        )
-    return strengths
+    return effective_number(svd.singular_values, alphas)

@@ -3,10 +3,16 @@
 No function shows a figure, sets global state or runs a model.
 """
 
-from mechsvd.figures.attribution import accumulated_scores, estimate_errors, hessian_spectrum
+from mechsvd.figures.attribution import (
+    accumulated_scores,
+    accumulated_shares,
+    estimate_errors,
+    hessian_spectrum,
+)
 from mechsvd.figures.contrasts import contrast_map
 from mechsvd.figures.estimates import estimated_effects
 from mechsvd.figures.heldout import held_out
+from mechsvd.figures.pairs import curvature_ridge, interactions
 from mechsvd.figures.rankings import baseline_correlations, direction_effects, dose_response
 from mechsvd.figures.spectra import (
     cumulative_singular_values,
@@ -32,6 +38,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "probability", "surprise", "metric", "deltas", "delta_map", "direction_effects",
     "race_of_orders", "margins", "clip_and_ridge", "dose_response", "baseline_correlations",
     "held_out", "contrast_map", "overlap_anchors",
-    "estimated_effects", "hessian_spectrum", "estimate_errors", "accumulated_scores", "overlap_map",
-    "pooled_spectrum", "data", "save_image",
+    "estimated_effects", "hessian_spectrum", "estimate_errors", "accumulated_scores",
+    "accumulated_shares", "interactions", "curvature_ridge", "overlap_map", "pooled_spectrum",
+    "data", "save_image",
 ]  # fmt: skip

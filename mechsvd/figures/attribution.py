@@ -1,47 +1,59 @@
 """Attributions → plotly figures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import cycle
 
 import plotly.graph_objects as go
 import torch
+from torch import Tensor
 
-from mechsvd.attribution.scores import Attribution
+from mechsvd.attribution.scores import Attribution, Order
 from mechsvd.figures.display import label
 from mechsvd.figures.style import ATTEMPTED, CLEAN, DISTINCT, EDITED, empty_figure, line, scatter
 from mechsvd.results import require_kind, require_same_model
 
+ORDERED = {
+    "eigenvalue": "in the order of the table",
+    "projection": "by falling |u·w|",
+    "measured": "by falling measured score",
+}
 ESTIMATES = {"linear": ATTEMPTED, "quadratic": EDITED, "integrated": "#a0a0a0"}
 
 
-def hessian_spectrum(attribution: Attribution) -> go.Figure:
+def hessian_spectrum(attribution: Attribution, order: Order = "eigenvalue") -> go.Figure:
     """Eigenvalues in the order of the table, with residuals as error bars.
 
     Pairs that did not converge are hollow.
+
+    Args:
+        order: see `Attribution.order`.
     """
     require_kind(attribution, Attribution)
+    rows = attribution.order(order)
     figure = empty_figure(
         "Eigenvalues of the Hessian",
-        "direction",
+        f"direction, {_ordered(order)}",
         f"eigenvalue (of the {label(attribution.objective)})",
     )
     hover = (
-        "direction %{x}<br>λ = %{y:.4g}<br>residual %{customdata[0]:.1e}"
+        "direction %{customdata[2]:.0f}<br>λ = %{y:.4g}<br>residual %{customdata[0]:.1e}"
         "<br>u·w = %{customdata[1]:.3g}<extra></extra>"
     )
     figure.add_trace(
         scatter(len(attribution))(
-            y=attribution.eigenvalues.numpy(),
-            error_y={"array": attribution.residuals.numpy(), "thickness": 1, "width": 0},
+            y=attribution.eigenvalues[rows].numpy(),
+            error_y={"array": attribution.residuals[rows].numpy(), "thickness": 1, "width": 0},
             mode="markers",
             marker={
                 "color": EDITED,
                 "size": 6,
                 "symbol": [
-                    "circle" if c else "circle-open" for c in attribution.converged.tolist()
+                    "circle" if c else "circle-open" for c in attribution.converged[rows].tolist()
                 ],
             },
-            customdata=torch.stack([attribution.residuals, attribution.projections], dim=1).numpy(),
+            customdata=torch.stack(
+                [attribution.residuals[rows], attribution.projections[rows], rows.double()], dim=1
+            ).numpy(),
             hovertemplate=hover,
         )
     )
@@ -81,7 +93,7 @@ def estimate_errors(attribution: Attribution) -> go.Figure:
     return figure.update_layout(showlegend=True)
 
 
-def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
+def accumulated_scores(bases: Mapping[str, Attribution], order: Order = "measured") -> go.Figure:
     """Cumulative sum of the measured scores, largest first, for several bases of the same w.
 
     The unit is a share of f(w) − f(0). A basis with few strong directions rises fast.
@@ -89,17 +101,66 @@ def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
     curve comes near it. Above 1, directions do the same work, and removing either one costs all
     of it.
 
+    Args:
+        order: another order of the directions; see `Attribution.order`.
+
     Raises:
         ValueError: there are no attributions, or they are of different functions or models.
     """
+    figure = empty_figure(
+        "How fast the scores accumulate",
+        f"directions, {_ordered(order)}",
+        "sum of the scores (share of f(w) − f(0))",
+    )
+    hover = "first %{x} directions<br>%{y:.3f} of f(w) − f(0)"
+
+    def shares(attribution: Attribution) -> Tensor:
+        if order == "measured":  # the largest share first, also where f(0) is above f(w)
+            return attribution.share.sort(descending=True).values
+        return attribution.share[attribution.order(order)]
+
+    figure = _accumulated(figure, bases, shares, hover)
+    if max(max(trace.y) for trace in figure.data) > 1 / 3:
+        figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
+    return figure
+
+
+def accumulated_shares(bases: Mapping[str, Attribution], order: Order = "projection") -> go.Figure:
+    """Cumulative share of ‖w‖² that the directions hold, for several bases of the same w.
+
+    The axis is logarithmic: the largest eigenvalues' directions may hold a tiny share of the
+    weights. Directions from w end at 1.
+
+    Args:
+        order: of the directions; see `Attribution.order`.
+
+    Raises:
+        ValueError: there are no attributions, or they are of different functions or models.
+    """
+    figure = empty_figure(
+        "How much of w the directions hold",
+        f"directions, {_ordered(order)}",
+        "sum of (u·w)² (share of ‖w‖²)",
+        log_y=True,
+    )
+    hover = "first %{x} directions<br>%{y:.3g} of ‖w‖²"
+    figure = _accumulated(figure, bases, lambda a: a.held[a.order(order)], hover)
+    return figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
+
+
+def _accumulated(
+    figure: go.Figure,
+    bases: Mapping[str, Attribution],
+    values_of: Callable[[Attribution], Tensor],
+    hover: str,
+) -> go.Figure:
+    """Add a line of cumulative sums per basis; refuse bases of different functions."""
     require_kind(bases, Mapping)
     if not bases:
         raise ValueError(
             "There are no attributions to compare; give at least one, by the name of its basis."
         )
     first = next(iter(bases.values()))
-    axes = ("directions, by falling measured score", "sum of the scores (share of f(w) − f(0))")
-    figure = empty_figure("How fast the scores accumulate", *axes)
     for colour, (name, attribution) in zip(cycle(DISTINCT), bases.items(), strict=False):
         require_kind(attribution, Attribution)
         require_same_model(first.source, attribution.source, "The attributions")
@@ -108,13 +169,16 @@ def accumulated_scores(bases: Mapping[str, Attribution]) -> go.Figure:
             raise ValueError(
                 f"The attributions are of different functions: {functions}; or of different texts."
             )
-        sums = attribution.share.sort(descending=True).values.cumsum(0)
-        hover = f"{label(name)}<br>first %{{x}} directions<br>%{{y:.3f}} of f(w) − f(0)"
-        places = range(1, len(attribution) + 1)
-        figure.add_trace(line(places, sums, label(name), colour, hover=hover))
-    if max(max(trace.y) for trace in figure.data) > 1 / 3:
-        figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
+        sums, places = values_of(attribution).cumsum(0), range(1, len(attribution) + 1)
+        shown = f"{label(name)}<br>{hover}"
+        figure.add_trace(line(places, sums, label(name), colour, hover=shown))
     return figure.update_layout(showlegend=True)
+
+
+def _ordered(order: str) -> str:
+    if order not in ORDERED:
+        raise ValueError(f"`order` is {order!r:.40}, but must be one of {list(ORDERED)}.")
+    return ORDERED[order]
 
 
 def _function(attribution: Attribution) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.linalg.subspace import at_least_single, signs
+from mechsvd.linalg.subspace import at_least_single, signs, widest
 from mechsvd.linalg.svd import eigh_or_again
 
 Products = Callable[[Float[Tensor, "entry n"]], Float[Tensor, "entry n"]]
@@ -86,16 +86,67 @@ def lanczos(
             space.restart(values, vectors, keep=2 * pairs)
 
 
+def ritz_pairs(products: Products, start: Float[Tensor, "entry block"], pairs: int) -> Eigenpairs:
+    """All Ritz pairs of the Krylov space that grows from some vectors, by block Lanczos.
+
+    The space spans the start, the matrix times the start, and so on. It is fully reorthogonalised
+    and never restarts, so it holds the start: the parts of the start along all Ritz vectors add up
+    to the start. The matrix is diagonal on the space, also where a pair has not converged. The
+    vectors are in double precision, whatever the precision of the products.
+
+    Args:
+        start: columns that are not zero. One that depends on the others is left out.
+        pairs: dimension of the space, at least that of the start.
+
+    Returns:
+        The pairs, largest in size first. They are fewer if the matrix maps the space to itself;
+        then all have converged.
+
+    Reference: Golub and Van Loan, Matrix Computations, 4th ed., section 10.3.
+    """
+    wide = widest(start.device)
+    following = _independent(start).mT
+    block, entries = following.shape
+    size = min(max(pairs, block), entries)
+    rows = torch.empty(size, entries, dtype=wide, device=start.device)
+    space = _Krylov(rows, block, start.dtype)
+    while space.size < size:
+        following, coupling = space.extend(
+            following[: size - space.size], lambda v: products(v.to(start.dtype)).to(wide)
+        )
+        if not coupling.any():
+            break
+    values, vectors = space.ritz()
+    return _largest(values, space.combine(vectors).mT, space.size, space.size)
+
+
+def _independent(vectors: Float[Tensor, "entry n"]) -> Float[Tensor, "entry rank"]:
+    """Orthonormal columns that span the same, in double precision."""
+    wide = vectors.to(widest(vectors.device))
+    basis, triangle = torch.linalg.qr(wide / wide.norm(dim=0))
+    return basis[:, triangle.diagonal().abs() > 100 * torch.finfo(vectors.dtype).eps]
+
+
 def capacity(pairs: int, block: int = BLOCK) -> int:
     """The most vectors that Lanczos holds; a matrix with fewer rows is smaller itself."""
     return 4 * (pairs + block)
 
 
 class _Krylov:
-    """An orthonormal basis as rows, and the matrix in that basis."""
+    """An orthonormal basis as rows, and the matrix in that basis.
 
-    def __init__(self, rows: Float[Tensor, "capacity entry"], block: int):
+    Args:
+        dtype: of the products, if it is another one than that of the rows.
+    """
+
+    def __init__(
+        self,
+        rows: Float[Tensor, "capacity entry"],
+        block: int,
+        dtype: torch.dtype | None = None,
+    ):
         self.rows, self.block, self.size = rows, block, 0
+        self.eps = torch.finfo(dtype or rows.dtype).eps
         self.matrix = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         # from this row on, the next block's product has parts along the rows; before, only rounding
         self.coupled = 0
@@ -104,11 +155,11 @@ class _Krylov:
 
     def extend(self, following: Tensor, products: Products) -> tuple[Tensor, Tensor]:
         """Add a block; return the next one, and the triangle that couples the two."""
-        first, self.size = self.size, self.size + self.block
+        first, self.size = self.size, self.size + len(following)
         self.rows[first : self.size] = following
         basis = self.rows[: self.size]
         rest = products(following.mT).mT
-        inside = torch.zeros(self.block, self.size, dtype=rest.dtype, device=rest.device)
+        inside = torch.zeros(len(following), self.size, dtype=rest.dtype, device=rest.device)
         for start in (self.coupled, 0):  # along its neighbours, then again along everything
             part = rest @ basis[start:].mT
             rest = torch.addmm(rest, part, basis[start:], alpha=-1)
@@ -124,7 +175,7 @@ class _Krylov:
         sizes, scale, eps = (
             coupling.diagonal().abs(),
             self.matrix.abs().max(),
-            torch.finfo(rest.dtype).eps,
+            self.eps,
         )
         spent = sizes <= 100 * eps * scale
         if spent.any():  # products inside the space, up to rounding: random vectors replace them

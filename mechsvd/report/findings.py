@@ -247,8 +247,24 @@ def ridge(studies: Sequence[Study]) -> str:
     fewer = sum(b < a for _, a, b in pairs)
     return (
         f"Here, to come within {NEAR:g} nat of KL divergence and stay there, ridge needs an "
-        f"effective number of {listed}: fewer for {fewer} of {len(pairs)} prompts."
+        f"effective number of {listed}: fewer for {fewer} of {len(pairs)} prompts.{_left(studies)}"
     )
+
+
+def _left(studies: Sequence[Study]) -> str:
+    """How many directions the effective number stands for, where that is known."""
+    counts = [n for s in studies if (n := _left_at_lasting(s.ridge)) is not None]
+    if not counts:
+        return ""
+    return f" That is a sum of gains: {_span(counts)} directions still have a gain above 0.1 there."
+
+
+def _left_at_lasting(sweep: RidgeSweep) -> int | None:
+    """How many directions have a gain above 0.1 at the smallest lasting effective number."""
+    number = lasting_number(sweep)
+    if number is None or sweep.directions_left is None:
+        return None
+    return int(sweep.directions_left[sweep.effective_directions == number][0])
 
 
 def lasting_number(sweep: RidgeSweep) -> float | None:
