@@ -158,7 +158,7 @@ def dose_response(
             not finite, or only 1.
     """
     require_decomposition(svd)
-    chosen, tasks = _valid_directions(svd, directions), as_tasks(tasks)
+    chosen, tasks = valid_directions(svd, directions), as_tasks(tasks)
     doses = _valid_gains(gains)
     require_baseline(baseline, svd.d_model, svd.source)
     seed = require_whole("seed", seed)
@@ -209,7 +209,12 @@ def _doses(
     return Gate(basis, rows, 1.0, svd.source, baseline)
 
 
-def _valid_directions(svd: Decomposition, directions: Any) -> Int[Tensor, " direction"]:
+def valid_directions(svd: Decomposition, directions: Any) -> Int[Tensor, " direction"]:
+    """Numbers of different directions; the first 16 for None.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
     if directions is None:
         return torch.arange(min(16, svd.rank))
     chosen = whole_numbers("directions", directions)

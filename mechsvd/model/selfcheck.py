@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.fields import require_between
@@ -190,7 +190,7 @@ def require_sound(
 
 
 def _measure(model: Model) -> SelfCheck:
-    tokens = _probe_tokens(model)
+    tokens = probe_tokens(model)
     sites, names = find_sites(model, missing="skip"), stream_names(model)
     stored: dict[str, Tensor] = {}
 
@@ -331,7 +331,8 @@ def _difference(measured: Tensor, expected: Tensor) -> float:
     return float((measured - expected).abs().max() / expected.abs().max())
 
 
-def _probe_tokens(model: Model) -> Tensor:
+def probe_tokens(model: Model) -> Int[Tensor, "1 pos"]:
+    """A few tokens, none of them special, for a short run that checks a model."""
     generator = torch.Generator().manual_seed(0)
     count = min(6, model.cfg.n_ctx)
     tokens = torch.randperm(model.cfg.d_vocab, generator=generator)[: count + 8]
