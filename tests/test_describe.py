@@ -31,7 +31,7 @@ def seen(real, reference):
     inputs, outputs, streams = [], [], []
     handles = [
         module.register_forward_hook(
-            lambda m, x, y: (inputs.append(x[0][0]), outputs.append(y[0])) and None
+            lambda m, x, y: outputs.append(y[0]) if inputs.append(x[0][0]) is None else None
         )
         for module in reference.outputs
     ]
@@ -217,7 +217,8 @@ def test_a_planted_direction_has_its_token_on_top_in_all_columns(architecture):
     parts = found.writers.parts_to_pandas()
     first = parts[(parts.direction == 0) & (parts.layer == 1) & (parts.component == "mlp")]
     constants = first[first.part == "constant"]
-    assert len(constants) and (constants.coefficient > 4).all()
+    assert len(constants) > 0
+    assert (constants.coefficient > 4).all()
 
 
 def test_a_direction_planted_into_a_trained_model_is_found_and_no_part_claims_it(real):

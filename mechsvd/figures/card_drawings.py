@@ -14,13 +14,20 @@ WIDTH, ROW = 320, 9  # pixels
 CURVE = (300, 110)
 
 
-def heat_map(values: Float[Tensor, "site pos"], sites: Sequence[str], pieces: Sequence[str]) -> str:
-    """Coefficients by site and position; of those that share a cell, the largest in size."""
+def heat_map(values: Float[Tensor, "site pos"], sites: Sequence[str], count: int) -> str:
+    """Coefficients by site and position; of those that share a cell, the largest in size.
+
+    Args:
+        count: of cells that are drawn, at most: the largest.
+    """
     cells = _largest(_largest(values, ROWS).mT, COLUMNS).mT
     rows, columns = cells.shape
     step, left = WIDTH / columns, 46
     largest = float(cells.abs().max()) or 1.0
-    levels = (cells.abs() / largest * LEVELS).round().long()
+    sizes = cells.abs().flatten()
+    levels = (sizes / largest * LEVELS).round().long()
+    levels[sizes.argsort(descending=True, stable=True)[count:]] = 0
+    levels = levels.view(rows, columns)
     paths = []
     for level in range(1, LEVELS + 1):
         for side, own in (("p", cells > 0), ("n", cells < 0)):
@@ -41,7 +48,7 @@ def heat_map(values: Float[Tensor, "site pos"], sites: Sequence[str], pieces: Se
         f'stroke="currentColor" stroke-opacity=".25"/><g transform="translate({left} 0) '
         f'scale({step:.3f} {ROW})">{"".join(paths)}</g>{labels}<text x={left} y={height + 12}>'
         f"first position</text><text x={left + WIDTH} y={height + 12} text-anchor=end>"
-        f"last of {len(pieces)}; darkest: {largest:.3g}</text></svg>"
+        f"last of {values.shape[1]}; darkest: {largest:.3g}</text></svg>"
     )
 
 
@@ -84,12 +91,16 @@ def dose_curve(
 
 
 def strip(pieces: Sequence[str], shares: Sequence[float], marked: int) -> str:
-    """Tokens in a row, coloured by their share of the largest value, one of them outlined."""
+    """Tokens in a row, coloured by their share of the largest value, one of them outlined.
+
+    Args:
+        pieces: as HTML.
+    """
     tokens = []
     for i, (piece, share) in enumerate(zip(pieces, shares, strict=True)):
         side = "p" if share >= 0 else "n"
         outline = " o" if i == marked else ""
-        text = escape(piece.replace("\n", "⏎")) or "∅"
+        text = piece or "∅"
         tokens.append(
             f'<span class="{side}{outline}" style="--a:{0.75 * min(1.0, abs(share)):.2f}">{text}</span>'
         )

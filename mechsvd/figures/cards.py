@@ -1,8 +1,7 @@
 """Cards of directions as HTML with inline SVG, without scripts: light and dark, small to send."""
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mechsvd.experiments.direction_cards import EXAMPLE_KINDS, DirectionCards
@@ -12,27 +11,45 @@ from mechsvd.figures.display import escape, visible
 from mechsvd.results import require_kind
 
 STYLE = """
-.msc{--ink:#222;--soft:#6a6a6a;--line:#ddd;--page:#fff;--up:31 95 168;--down:209 102 42;color:var(--ink);
-background:var(--page);font:14px/1.45 system-ui,sans-serif;border:1px solid var(--line);border-radius:8px;
-padding:.9rem 1.1rem;margin:1rem 0;max-width:1080px}
+.msc{--ink:#222;--soft:#6a6a6a;--line:#ddd;--page:#fff;--up:31 95 168;--down:209 102 42;
+color:var(--ink);background:var(--page);font:14px/1.45 system-ui,sans-serif;
+border:1px solid var(--line);border-radius:8px;padding:.9rem 1.1rem;margin:1rem 0;
+max-width:1080px}
 @media(prefers-color-scheme:dark){.msc{--ink:#e4e4e4;--soft:#a2a2a2;--line:#3d3d3d;--page:#1b1c1e;
---up:96 165 240;--down:240 146 82}}
-.msc h3{font-size:1.1rem;margin:0}.msc h4{font-size:.85rem;margin:.9rem 0 .25rem;color:var(--soft);font-weight:600}
+--up:96 165 240;--down:240 146 82}}.msc h3{font-size:1.1rem;margin:0}
+.msc h4{font-size:.85rem;margin:.9rem 0 .25rem;color:var(--soft);font-weight:600}
 .msc .g{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:0 1.6rem}
 .msc table{border-collapse:collapse;width:100%;margin:0;font-size:13px}.msc tr{background:none}
-.msc td,.msc th{padding:.06rem .5rem .06rem 0;text-align:left;vertical-align:top;border:0;font-weight:400;
-font-variant-numeric:tabular-nums}.msc th{color:var(--soft)}.msc td.r{text-align:right;width:1%;white-space:nowrap}
-.msc p{margin:.2rem 0}.msc .s{color:var(--soft);font-size:12.5px}.msc code,.msc .w{font:12.5px/1.7 ui-monospace,monospace;
-white-space:pre-wrap;overflow-wrap:anywhere;background:none;color:inherit;padding:0}.msc code{border:1px solid var(--line);border-radius:3px;padding:0 .15rem}
-.msc .p,.msc .n{border-radius:2px}.msc .p{background:rgb(var(--up)/var(--a))}.msc .n{background:rgb(var(--down)/var(--a))}
-.msc code{white-space:pre;display:inline-block;line-height:1.35}.msc .o{outline:1.5px solid var(--ink)}.msc svg{display:block;overflow:visible}.msc svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
-.msc .fp{fill:rgb(var(--up))}.msc .fn{fill:rgb(var(--down))}.msc td svg{display:inline-block}
+.msc td,.msc th{padding:.06rem .5rem .06rem 0;text-align:left;vertical-align:top;border:0;
+font-weight:400;font-variant-numeric:tabular-nums}.msc th{color:var(--soft)}
+.msc td.r{text-align:right;width:1%;white-space:nowrap}.msc p{margin:.2rem 0}
+.msc .s{color:var(--soft);font-size:12.5px}
+.msc code,.msc .w{font:12.5px/1.7 ui-monospace,monospace;white-space:pre-wrap;
+overflow-wrap:anywhere;background:none;color:inherit;padding:0}
+.msc code{border:1px solid var(--line);border-radius:3px;padding:0 .15rem}
+.msc .p,.msc .n{border-radius:2px}.msc .p{background:rgb(var(--up)/var(--a))}
+.msc .n{background:rgb(var(--down)/var(--a))}
+.msc code{white-space:pre;display:inline-block;line-height:1.35}
+.msc .o{outline:1.5px solid var(--ink)}.msc svg{display:block;overflow:visible}
+.msc svg text{font:11px system-ui,sans-serif;fill:var(--soft)}.msc .fp{fill:rgb(var(--up))}
+.msc .fn{fill:rgb(var(--down))}.msc td svg{display:inline-block}
 """
 SUPPORTED, UNSUPPORTED, WIDEST = 8, 3, 56  # tokens of a column, and the longest bar in pixels
-LONGEST = 24  # characters of a token that are shown
+BYTES = 25_000  # of a card, at most
 PARTS = 7  # of the list of writers
 STRIPS = 2  # of each kind of example
 LAYERS = 8  # of the table of value vectors
+
+
+class Detail(NamedTuple):
+    """How much a card shows: cells of the map, tokens beside an example, characters of a token."""
+
+    cells: int
+    window: int
+    longest: int
+
+
+DETAILS = (Detail(500, 9, 24), Detail(300, 6, 12), Detail(120, 3, 5))  # the first that is small
 
 
 def cards_page(cards: DirectionCards) -> str:
@@ -55,21 +72,32 @@ def cards_html(cards: DirectionCards) -> str:
 
 
 def card_html(cards: DirectionCards, place: int) -> str:
-    """One card; the style comes with `cards_html`.
+    """One card; the style comes with `cards_html`. It shows less where it would be large.
 
     Args:
         place: of the direction in `cards.directions`.
     """
+    for detail in DETAILS:
+        card = _card(cards, place, detail)
+        if len(card.encode()) <= BYTES:
+            break
+    return card
+
+
+def _card(cards: DirectionCards, place: int, detail: Detail) -> str:
+    blocks = [
+        ("Where it is written", _writes(cards, place, detail)),
+        ("Who writes it", _writers(cards, place)),
+        ("Its largest write, taken apart", _apart(cards, place, detail)),
+        ("Dose and response", _dose(cards, place)),
+        ("Value vectors near to it", _values(cards, place, detail)),
+        ("Does their top token come next?", _layers(cards, place)),
+    ]
+    grid = "".join(f"<div><h4>{title}</h4>{body}</div>" for title, body in blocks)
     return (
-        f'<section class="msc">{_head(cards, place)}<h4>Tokens that it supports, as the texts write it'
-        f"</h4>{_tokens(cards, place)}"
-        f'<div class="g"><div><h4>Where it is written</h4>{_writes(cards, place)}'
-        f"<h4>Dose and response</h4>{_dose(cards, place)}</div>"
-        f"<div><h4>Who writes it</h4>{_writers(cards, place)}</div>"
-        f"<div><h4>Its largest write, taken apart</h4>{_apart(cards, place)}</div></div>"
-        f'<div class="g"><div><h4>Value vectors near to it</h4>{_values(cards, place)}</div>'
-        f"<div><h4>Does their top token come next?</h4>{_layers(cards, place)}</div></div>"
-        f"<h4>Examples</h4>{_examples(cards, place)}</section>\n"
+        f'<section class="msc">{_head(cards, place)}<h4>Tokens that it supports, as the texts write '
+        f'it</h4>{_tokens(cards, place, detail)}<div class="g">{grid}</div>'
+        f"<h4>Examples</h4>{_examples(cards, place, detail)}</section>\n"
     )
 
 
@@ -85,7 +113,7 @@ def _head(cards: DirectionCards, place: int) -> str:
     )
 
 
-def _tokens(cards: DirectionCards, place: int) -> str:
+def _tokens(cards: DirectionCards, place: int, detail: Detail) -> str:
     what = {
         "read": "read off the weights",
         "local": "local, by the derivative here",
@@ -93,13 +121,13 @@ def _tokens(cards: DirectionCards, place: int) -> str:
     }
     columns = "".join(
         f"<div><table><tr><th colspan=3>{what[name]}</th></tr>"
-        f"{_token_rows(cards, place, name)}</table></div>"
+        f"{_token_rows(cards, place, name, detail)}</table></div>"
         for name in COLUMNS
     )
     return f'<div class="g">{columns}</div><p>{_agreement(cards, place)}</p>'
 
 
-def _token_rows(cards: DirectionCards, place: int, column: str) -> str:
+def _token_rows(cards: DirectionCards, place: int, column: str, detail: Detail) -> str:
     values = cards.tokens.as_written(place, column).double()
     tops = [
         *cards.tokens.top(place, column, SUPPORTED).tolist(),
@@ -107,7 +135,7 @@ def _token_rows(cards: DirectionCards, place: int, column: str) -> str:
     ]
     largest = max(float(values[tops].abs().max()), 1e-300)
     return "".join(
-        f"<tr><td>{_token(cards.tokens.vocabulary[t])}</td>"
+        f"<tr><td>{_token(cards.tokens.vocabulary[t], detail)}</td>"
         f"<td class=r>{float(values[t]):+.3g}</td><td class=r>{_bar(float(values[t]) / largest)}</td></tr>"
         for t in tops
     )
@@ -138,10 +166,10 @@ def _agreement(cards: DirectionCards, place: int) -> str:
     )
 
 
-def _writes(cards: DirectionCards, place: int) -> str:
+def _writes(cards: DirectionCards, place: int, detail: Detail) -> str:
     writers = cards.writers
     return heat_map(
-        writers.coefficients[place], [str(site) for site in writers.sites], writers.pieces
+        writers.coefficients[place], [str(site) for site in writers.sites], detail.cells
     )
 
 
@@ -187,7 +215,7 @@ def _writers(cards: DirectionCards, place: int) -> str:
     )
 
 
-def _apart(cards: DirectionCards, place: int) -> str:
+def _apart(cards: DirectionCards, place: int, detail: Detail) -> str:
     writers = cards.writers
     first = int((writers.place_directions == place).nonzero()[0])
     site = writers.sites[int(writers.place_sites[first])]
@@ -200,12 +228,12 @@ def _apart(cards: DirectionCards, place: int) -> str:
     )
     total = float(writers.coefficients[place, int(writers.place_sites[first]), where])
     return (
-        f"<table>{rows}<tr><th>coefficient of {site} at {_token(writers.pieces[where])}, "
+        f"<table>{rows}<tr><th>coefficient of {site} at {_token(writers.pieces[where], detail)}, "
         f"position {int(writers.positions[where])}</th><td class=r><b>{total:+.4g}</b></td></tr></table>"
     )
 
 
-def _values(cards: DirectionCards, place: int) -> str:
+def _values(cards: DirectionCards, place: int, detail: Detail) -> str:
     values = cards.values
     own = (values.near_directions == place).nonzero().flatten().tolist()
     if not own:
@@ -213,7 +241,7 @@ def _values(cards: DirectionCards, place: int) -> str:
     rows = "".join(
         f"<tr><td class=r>{int(values.near_layers[i])} mlp {int(values.near_neurons[i])}</td>"
         f"<td class=r>{float(values.cosines[i]):+.2f}</td>"
-        f"<td>{' '.join(_token(text) for text in values.texts[i])}</td></tr>"
+        f"<td>{' '.join(_token(text, detail) for text in values.texts[i])}</td></tr>"
         for i in own
     )
     return f"<table><tr><th>neuron</th><th>cosine</th><th>its top tokens</th></tr>{rows}</table>"
@@ -222,6 +250,8 @@ def _values(cards: DirectionCards, place: int) -> str:
 def _layers(cards: DirectionCards, place: int) -> str:
     """The layers whose value vectors tell most, next to chance, in the order of layers."""
     values = cards.values
+    if not len(values.layers):
+        return "<p class=s>No MLP of this model is split into neurons.</p>"
     gains = (values.agreement[place] - values.chance[place]).argsort(descending=True, stable=True)
     rows = "".join(
         f"<tr><td>layer {int(values.layers[i])}</td><td class=r>{share:.0%}</td>"
@@ -236,7 +266,7 @@ def _layers(cards: DirectionCards, place: int) -> str:
     )
 
 
-def _examples(cards: DirectionCards, place: int) -> str:
+def _examples(cards: DirectionCards, place: int, detail: Detail) -> str:
     writers, shown = cards.writers, []
     each = cards.examples.shape[1] // len(EXAMPLE_KINDS)
     net = writers.net[place]
@@ -244,7 +274,7 @@ def _examples(cards: DirectionCards, place: int) -> str:
         for where in cards.examples[place, i * each : i * each + STRIPS].tolist():
             shown.append(
                 f"<tr><td class=r>{kind}</td><td class=r>{float(net[where]):+.3g}</td>"
-                f"<td>{_strip(writers.pieces, writers.task_index, net, where)}</td></tr>"
+                f"<td>{_strip(cards, net, where, detail)}</td></tr>"
             )
     return (
         f"<table>{''.join(shown)}</table><p class=s>Colour: what all sites together write of it at a "
@@ -252,19 +282,24 @@ def _examples(cards: DirectionCards, place: int) -> str:
     )
 
 
-def _strip(pieces: Sequence[str], texts: Tensor, net: Tensor, where: int) -> str:
+def _strip(cards: DirectionCards, net: Tensor, where: int, detail: Detail) -> str:
+    """The tokens around an example, of the same text."""
+    texts, pieces = cards.writers.task_index, cards.writers.pieces
     same = (texts == texts[where]).nonzero().flatten()
-    near = same[(same >= where - 9) & (same <= where + 9)].tolist()
+    near = same[(same - where).abs() <= detail.window].tolist()
     largest = float(net.abs().max()) or 1.0
-    return strip(
-        [pieces[i] for i in near], [float(net[i]) / largest for i in near], near.index(where)
-    )
+    shown = [_shown(pieces[i], detail) for i in near]
+    return strip(shown, [float(net[i]) / largest for i in near], near.index(where))
 
 
-def _token(text: str) -> str:
+def _token(text: str, detail: Detail) -> str:
+    return f"<code>{_shown(text, detail)}</code>"
+
+
+def _shown(text: str, detail: Detail) -> str:
+    """A token's text as HTML, cut where it is long."""
     shown = visible(text).replace("\n", "⏎").replace("\t", "⇥")
-    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
-    return f"<code>{escape(shown)}</code>"
+    return escape(shown if len(shown) <= detail.longest else f"{shown[: detail.longest - 1]}…")
 
 
 def _bar(share: float) -> str:

@@ -15,6 +15,10 @@ from mechsvd.model.sites import Model, require_model, stream_names
 LARGE, SMALL = 1e3, 1e-3  # entries of the vectors that the norm is asked about
 
 
+class UnreadableError(ValueError):
+    """The logits of a model are not a final norm and an unembedding that are known."""
+
+
 @dataclass(frozen=True)
 class Readout:
     """The logits that a residual stream x gives: W_Uᵀ (γ ⊙ (x − mean x) / √(var + ε) + β) + b.
@@ -87,8 +91,8 @@ def readout_of(model: Model) -> Readout:
     The norm is asked about vectors of ±1, so any parametrisation of its gain is read right.
 
     Raises:
-        ValueError: the model has no final norm and unembedding of these names, or they do not give
-            its logits.
+        UnreadableError: the model has no final norm and unembedding of these names, or they do not
+            give its logits; a ValueError.
     """
     require_model(model)
     parts: Any = model
@@ -96,14 +100,14 @@ def readout_of(model: Model) -> Readout:
         try:
             readout = _ask(model, parts.ln_final, parts.W_U.detach())
         except (AttributeError, NotImplementedError) as error:
-            raise ValueError(
+            raise UnreadableError(
                 "What a direction does to the logits cannot be read: the model has no `ln_final` "
                 "and `W_U` that TransformerLens names."
             ) from error
         difference = _error(model, readout)
     tolerance = 1e-3 if next(model.parameters()).element_size() >= 4 else 0.1
     if not difference <= tolerance:
-        raise ValueError(
+        raise UnreadableError(
             "What a direction does to the logits cannot be read: `ln_final` and `W_U` give logits "
             f"that differ from the model's by {difference:.2g} of their size (allowed: {tolerance:g})."
         )
