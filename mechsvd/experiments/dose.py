@@ -115,7 +115,8 @@ class DoseResponse(Result):
         return (effects * dose).sum(dim=-1) / dose.square().sum()
 
     def _line(self, effects: Tensor) -> Float[Tensor, "task direction gain"]:
-        return self._slope(effects)[..., None] * (self.gains.to(effects) - 1)
+        line = self._slope(effects)[..., None] * (self.gains.to(effects) - 1)
+        return line + 0.0  # no −0 at gain 1
 
     def _departure(self, effects: Tensor) -> Float[Tensor, "task direction"]:
         return (effects - self._line(effects)).abs().amax(dim=-1)

@@ -65,10 +65,14 @@ def cards_page(cards: DirectionCards) -> str:
 
 
 def cards_html(cards: DirectionCards) -> str:
-    """All cards, for a notebook or a part of a page."""
+    """All cards with their style, for a notebook or a part of a page."""
+    return f"<style>{STYLE}</style>{all_cards(cards)}"
+
+
+def all_cards(cards: DirectionCards) -> str:
+    """All cards, for a page that has `STYLE`."""
     require_kind(cards, DirectionCards)
-    each = "".join(card_html(cards, place) for place in range(len(cards)))
-    return f"<style>{STYLE}</style>{each}"
+    return "".join(card_html(cards, place) for place in range(len(cards)))
 
 
 def card_html(cards: DirectionCards, place: int) -> str:

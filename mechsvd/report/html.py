@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mechsvd.figures.cards import STYLE
 from mechsvd.figures.display import escape, file_name, label
 
 _STYLE = """
@@ -38,7 +39,7 @@ def page(title: str, body: str, *, cdn: bool, plotly_file: str | None = None) ->
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<style>{_STYLE}</style>{plotly}</head><body>
+<style>{_STYLE}{STYLE}</style>{plotly}</head><body>
 {body}
 </body></html>
 """

@@ -8,7 +8,7 @@ from mechsvd import figures
 from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.experiments.heldout import OTHERS
 from mechsvd.experiments.sweeps import RankSweep
-from mechsvd.figures.cards import cards_html
+from mechsvd.figures.cards import all_cards
 from mechsvd.figures.display import escape, file_name
 from mechsvd.report import findings
 from mechsvd.report.html import grid, heading, plot, table
@@ -245,8 +245,9 @@ def described(studies: Sequence[Study]) -> str:
     )
     if len(studies) > MANY:
         return top
-    parts = [f"<h3>{escape(s.name)}</h3>{cards_html(s.cards)}" for s in cards if s.cards]
-    return top + "".join(parts)
+    return top + "".join(
+        f"<h3>{escape(study.name)}</h3>{all_cards(study.cards)}" for study in cards if study.cards
+    )
 
 
 def texts(studies: Sequence[Study]) -> str:
