@@ -107,6 +107,27 @@ def test_the_numbers_and_tokens_of_the_result_are_on_the_card(cards):
         assert f"{own.write:+.4g}" in text
 
 
+def test_the_verdict_follows_the_agreement_and_its_null(cards):
+    for own, p, word in (
+        (0.9, 0.002, "much of"),
+        (-0.9, 0.002, "the opposite of"),
+        (0.3, 0.002, "little of"),
+        (-0.3, 0.002, "little of"),
+        (0.9, 0.2, "nothing of"),
+        (0.04, 0.002, "nothing of"),
+    ):
+        tokens = dataclasses.replace(
+            cards.tokens,
+            agreement=torch.full((3, 2, 2), own).double(),
+            bounds=torch.full((3, 2), 0.06).double(),
+            p_values=torch.full((3, 2), p).double(),
+        )
+        card = card_html(dataclasses.replace(cards, tokens=tokens), 0)
+        assert f"<b>Reading this direction tells {word} what it does here.</b>" in card
+    shared = cards.tokens.shared_top(0, "read", "measured")
+    assert f"share {shared} of the 10 tokens on top" in card
+
+
 def test_texts_from_outside_stay_text():
     model, task = tiny("Llama"), tiny_task()
     svd = ms.decompose(ms.collect_writes(model, task))

@@ -159,6 +159,13 @@ def test_the_agreement_is_spearmans_of_the_direction_as_it_is_written(cards):
             a, b = tokens.as_written(i, first), tokens.as_written(j, second)
             rho = spearmanr(a.numpy(), b.numpy()).statistic
             assert float(tokens.agreement[pair, i, j]) == pytest.approx(rho, abs=1e-9)
+    listed = tokens.agreement_to_pandas()
+    first = [{*tokens.as_written(i, "read").topk(10).indices.tolist()} for i in range(3)]
+    second = [{*tokens.measured[i].topk(10).indices.tolist()} for i in range(3)]
+    assert listed.shared_top[3:6].tolist() == [
+        len(a & b) for a, b in zip(first, second, strict=True)
+    ]
+    assert listed.spearman[4] == pytest.approx(float(tokens.agreement[1, 1, 1]))
     table = tokens.summary()
     own = tokens.agreement[1].numpy()
     means = [own[range(3), order].mean() for order in itertools.permutations(range(3))]

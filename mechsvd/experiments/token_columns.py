@@ -13,6 +13,7 @@ from mechsvd.results import Provenance, Result, result
 COLUMNS = ("read", "local", "measured")
 PAIRS = tuple(combinations(COLUMNS, 2))
 DRAWS = 500  # random orders of the tokens
+TOP = 10  # tokens of a direction that two columns may share
 PAIRINGS = 2000  # random pairings of the directions, where all of them are more
 
 
@@ -87,6 +88,11 @@ class TokenColumns(Result):
         values: Tensor = getattr(self, column)[direction]
         return values if column == "measured" else self.signs[direction] * values
 
+    def shared_top(self, direction: int, first: str, second: str) -> int:
+        """How many of the ten tokens on top two columns share; by chance, 100 ÷ d_vocab."""
+        tops = [{*self.top(direction, column, TOP).tolist()} for column in (first, second)]
+        return len(tops[0] & tops[1])
+
     def to_pandas(self) -> Any:
         """One row per direction and token: read, local, measured."""
         import pandas as pd
@@ -103,7 +109,11 @@ class TokenColumns(Result):
         )
 
     def agreement_to_pandas(self) -> Any:
-        """One row per pair of columns and direction: spearman, bound, p."""
+        """One row per pair of columns and direction: spearman, bound, p, shared_top.
+
+        The columns may disagree over the vocabulary and yet share the tokens on top: `shared_top`
+        of ten, by chance 100 ÷ d_vocab.
+        """
         import pandas as pd
 
         count = len(self.directions)
@@ -115,6 +125,11 @@ class TokenColumns(Result):
                 "spearman": self.agreement.diagonal(dim1=1, dim2=2).flatten().numpy(),
                 "bound": self.bounds.flatten().numpy(),
                 "p": self.p_values.flatten().numpy(),
+                "shared_top": [
+                    self.shared_top(i, first, second)
+                    for first, second in PAIRS
+                    for i in range(count)
+                ],
             }
         )
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mechsvd.experiments.direction_cards import EXAMPLE_KINDS, DirectionCards
-from mechsvd.experiments.token_columns import COLUMNS, PAIRS
+from mechsvd.experiments.token_columns import COLUMNS, PAIRS, TOP
 from mechsvd.figures.card_drawings import dose_curve, heat_map, strip
 from mechsvd.figures.display import escape, visible
 from mechsvd.results import require_kind
@@ -15,7 +15,7 @@ STYLE = """
 color:var(--ink);background:var(--page);font:14px/1.45 system-ui,sans-serif;
 border:1px solid var(--line);border-radius:8px;padding:.9rem 1.1rem;margin:1rem 0;
 max-width:1080px}
-@media(prefers-color-scheme:dark){.msc{--ink:#e4e4e4;--soft:#a2a2a2;--line:#3d3d3d;--page:#1b1c1e;
+@media(prefers-color-scheme:dark){:root:not(.light) .msc{--ink:#e4e4e4;--soft:#a2a2a2;--line:#3d3d3d;--page:#1b1c1e;
 --up:96 165 240;--down:240 146 82}}.msc h3{font-size:1.1rem;margin:0}
 .msc h4{font-size:.85rem;margin:.9rem 0 .25rem;color:var(--soft);font-weight:600}
 .msc .g{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:0 1.6rem}
@@ -38,6 +38,7 @@ SUPPORTED, UNSUPPORTED, WIDEST = 8, 3, 56  # tokens of a column, and the longest
 BYTES = 25_000  # of a card, at most
 PARTS = 7  # of the list of writers
 STRIPS = 2  # of each kind of example
+MUCH = 0.5  # a rank correlation of this size
 LAYERS = 8  # of the table of value vectors
 
 
@@ -155,18 +156,20 @@ def _agreement(cards: DirectionCards, place: int) -> str:
     shown = ", ".join(
         f"{first}–{second} {value:.2f}" for (first, second), value in zip(PAIRS, own, strict=True)
     )
-    best = max(own[1], own[2])
-    if best < -max(bounds[1:]):
-        verdict = "Reading this direction tells the opposite of what it does here"
-    elif min(p[1:]) > 0.05 or best <= max(bounds[1:]):
-        verdict = "Reading this direction does not tell what it does here"
-    elif best < 0.5:
+    best = max(own[1:], key=abs)
+    if min(p[1:]) > 0.05 or abs(best) <= max(bounds[1:]):
+        verdict = "Reading this direction tells nothing of what it does here"
+    elif abs(best) < MUCH:
         verdict = "Reading this direction tells little of what it does here"
+    elif best < 0:
+        verdict = "Reading this direction tells the opposite of what it does here"
     else:
         verdict = "Reading this direction tells much of what it does here"
+    shared, chance = tokens.shared_top(place, "read", "measured"), TOP**2 / len(tokens.vocabulary)
     return (
         f"<b>{verdict}.</b> <span class=s>Rank agreement over {len(tokens.vocabulary)} tokens: "
-        f"{shown}; 95 % of random orders are within ±{max(bounds):.2f}.</span>"
+        f"{shown}; 95 % of random orders are within ±{max(bounds):.2f}. Read and measured share {shared} "
+        f"of the {TOP} tokens on top (by chance {chance:.2g}).</span>"
     )
 
 

@@ -38,7 +38,7 @@ def page(title: str, body: str, *, cdn: bool, plotly_file: str | None = None) ->
         else f"<script>{get_plotlyjs()}</script>"
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+<html lang="en" class="light"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <style>{_STYLE}{STYLE}</style>{plotly}</head><body>
 {body}
 </body></html>
