@@ -376,6 +376,37 @@ def test_layers_and_positions_restrict_the_writes_that_are_told_of():
         ms.describe(model, svd, [0], task, at="blocks.*.hook_resid_post")
 
 
+def test_effects_are_those_of_the_ranking_with_its_metric_and_baseline():
+    model, tasks = tiny("GPT-2"), [tiny_task(9, 5), tiny_task(11, 6, seed=1)]
+    writes = ms.collect_writes(model, tasks)
+    svd, baseline = ms.decompose(writes), ms.mean_baseline(writes)
+    for options in (
+        {"metric": ms.kl_divergence},
+        {"metric": ms.logit_difference(5, 7), "baseline": baseline},
+        {"metric": lambda logits, clean, task: (logits - clean).abs().mean(dim=(1, 2))},
+    ):
+        found = ms.describe(model, svd, [1, 3], tasks, **options)
+        ranking = ms.rank_directions(model, tasks, svd, **options)
+        expected = torch.stack([part.effect[[1, 3]] for part in ranking.parts])
+        torch.testing.assert_close(found.effects, expected, atol=1e-5, rtol=1e-4)
+        gain = found.dose.gains.tolist().index(0.0)
+        torch.testing.assert_close(found.dose.effects[..., gain], expected, atol=1e-5, rtol=1e-4)
+        assert found.metric == ranking.parts[0].measurement.metric
+
+
+@pytest.mark.parametrize(("architecture", "sites"), [("Llama", 4), ("GPT-2", 4), ("Gemma-2", 0)])
+def test_half_precision_is_split_to_its_rounding_or_not_at_all(architecture, sites):
+    model = tiny(architecture, tiny_hf(architecture).to(torch.bfloat16))
+    task = tiny_task()
+    svd = ms.decompose(ms.collect_writes(model, task))
+    found = ms.describe(model, svd, [0, 1], task)
+    assert int(found.writers.is_split.sum()) == sites
+    parts = found.writers.parts_to_pandas()
+    rest = parts[parts.part == "remainder"]
+    assert (rest.coefficient.abs() <= 0.02 * rest.write.abs()).all()
+    assert found.tokens.read.dtype == torch.float32
+
+
 def test_examples_are_the_extremes_of_the_net_coefficient_and_a_sample(cards):
     table = cards.examples_to_pandas()
     for row, direction in enumerate(CHOSEN):

@@ -26,12 +26,14 @@ stream: ms.WriteStream = ms.stream_writes(model, ["I"], context=9, shard=(0, 2),
 streamed: ms.Decomposition = ms.merge([stream]).decompose(center=True)
 per_site: tuple[ms.Decomposition, ...] = stream.decompose(per="site", scale="site")
 loaded: ms.Ranking = ms.Ranking.load(Path("ranking.safetensors"))
+cards: ms.DirectionCards = ms.describe(model, svd, [0, 3], [task], layers=[1], seed=2)
 found: ms.CriticalRank = ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text)
 """
 WRONG = {
     "ms.sweep_rank(model, task, svd, rank=[1])": 'Unexpected keyword argument "rank"',
     "ms.measure(model, task, [], layers='all')": 'incompatible type "str"',
     "ms.rank_directions(model, task, svd, noise_floor=True)": 'keyword argument "noise_floor"',
+    "ms.describe(model, svd, [0], task, direction=1)": 'Unexpected keyword argument "direction"',
     "ms.decompose(writes, per_layer=True).rank": 'has no attribute "rank"',
     "ms.stream_writes(model, 'a.txt', contxt=9)": 'Unexpected keyword argument "contxt"',
     "ms.Ranking.load('x').directions": '"Ranking" has no attribute "directions"',

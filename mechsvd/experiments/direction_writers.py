@@ -40,8 +40,8 @@ class DirectionWriters(Result):
         parts: coefficients of the largest parts of such a write and of the others together; those
             of a place add up to its coefficient.
         part_places, part_kinds, part_numbers: which.
-        induction: TransformerLens's induction score of each head, on repeated random tokens; NaN
-            where attention patterns cannot be reached.
+        induction: induction score of each head, on repeated random tokens, as in TransformerLens's
+            demos; NaN where attention patterns cannot be reached.
         induction_chance: the same for a head that attends evenly.
     """
 

@@ -128,7 +128,7 @@ def value_vectors(
             agreement[own, place] = (tops == trigger.next_tokens[near]).double().mean()
             chance[own, place] = (tops[:, None] == followed).double().mean()
     rows = [(own, *pair) for own in range(len(directions)) for pair in _nearest(own, cosines)]
-    vectors = [splits[place].vectors[neuron] for _, place, neuron in rows]
+    vectors = [splits[place].vectors[neuron].to(readout.gain.device) for _, place, neuron in rows]
     one = torch.ones(len(rows), 1)
     tops = _top_tokens(readout, torch.stack(vectors), one, TOP) if rows else torch.zeros(0, TOP)
     return ValueVectors(

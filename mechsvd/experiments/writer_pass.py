@@ -119,10 +119,10 @@ class WriterPass:
             products = (inputs[kept].mT @ written) * self._along[index]
             shares = split.by_part(products).cpu()
             self.shares[index] = self.shares.get(index, 0.0) + shares
-            self.constants[index] += (self._constant(split) * written.sum(dim=0)).cpu()
+            self.constants[index] += (self._constant(split).to(written) * written.sum(dim=0)).cpu()
             if split.kind == "neuron":
                 trigger = self.triggers.setdefault(index, Trigger.none(split.n_parts))
-                self.triggers[index] = trigger.with_text(inputs.cpu(), kept.cpu(), self.tasks[text])
+                self.triggers[index] = trigger.with_text(inputs, kept, self.tasks[text])
         self._take_places(index, text, written, inputs)
 
     def _constant(self, split: Split) -> Float[Tensor, " direction"]:
@@ -228,11 +228,11 @@ class Trigger(NamedTuple):
         places = kept[kept < len(tokens) - 1]
         if not len(places):
             return self
-        own = inputs[places].double()
+        own = inputs[places]
         where = own.abs().argmax(dim=0)
-        largest = own.gather(0, where[None])[0]
+        largest = own.gather(0, where[None])[0].cpu().double()
         is_new = largest.abs() > self.inputs.abs()
-        following = tokens[places + 1][where]
+        following = tokens[places.cpu() + 1][where.cpu()]
         return Trigger(
             torch.where(is_new, largest, self.inputs),
             torch.where(is_new, following, self.next_tokens),
