@@ -181,7 +181,7 @@ def test_unrelated_columns_are_within_the_null_and_equal_ones_are_not():
     found = token_columns(
         torch.arange(40), columns, torch.ones(40), tuple(map(str, range(300))), 0, None
     )
-    assert found.p_values[0].tolist() == pytest.approx([1 / 501] * 40)
+    assert found.p_values[0].tolist() == pytest.approx([1 / 201] * 40)
     below = (found.p_values[1] <= 0.05).sum()
     assert 0 <= below <= 6  # 2 of 40 by chance; 7 or more happen once in 200 times
     # the bound is that of Spearman's correlation of n independent pairs, 1.96 ÷ √(n − 1)

@@ -12,7 +12,7 @@ from mechsvd.results import Provenance, Result, result
 
 COLUMNS = ("read", "local", "measured")
 PAIRS = tuple(combinations(COLUMNS, 2))
-DRAWS = 500  # random orders of the tokens
+DRAWS = 200  # random orders of the tokens
 TOP = 10  # tokens of a direction that two columns may share
 PAIRINGS = 2000  # random pairings of the directions, where all of them are more
 
