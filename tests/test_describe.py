@@ -376,6 +376,22 @@ def test_layers_and_positions_restrict_the_writes_that_are_told_of():
         ms.describe(model, svd, [0], task, at="blocks.*.hook_resid_post")
 
 
+def test_writes_that_are_not_finite_are_refused_by_their_place():
+    model, task = tiny("Llama"), tiny_task()
+    svd = ms.decompose(ms.collect_writes(model, task))
+
+    def spoil(x, hook):
+        x = x.clone()
+        x[:, 3] = torch.inf
+        return x
+
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", spoil)]),
+        pytest.raises(ValueError, match="inf, first at layer 1 mlp, position 3 of prompt 0"),
+    ):
+        ms.describe(model, svd, [0], task, batched_hooks=True)
+
+
 def test_effects_are_those_of_the_ranking_with_its_metric_and_baseline():
     model, tasks = tiny("GPT-2"), [tiny_task(9, 5), tiny_task(11, 6, seed=1)]
     writes = ms.collect_writes(model, tasks)

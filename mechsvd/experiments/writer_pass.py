@@ -58,6 +58,9 @@ class WriterPass:
 
         Args:
             basis: the directions, orthonormal or not.
+
+        Raises:
+            ValueError: a write holds NaN or inf.
         """
         self.sites, self.tasks, self._basis = session.sites, session.tasks, basis
         self.splits = splits_of(session.model, self.sites)
@@ -107,6 +110,12 @@ class WriterPass:
         wide = widest(write.device)
         kept = self.kept[text].to(write.device)
         written = write[kept].to(wide) @ self._basis.to(write.device, wide)
+        if not written.isfinite().all():
+            position = int(kept[(~written.isfinite()).any(dim=1).nonzero()[0]])
+            raise ValueError(
+                f"The writes hold NaN or inf, first at {self.sites[index].place}, position "
+                f"{position} of prompt {text} ({write.dtype}), so they have no coefficients."
+            )
         self.coefficients[text][index] = written.cpu()
         self.energies[index] += written.square().sum(dim=0).cpu()
         split = self.splits.get(self.sites[index].name)
