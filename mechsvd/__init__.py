@@ -72,6 +72,8 @@ from mechsvd.experiments.criteria import (
     kl_at_most,
     same_greedy_text,
 )
+from mechsvd.experiments.direction_cards import DirectionCards
+from mechsvd.experiments.directions import describe
 from mechsvd.experiments.dose import DoseResponse, dose_response
 from mechsvd.experiments.exports import FoldReport, fold
 from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithfulness
@@ -154,7 +156,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "order_by_compromise", "order_at_random", "estimate_ranking", "refine_ranking",
     "RankingEstimate", "RankingEstimates", "sweep_ridge", "RidgeSweep",
     "dose_response", "DoseResponse", "fit_and_measure", "HeldOut", "Fit",
-    "measure_faithfulness", "worst_gains", "WorstGains", "Faithfulness", "areas",
+    "describe", "DirectionCards", "measure_faithfulness", "worst_gains", "WorstGains", "Faithfulness", "areas",
     # the critical rank, and text from inside a subspace
     "critical_rank", "critical_rank_of", "CriticalRank", "ranks_without_each_token", "drop_at_most", "kl_at_most",
     "change_at_most", "same_greedy_text",

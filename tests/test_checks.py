@@ -38,6 +38,10 @@ SAID = {  # what warns, and a word of it
         lambda model, task, svd: ms.critical_rank(model, task, svd, 1e4),
         "12 sites are edited",
     ),
+    "describe": (
+        lambda model, task, svd: ms.describe(model, svd, [0], task),
+        "12 sites are edited",
+    ),
     "hessian_attribution": (
         lambda model, task, svd: ms.hessian_attribution(model, task, svd, pairs=1),
         "12 sites are edited",

@@ -145,10 +145,10 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
 
 def test_every_section_says_what_the_shortform_saw_and_what_was_measured_here(report):
     page = (report / "report.html").read_text()
-    anchors = ("spectrum", "clipping", "directions", "orders", "critical", "texts", "held-out")
-    for anchor in (*anchors, "prompts", "told"):
+    anchors = ("spectrum", "clipping", "directions", "orders", "critical", "cards", "texts")
+    for anchor in (*anchors, "held-out", "prompts", "told"):
         assert page.count(f'href="#{anchor}"') == page.count(f'<h2 id="{anchor}">') == 1
-    assert page.count('<p class="original">') == page.count('<p class="measured">') == 10
+    assert page.count('<p class="original">') == page.count('<p class="measured">') == 11
     assert "1886, 3329, 2696 and 2518 of 4096" in page
     critical = {
         name: ms.CriticalRank.load(data(report) / name / "critical_rank.safetensors").rank

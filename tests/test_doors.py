@@ -111,6 +111,15 @@ ROWS = {
     "ms.decompose(writes, per='head')": "ValueError: `per` is 'head', but must be 'pool', 'layer' or 'site'",
     "ms.decompose(torch.ones(2, 3, 4), per='site')": "ValueError: `per='site'` needs to know the sites",
     "ms.decompose(writes, scale='rms')": "ValueError: `scale` is 'rms', but must be 'site', 'norm' or None",
+    # cards of directions
+    "ms.describe(model, writes, [0], task)": "TypeError: `svd` must be a Decomposition, but is Writes",
+    "ms.describe(model, svd, 3, task)": "TypeError: `directions` must be a list of whole numbers, but is int",
+    "ms.describe(model, svd, [128], task)": "ValueError: `directions` are [128], but must be different ones from 0 to 127",
+    "ms.describe(model, svd, [0], 'I believe')": "TypeError: A task is needed, but this is str 'I believe'",
+    "ms.describe(model, task, [0], svd)": "TypeError: `svd` must be a Decomposition, but is Task",
+    "ms.describe(model, svd, [0], task, at='blocks.0.hook_resid_post')": "ValueError: `at` is 'blocks.0.hook_resid_post', but a card tells what writes do",
+    "ms.describe(model, svd, [0], task, metric='kl')": "TypeError: `metric` must be a function of logits, clean logits and task",
+    "ms.describe(model, svd, [0], task, seed=-1)": "ValueError: `seed` is -1",
     # metrics
     "ms.measure(model, task, [ms.chain()], metric='kl')": "TypeError: `metric` must be a function of logits, clean logits and task, but is 'kl'",
     "ms.measure(model, task, [ms.chain()], metric=lambda l, c, t: l)": "ValueError: The metric `metric` returned shape [2, 20, 1024] for 2 edits",

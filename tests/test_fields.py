@@ -8,7 +8,10 @@ import torch
 import mechsvd as ms
 from mechsvd.attribution.gradients import GradientBasis, Gradients
 from mechsvd.engine.resuming import Loop, Loops
+from mechsvd.experiments.direction_writers import DirectionWriters
 from mechsvd.experiments.ridge import RidgeSweep
+from mechsvd.experiments.token_columns import TokenColumns
+from mechsvd.experiments.value_vectors import ValueVectors
 from mechsvd.linalg.comparison import Pool
 from mechsvd.linalg.moments import Moments
 from mechsvd.model.rows import Layout, Place
@@ -41,6 +44,32 @@ def tiny_results():
         torch.tensor([True, False, False]), 0.5, "1", "log_prob", "nats", 1, 0, 0,
         ("a", "b"), (2, 1), SOURCE,
     )  # fmt: skip
+    one = torch.ones(1)
+    columns = TokenColumns(
+        whole[:1], sizes[:1], sizes[:1], sizes[:1], one, torch.ones(3, 1, 1), torch.ones(3, 1),
+        torch.ones(3, 1), ("a", "b"), 0, SOURCE,
+    )  # fmt: skip
+    writers = DirectionWriters(
+        whole[:1], torch.ones(1, 2, 3), SITES, whole, whole, whole, ("a", "b", "c"),
+        torch.tensor([True, False]), one, whole[:1], whole[:1], ("head",), whole[:1], whole[:1],
+        whole[:1], whole[:1], one, whole[:1], ("not split",), whole[:1], torch.ones(2, 3), 0.1, SOURCE,
+    )  # fmt: skip
+    values = ValueVectors(
+        whole[:1], whole[:1], whole[:1], whole[:1], one, whole[None, :2], (("a", "b"),), whole[:2],
+        torch.ones(1, 2), torch.ones(1, 2), 6, SOURCE,
+    )  # fmt: skip
+    dose = ms.DoseResponse(
+        whole[:1],
+        one,
+        falling,
+        sizes[:1, None],
+        sizes[:1, None],
+        "log_prob",
+        "nats",
+        1e-6,
+        0,
+        SOURCE,
+    )
     moments = Moments(
         whole[1:], sizes[:2].double(), torch.eye(2).expand(2, 2, 2).double(), "float32"
     )
@@ -126,6 +155,23 @@ def tiny_results():
         ms.BaselineComparison(("a", "b", "c"), sizes, 2, "log_prob", "nats", SOURCE),
         ms.DoseResponse(
             whole, three, falling, sizes[None], sizes[None], "log_prob", "nats", 1e-6, 0, SOURCE
+        ),
+        columns,
+        writers,
+        values,
+        ms.DirectionCards(
+            whole[:1],
+            one,
+            sizes[:1, :1],
+            sizes[:1, :1],
+            columns,
+            writers,
+            values,
+            dose,
+            whole[None],
+            "log_prob",
+            "nats",
+            SOURCE,
         ),
         ms.CriticalRank(sweep, three, 1e-6, 9, "a bar"),
         estimate,
@@ -224,6 +270,10 @@ UNFIT = [
     ("Attribution", {"parts": (("gain", (-1, -3)),)}, "`parts` must make up the 3 entries of w"),
     ("CurvatureRidge", {"clip_values": torch.ones(1, 2)}, "`clip_values` must have one column more than the 2 directions, but have 2"),
     ("Interactions", {"names": ("a",)}, "`names` of an Interactions has length 1, but must have 2: one for each basis"),
+    ("TokenColumns", {"vocabulary": ("a",)}, "`vocabulary` of a TokenColumns has length 1, but must have 2"),
+    ("DirectionWriters", {"part_kinds": ()}, "`part_kinds` of a DirectionWriters has length 0, but must have 1"),
+    ("ValueVectors", {"texts": ()}, "`texts` of a ValueVectors has length 0, but must have 1"),
+    ("DirectionCards", {"directions": torch.tensor([3])}, "`tokens` is of directions .0., but must be of .3."),
     ("Attribution", {"vectors": torch.eye(2), "parts": (("gain", (2,)),)}, "`beside` holds directions 'random' of 3 entries"),
 ]  # fmt: skip
 

@@ -1,16 +1,18 @@
 """The sentences of the report say what the numbers say: checked against numbers computed here in another way."""
 
 import dataclasses
+import itertools
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import mechsvd as ms
 from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.report import findings
-from mechsvd.report.sections import MANY, SECTIONS
+from mechsvd.report.sections import MANY, SECTIONS, described
 from mechsvd.report.study import SIGNED, compare, study_task, with_held_out
 
 
@@ -87,6 +89,42 @@ def test_the_sentence_on_directions_names_the_most_needed_one(studies):
             for t in (s.ranking.to_pandas() for s in studies)
         )
         assert f"{found[0]:.2f} to {found[1]:.2f}" in said
+
+
+def test_cards_are_of_the_largest_and_of_the_most_needed_directions(studies):
+    for found in studies:
+        damage = found.ranking.measurement.kl_divergence
+        needed = [j for j in damage.argsort(descending=True).tolist() if j > 1][:2]
+        assert found.cards.directions.tolist() == [0, 1, *needed]
+        own = found.cards.kl_divergences[0]
+        torch.testing.assert_close(own, damage[found.cards.directions], atol=1e-5, rtol=1e-3)
+
+
+def test_the_sentence_on_cards_gives_the_agreement_with_themselves_and_with_others(studies):
+    own, other, told = [], [], 0
+    for found in studies:
+        tokens = found.cards.tokens
+        both = [
+            [
+                spearmanr(tokens.as_written(i, "read"), tokens.as_written(j, "measured")).statistic
+                for j in range(4)
+            ]
+            for i in range(4)
+        ]
+        own.append(np.trace(both) / 4)
+        other.append((np.sum(both) - np.trace(both)) / 12)
+        orders = [*itertools.permutations(range(4))]
+        sums = [sum(both[i][j] for i, j in enumerate(order)) for order in orders]
+        told += np.mean([total >= np.trace(both) - 1e-9 for total in sums]) <= 0.05
+    said = findings.described(studies)
+    assert f"correlation of {own[0]:.3g} (meaning), {own[1]:.3g} (launch); with" in said or (
+        f"correlation of {own[0]:.3g} (meaning) and {own[1]:.3g} (launch); with" in said
+    ), said
+    assert f"{other[0]:.3g} (meaning)" in said
+    assert f"For {told} of 2 prompts" in said
+    without = [dataclasses.replace(found, cards=None) for found in studies]
+    assert described(without) == ""
+    assert described(studies).count('<section class="msc">') == 8
 
 
 def test_the_orders_are_listed_by_how_few_directions_they_need(studies):

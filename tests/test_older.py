@@ -1,5 +1,7 @@
 """The same numbers from a `HookedTransformer` and a `TransformerBridge` of the same raw weights (transformer-lens 3.9)."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -330,3 +332,28 @@ def test_an_edit_is_not_folded_into_a_hooked_transformer(tmp_path):
     with pytest.raises(ValueError, match="is a HookedTransformer, so the weights of its Hugging"):
         ms.fold(model, ms.keep(svd, 5), tmp_path / "out", task)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cards_of_directions_are_the_same(pair):
+    hooked_model, bridge = pair
+    task = ms.Task.from_text(bridge, "Once upon a time", max_new_tokens=6)
+    svd = ms.decompose(ms.collect_writes(bridge, task))
+    first, second = (
+        ms.describe(model, dataclasses.replace(svd, source=None), [0, 3], task)
+        for model in (hooked_model, bridge)
+    )
+    for column in ("read", "local", "measured"):
+        own, other = getattr(first.tokens, column), getattr(second.tokens, column)
+        torch.testing.assert_close(own, other, atol=2e-3, rtol=2e-3)
+    assert first.writers.is_split.all()
+    assert second.writers.is_split.all()
+    assert first.writers.share_kinds == second.writers.share_kinds
+    torch.testing.assert_close(
+        first.writers.coefficients, second.writers.coefficients, atol=2e-3, rtol=1e-3
+    )
+    heads = torch.tensor([kind == "head" for kind in first.writers.share_kinds])
+    torch.testing.assert_close(
+        first.writers.shares[heads], second.writers.shares[heads], atol=1e-4, rtol=1e-3
+    )
+    torch.testing.assert_close(first.writers.induction, second.writers.induction, atol=1e-4, rtol=0)

@@ -29,6 +29,7 @@ loaded: ms.Ranking = ms.Ranking.load(Path("ranking.safetensors"))
 attribution: ms.Attribution = ms.hessian_attribution(model, task, svd, basis="from_w", pairs=9)
 attributions: ms.Attributions = ms.hessian_attribution(model, [task], svd)
 pairs: ms.Interactions = ms.interactions(model, [task], svd, attribution, rows=4, layers=[0])
+cards: ms.DirectionCards = ms.describe(model, svd, [0, 3], [task], layers=[1], seed=2)
 found: ms.CriticalRank = ms.critical_rank(model, task, svd, criterion=ms.same_greedy_text)
 """
 WRONG = {
@@ -36,6 +37,7 @@ WRONG = {
     "ms.measure(model, task, [], layers='all')": 'incompatible type "str"',
     "ms.hessian_attribution(model, task, svd, basis='w')": 'No overload variant of "hessian_attribution"',
     "ms.rank_directions(model, task, svd, noise_floor=True)": 'keyword argument "noise_floor"',
+    "ms.describe(model, svd, [0], task, direction=1)": 'Unexpected keyword argument "direction"',
     "ms.decompose(writes, per_layer=True).rank": 'has no attribute "rank"',
     "ms.stream_writes(model, 'a.txt', contxt=9)": 'Unexpected keyword argument "contxt"',
     "ms.Ranking.load('x').directions": '"Ranking" has no attribute "directions"',

@@ -14,8 +14,8 @@ from mechsvd.edits.hooks import hooks_at
 from mechsvd.edits.maps import Edit
 from mechsvd.engine.session import Session, open_session
 from mechsvd.model.exporting import with_weights
+from mechsvd.model.output_weights import Writer, find_writers
 from mechsvd.model.sites import Hook, Model, Site, SiteOptions
-from mechsvd.model.writers import Writer, find_writers
 
 
 @dataclass(frozen=True)

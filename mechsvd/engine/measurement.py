@@ -39,6 +39,7 @@ class Measurement(Result):
         scores: the metric of each edit; None where it is a column that is there anyway.
         metric, unit: the metric's name and its unit.
         better: whether "more" or "less" of the metric is better.
+        profiles: further numbers of each edit, where the metric has a `profile`.
     """
 
     log_probs: Float[Tensor, "edit scored"]
@@ -54,6 +55,7 @@ class Measurement(Result):
     metric: str = log_prob.name
     unit: str = log_prob.unit
     better: str = log_prob.better
+    profiles: Float[Tensor, "edit item"] | None = None
 
     def __post_init__(self) -> None:
         require_declared(self)
@@ -80,7 +82,7 @@ class Measurement(Result):
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        optional = ("kl_divergences", "scores")
+        optional = ("kl_divergences", "scores", "profiles")
         return (*_BY_EDIT, *(name for name in optional if getattr(self, name) is not None))
 
     def __len__(self) -> int:

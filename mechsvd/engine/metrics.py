@@ -20,6 +20,7 @@ from mechsvd.model.tokenization import one_token
 Logits = Float[Tensor, "edit scored d_vocab"]
 Clean = Float[Tensor, "scored d_vocab"]
 Function = Callable[[Logits, Clean, Task], Float[Tensor, " edit"]]
+Profile = Callable[[Logits, Clean], Float[Tensor, "edit item"]]
 Tokens = str | int | Sequence[str] | Sequence[int]  # one or several, as text or as ids
 # columns of the tables that are no metrics
 _TAKEN = {
@@ -42,6 +43,8 @@ class Metric:
             more is better, and edited − clean where less is, as for a divergence, which is 0 clean.
         column: of a measurement, with the same value at no cost; None if it has none.
         fit: makes the function for a model and task, where it depends on them.
+        profile: further numbers of each edit, "edit item", which a measurement keeps as
+            `profiles`; of the log-probabilities of all tokens, edited and clean. None for none.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Metric:
     better: Literal["more", "less"] = "more"
     column: str | None = None
     fit: Callable[[Model, Task], Function] | None = None
+    profile: Profile | None = None
 
     def __call__(self, logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
         """The value of each edit."""
@@ -66,6 +70,12 @@ def metric_for(metric: Any, model: Model, task: Task) -> Metric:
         TypeError: it is not a function.
         ValueError: its name is taken, or it does not fit the task.
     """
+    metric = as_metric(metric)
+    return metric if metric.fit is None else replace(metric, function=metric.fit(model, task))
+
+
+def as_metric(metric: Any) -> Metric:
+    """A metric for any task: by default the log-probability; see `metric_for`."""
     if metric is None:
         return log_prob
     if not callable(metric):
@@ -80,7 +90,7 @@ def metric_for(metric: Any, model: Model, task: Task) -> Metric:
                 f"A metric cannot be named `{name}`, a column that the tables have; rename it."
             )
         metric = Metric(name, "", metric)
-    return metric if metric.fit is None else replace(metric, function=metric.fit(model, task))
+    return metric
 
 
 def evaluate(metric: Metric, logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
@@ -185,6 +195,19 @@ def divergences(edited: Logits, clean: Clean) -> Float[Tensor, "edit scored"]:
         terms = torch.where(probabilities > 0, probabilities * change, 0.0)
         divergence = terms.sum(dim=-1)
     return divergence
+
+
+def token_drops(edited: Logits, clean: Clean) -> Float[Tensor, "edit d_vocab"]:
+    """How much of each token's log-probability an edit takes: the mean over the scored positions.
+
+    It is clean − edited in nats, so positive for a token that the edit makes less probable. A token
+    that is masked in both runs has 0.
+
+    Args:
+        edited, clean: log-probabilities of all tokens.
+    """
+    drops = clean.mean(dim=0) - edited.mean(dim=1)  # no copy of edit × scored × vocabulary
+    return torch.where((clean == -torch.inf).any(dim=0) & drops.isnan(), 0.0, drops)
 
 
 def token_log_probs(logits: Logits, task: Task) -> Float[Tensor, "edit scored"]:

@@ -306,6 +306,7 @@ class _Setup:
         scores = None
         if metric.column is None:
             scores = evaluate(metric, logits, clean_logits, task).detach().cpu()
+        profile = metric.profile and metric.profile(predictions, clean)
         return Measurement(
             scored.cpu(),
             is_greedy.cpu(),
@@ -317,6 +318,7 @@ class _Setup:
             metric=metric.name,
             unit=metric.unit,
             better=metric.better,
+            profiles=None if profile is None else profile.cpu(),
         )
 
     def _remember(

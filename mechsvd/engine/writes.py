@@ -238,6 +238,7 @@ def run_by_length(
     take: Callable[[int, Sequence[int], Float[Tensor, "row pos d_model"]], None],
     passes_of: Callable[[Sequence[int]], tuple[int, Callable[[int], int]]],
     progress: bool | None = False,
+    sites: Sequence[Site] | None = None,
 ) -> None:
     """Run rows of tokens, those of one length together, and hand on what each site writes.
 
@@ -247,9 +248,12 @@ def run_by_length(
             the model runs; once per site and row, also where memory runs out within a pass.
         passes_of: how many of some rows of one length share a pass, and what halves that; see
             `halving`.
+        sites: instead of the session's; where not all are writes, the plain kernels run.
     """
     device = next(session.model.parameters()).device
-    taken: list[set[int]] = [set() for _ in session.sites]
+    sites = session.sites if sites is None else sites
+    fused = session.check.runs_fused and all(site.is_write for site in sites)
+    taken: list[set[int]] = [set() for _ in sites]
 
     def hook_of(index: int, site: Site, numbers: list[int]) -> Hook:
         def hand_on(x: Tensor, hook: Any = None) -> None:
@@ -265,8 +269,7 @@ def run_by_length(
     def forward(chosen: Tensor) -> None:
         numbers = chosen.tolist()
         tokens = torch.stack([rows[number] for number in numbers]).to(device)
-        hooks = [hook_of(index, site, numbers) for index, site in enumerate(session.sites)]
-        fused = session.check.runs_fused
+        hooks = [hook_of(index, site, numbers) for index, site in enumerate(sites)]
         run_model(session.model, tokens, hooks, scored=slice(0, 1), fused=fused)
 
     for length in sorted({len(row) for row in rows}):

@@ -115,7 +115,8 @@ class DoseResponse(Result):
         return (effects * dose).sum(dim=-1) / dose.square().sum()
 
     def _line(self, effects: Tensor) -> Float[Tensor, "task direction gain"]:
-        return self._slope(effects)[..., None] * (self.gains.to(effects) - 1)
+        line = self._slope(effects)[..., None] * (self.gains.to(effects) - 1)
+        return line + 0.0  # no −0 at gain 1
 
     def _departure(self, effects: Tensor) -> Float[Tensor, "task direction"]:
         return (effects - self._line(effects)).abs().amax(dim=-1)
@@ -158,7 +159,7 @@ def dose_response(
             not finite, or only 1.
     """
     require_decomposition(svd)
-    chosen, tasks = _valid_directions(svd, directions), as_tasks(tasks)
+    chosen, tasks = valid_directions(svd, directions), as_tasks(tasks)
     doses = _valid_gains(gains)
     require_baseline(baseline, svd.d_model, svd.source)
     seed = require_whole("seed", seed)
@@ -209,7 +210,12 @@ def _doses(
     return Gate(basis, rows, 1.0, svd.source, baseline)
 
 
-def _valid_directions(svd: Decomposition, directions: Any) -> Int[Tensor, " direction"]:
+def valid_directions(svd: Decomposition, directions: Any) -> Int[Tensor, " direction"]:
+    """Numbers of different directions; the first 16 for None.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
     if directions is None:
         return torch.arange(min(16, svd.rank))
     chosen = whole_numbers("directions", directions)

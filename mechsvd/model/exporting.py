@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechsvd.model.evaluation import evaluation
+from mechsvd.model.output_weights import empty_model, hugging_face_weights
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import Hook, Model
-from mechsvd.model.writers import empty_model, hugging_face_weights
 
 
 def write_checkpoint(model: Any, replaced: Mapping[str, Tensor], folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.fields import require_between
@@ -331,8 +331,8 @@ def _difference(measured: Tensor, expected: Tensor) -> float:
     return float((measured - expected).abs().max() / expected.abs().max())
 
 
-def probe_tokens(model: Model) -> Tensor:
-    """A few tokens, none of them special, as a batch of one row."""
+def probe_tokens(model: Model) -> Int[Tensor, "1 pos"]:
+    """A few tokens, none of them special, for a short run that checks a model."""
     generator = torch.Generator().manual_seed(0)
     count = min(6, model.cfg.n_ctx)
     tokens = torch.randperm(model.cfg.d_vocab, generator=generator)[: count + 8]

@@ -148,6 +148,22 @@ def pieces_of(model: Model, ids: list[int]) -> tuple[str, ...]:
     return tuple(pieces)
 
 
+def vocabulary_of(model: Model) -> tuple[str, ...]:
+    """The text that each token of the vocabulary adds to other text; `[id]` where it is unknown."""
+    tokenizer, count = model.tokenizer, int(model.cfg.d_vocab)
+    if tokenizer is None:
+        return tuple(f"[{i}]" for i in range(count))
+    known = min(count, len(tokenizer))
+    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    length = len(tokenizer.decode(before))
+    texts = tokenizer.batch_decode([[*before, i] for i in range(known)])
+    pieces = [text[length:] for text in texts]
+    for i, piece in enumerate(pieces):
+        if not piece or "\ufffd" in piece:  # a part of a character, or a special token
+            pieces[i] = str(tokenizer.convert_ids_to_tokens(i))
+    return (*pieces, *(f"[{i}]" for i in range(known, count)))
+
+
 def warn_unusual_start(model: Model, ids: Sequence[int], text: str) -> None:
     """Warn of a text that starts with two BOS tokens, or lacks an expected one."""
     bos = _expected_bos(model)

@@ -1,186 +1,181 @@
-"""Writers: the one linear map of the Hugging Face model whose output is a site's write."""
+"""What makes up a write: the outputs of heads and neurons through their output weight."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechsvd.model.evaluation import evaluation, without_hook_points
-from mechsvd.model.identity import processing_state
 from mechsvd.model.runs import run_model
 from mechsvd.model.selfcheck import probe_tokens
-from mechsvd.model.sites import Model, Site
+from mechsvd.model.sites import Hook, Model, Site
+from mechsvd.model.weights import written_vectors
 
-_WRAPPED = "_original_component"
+# of a component: the hook point of what goes into its output weight, the names of that weight in a
+# bridge and in a HookedTransformer, and what its parts are called
+_PARTS = {
+    "attn": ("attn.hook_z", ("attn.o.weight", "attn.W_O"), "head"),
+    "mlp": ("mlp.hook_post", ("mlp.out.weight", "mlp.W_out"), "neuron"),
+}
+_PATTERN = "attn.hook_pattern"
 
 
 @dataclass(frozen=True)
-class Writer:
-    """A linear map whose output is a site's write.
+class Split:
+    """A write as a sum: inputs times what each writes, by head or neuron, and a constant.
 
     Attributes:
-        module: a `Linear`, or GPT-2's `Conv1D`, whose weight is turned.
-        names: of its weight, and of its bias if it has one, in the Hugging Face checkpoint.
+        site: the write.
+        point: the hook point of the inputs, "pos column" or "pos head d_head".
+        kind: "head" or "neuron".
+        width: inputs of each part: d_head, or 1.
+        vectors: what each input writes per unit.
+        constant: the rest, such as biases; the same at every position.
     """
 
     site: Site
-    module: nn.Module
-    names: tuple[str, ...]
+    point: Site
+    kind: str
+    width: int
+    vectors: Float[Tensor, "column d_model"]
+    constant: Float[Tensor, " d_model"]
 
     @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The weight, and the bias if there is one."""
-        return tuple(p for p in (self.module.weight, self.module.bias) if p is not None)  # type: ignore[misc]
+    def n_parts(self) -> int:
+        """Number of heads or neurons."""
+        return len(self.vectors) // self.width
 
-    @property
-    def columns(self) -> Float[Tensor, "column d_model"]:
-        """What each input writes, without a gradient."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[union-attr,operator]
-        return self._turned(weight)
-
-    @property
-    def bias(self) -> Float[Tensor, " d_model"] | None:
-        """What is written whatever the input, without a gradient."""
-        return None if len(self.parameters) == 1 else self.parameters[1].detach()
-
-    def weights_from(
-        self, columns: Float[Tensor, "column d_model"], bias: Float[Tensor, " d_model"] | None
-    ) -> tuple[Tensor, ...]:
-        """New values for `parameters`, in the layout of the module."""
-        weight = self._turned(columns).contiguous()
-        return (weight,) if bias is None else (weight, bias)
-
-    def _turned(self, matrix: Tensor) -> Tensor:
-        return matrix.mT if isinstance(self.module, nn.Linear) else matrix
+    def by_part(self, columns: Float[Tensor, " column *item"]) -> Float[Tensor, " part *item"]:
+        """Sum what belongs to single inputs over those of each head; neurons have one each."""
+        return columns.unflatten(0, (self.n_parts, self.width)).sum(dim=1)
 
 
-def find_writers(model: Model, sites: Sequence[Site]) -> tuple[Writer, ...]:
-    """Find the linear map that makes each write: all of the sites, or an error.
+@torch.no_grad()
+def splits_of(model: Model, sites: Sequence[Site]) -> dict[str, Split]:
+    """Find how the writes of some sites are made, and measure on a few tokens that they are.
 
-    A map counts by what it gives, not by its name: in a run on a few tokens, its output must be the
-    value at the site's hook. So a write that a norm, a scale or several experts make has none.
-
-    Raises:
-        ValueError: not a bridge with the weights as they were loaded; a site without such a map, or
-            a map that shares its weights with another module or runs more than once.
+    Returns:
+        By the site's name. A site is left out if its output weight or inputs cannot be reached, or
+        if the write is not their product and a constant, as with a norm after the output weight.
     """
-    state = processing_state(model)
-    if not hasattr(model, "original_model") or state != "raw":
-        kind = "a HookedTransformer" if state == "raw" else f"processed ({state})"
-        raise ValueError(
-            f"This model is {kind}, so the weights of its Hugging Face checkpoint are not there; "
-            "load it by `mechsvd.load_model` and collect the directions with that model."
-        )
-    given = _outputs_that_are_writes(model, sites)
-    if lacking := [site for site in sites if len(given[site.name]) != 1]:
-        first = lacking[0]
-        count = len(given[first.name]) or "no"
-        raise ValueError(
-            f"Nothing is folded: {len(lacking)} of {len(sites)} sites have no one linear map whose "
-            f"output is the write, such as {first.place} ({first.hook_name}), where {count} maps "
-            "give it. A norm or a scale after the map (post-norm models), experts, or a fused or "
-            "quantised module make the write; run this edit by its hooks."
-        )
-    names = _checkpoint_names(model)
-    return tuple(_writer(site, given[site.name][0], names) for site in sites)
+    found = [split for site in sites if (split := _named(model, site)) is not None]
+    with without_hook_points(model), evaluation(model, quiet=True):
+        try:
+            values = _values(model, found)
+        except RuntimeError:  # of some, the hook does not fire once
+            values = {}
+            for split in found:
+                with suppress(RuntimeError):
+                    values |= _values(model, [split])
+    measured = (_measured(split, values) for split in found if split.site.name in values)
+    return {split.site.name: split for split in measured if split is not None}
 
 
-def hugging_face_weights(model: Model) -> dict[str, nn.Parameter]:
-    """The parameters of the wrapped Hugging Face model, by their names in its checkpoint."""
-    found: dict[str, nn.Parameter] = {}
-    root: Any = getattr(model, "original_model")  # noqa: B009 (not in the protocol)
-    for name, parameter in nn.Module.named_parameters(root, remove_duplicate=False):
-        path = ".".join(part for part in name.split(".") if part != _WRAPPED)
-        found.setdefault(path, parameter)
-    return found
+def _values(model: Model, splits: Sequence[Split]) -> dict[str, Tensor]:
+    """The writes and the inputs of some splits in a short run, "pos column"."""
+    stored: dict[str, Tensor] = {}
+    tokens = probe_tokens(model)
+
+    def store(site: Site) -> Hook:
+        def keep(x: Tensor, hook: Any = None) -> None:
+            stored[site.name] = x.detach().reshape(tokens.shape[1], -1)
+
+        return site.hook_name, keep
+
+    points = [point for split in splits for point in (split.site, split.point)]
+    run_model(model, tokens, [store(point) for point in points], scored=slice(0, 1))
+    return stored
 
 
-def _outputs_that_are_writes(model: Any, sites: Sequence[Site]) -> dict[str, list[nn.Module]]:
-    """By the name of each site: the maps that gave exactly its write, in a run on a few tokens."""
-    maps = [m for m in nn.Module.modules(model.original_model) if is_linear_map(m)]
-    outputs: list[tuple[nn.Module, Tensor]] = []
-    writes: dict[str, Tensor] = {}
-    note = lambda module, _, output: outputs.append((module, output.detach().clone()))  # noqa: E731
-    handles = [module.register_forward_hook(note) for module in maps]
-    store = lambda site: lambda x, hook=None: writes.__setitem__(site.name, x.detach())  # noqa: E731
-    try:
-        with without_hook_points(model), evaluation(model, quiet=True):
-            run_model(model, probe_tokens(model), [(site.hook_name, store(site)) for site in sites])
-    finally:
-        for handle in handles:
-            handle.remove()
-    times = Counter(id(module) for module, _ in outputs)
-    once = [(module, output) for module, output in outputs if times[id(module)] == 1]
-    return {
-        site.name: [module for module, output in once if _same(output, writes[site.name])]
-        for site in sites
-    }
+def _measured(split: Split, values: dict[str, Tensor]) -> Split | None:
+    """The split with its constant; None if what is left is not the same at every position."""
+    inputs, write = values[split.point.name], values[split.site.name]
+    wide = torch.promote_types(write.dtype, torch.float32)
+    if inputs.shape[1] != len(split.vectors):
+        return None
+    product = inputs.to(write.device, wide) @ split.vectors.to(write.device, wide)
+    rest = write.to(wide) - product
+    constant = rest.mean(dim=0)
+    tolerance = 1e-5 + 4 * torch.finfo(write.dtype).eps
+    size = write.abs().max() + product.abs().max()
+    is_constant = float((rest - constant).abs().max() / size) <= tolerance
+    return replace(split, constant=constant) if is_constant else None
 
 
-def is_linear_map(module: nn.Module) -> bool:
-    """Whether a module is exactly a `Linear` or a `Conv1D` with plain weights of floats."""
-    # Hugging Face's Conv1D by its name, because the import of transformers is slow
-    kind = type(module)
-    is_known = kind is nn.Linear or (
-        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-    )
-    weight = module._parameters.get("weight")
-    return is_known and weight is not None and weight.is_floating_point()
+def _named(model: Model, site: Site) -> Split | None:
+    """The weight and the inputs of a site by their names; None if they are not there."""
+    if not site.is_write:
+        return None
+    point, weights, kind = _PARTS[site.component]
+    name = f"blocks.{site.layer}.{point}"
+    if name not in model.hook_dict:
+        return None
+    for weight in weights:
+        try:
+            ((_, vectors),) = written_vectors(model, f"blocks.{site.layer}.{weight}").items()
+        except (KeyError, ValueError):
+            continue
+        heads = int(getattr(model.cfg, "n_heads", 0) or 0)
+        width = len(vectors) // heads if kind == "head" and heads else 1
+        if kind == "head" and (not heads or len(vectors) % heads):
+            return None
+        constant = vectors.new_zeros(vectors.shape[1])
+        return Split(site, Site(site.layer, point, name), kind, width, vectors, constant)
+    return None
 
 
-def _same(output: Tensor, write: Tensor) -> bool:
-    if output.numel() != write.numel() or output.shape[-1] != write.shape[-1]:
-        return False
-    error = (output.reshape(write.shape) - write).abs().max()
-    return bool(error <= 4 * torch.finfo(write.dtype).eps * write.abs().max())
+@torch.no_grad()
+def induction_scores(
+    model: Model, length: int = 24, rows: int = 4, seed: int = 0
+) -> Float[Tensor, "layer head"]:
+    """How much each head attends to the token after the last time that its token was there.
 
+    The texts are random tokens, twice in a row after BOS. The score is the mean of the attention
+    from each token of the second half to the one after its first occurrence: 1 for a perfect
+    induction head, about 1 ÷ length for one that attends evenly.
 
-def _checkpoint_names(model: Any) -> dict[int, tuple[list[str], int]]:
-    """By the id of a parameter: its names in the checkpoint, and how many modules hold it."""
-    needed = {name for name, _ in empty_model(model).named_parameters(remove_duplicate=False)}
-    names: dict[int, list[str]] = {}
-    for name, parameter in hugging_face_weights(model).items():
-        if name in needed:
-            names.setdefault(id(parameter), []).append(name)
-    owners = Counter(
-        id(parameter)
-        for module in nn.Module.modules(model.original_model)
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    return {i: (found, owners[i]) for i, found in names.items()}
+    Returns:
+        NaN in layers whose attention pattern has no hook point.
 
-
-def _writer(site: Site, module: Any, names: dict[int, tuple[list[str], int]]) -> Writer:
-    own = [names.get(id(p), ([], 0)) for p in (module.weight, module.bias) if p is not None]
-    if any(len(found) != 1 or owners != 1 for found, owners in own):
-        raise ValueError(
-            f"The weights of the map that writes at {site.place} are in the checkpoint under "
-            f"{[found for found, _ in own]}, and shared with other modules; an edit of one of them "
-            "would change the others. Run this edit by its hooks."
-        )
-    return Writer(site, module, tuple(found[0] for found, _ in own))
-
-
-def empty_model(model: Any) -> Any:
-    """A Hugging Face model of the same configuration, without any numbers.
-
-    Raises:
-        ValueError: the architecture is code of the checkpoint's own.
+    Reference: Olsson et al., In-context Learning and Induction Heads, 2022, arXiv:2209.11895. It is
+        the score of TransformerLens's demos: the mean of the diagonal at offset 1 − length.
     """
-    from copy import deepcopy
+    tokens = _repeated(model, min(length, (model.cfg.n_ctx - 1) // 2), rows, seed)
+    half = (tokens.shape[1] - 1) // 2
+    queries = torch.arange(half + 1, 2 * half + 1)
+    scores = torch.full((model.cfg.n_layers, model.cfg.n_heads), torch.nan)
 
-    from transformers import AutoModelForCausalLM
+    def hook_of(layer: int) -> Hook:
+        def score(pattern: Tensor, hook: Any = None) -> None:
+            seen = pattern[:, :, queries, queries - half + 1]
+            scores[layer] = seen.float().mean(dim=(0, 2)).cpu()
 
-    config = deepcopy(model.original_model.config)
-    config.output_attentions = False  # TransformerLens sets it, to see the patterns
-    if getattr(config, "auto_map", None):
-        raise ValueError(
-            "The architecture is code of the checkpoint's own, so a copy would not load without it."
-        )
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return f"blocks.{layer}.{_PATTERN}", score
+
+    names = model.hook_dict
+    hooks = [hook_of(i) for i in range(len(scores)) if f"blocks.{i}.{_PATTERN}" in names]
+    with without_hook_points(model), evaluation(model, quiet=True):
+        run_model(model, tokens, hooks, scored=slice(0, 1))
+    return scores
+
+
+def _repeated(model: Model, length: int, rows: int, seed: int) -> Tensor:
+    """Random tokens twice in a row, each different, after BOS where the model has one."""
+    special = {*(getattr(model.tokenizer, "all_special_ids", ()) or ())}
+    usual = torch.tensor([t for t in range(model.cfg.d_vocab) if t not in special])
+    generator = torch.Generator().manual_seed(seed)
+    halves = [usual[torch.randperm(len(usual), generator=generator)[:length]] for _ in range(rows)]
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    start = usual[:1] if bos is None else torch.tensor([bos])
+    tokens = torch.stack([torch.cat([start, half, half]) for half in halves])
+    return tokens.to(next(model.parameters()).device)
+
+
+def induction_chance(model: Model, length: int = 24) -> float:
+    """The induction score of a head that attends evenly to all that came before."""
+    half = min(length, (model.cfg.n_ctx - 1) // 2)
+    return sum(1 / (query + 1) for query in range(half + 1, 2 * half + 1)) / half

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mechsvd.figures.cards import STYLE
 from mechsvd.figures.display import escape, file_name, label
 
 
@@ -28,7 +29,7 @@ def page(title: str, body: str, *, cdn: bool, plotly_file: str | None = None) ->
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width">
-<style>{_part("page.css")}</style>{plotly}</head><body>
+<style>{_part("page.css")}{STYLE}</style>{plotly}</head><body>
 {body}
 <script>const TEMPLATE = {_looks()};
 {_part("page.js")}</script>

@@ -19,6 +19,7 @@ from mechsvd.report.html import chooser, page, table, write_plotly
 from mechsvd.report.sections import (
     MANY,
     SECTIONS,
+    described,
     held_out,
     one_prompt,
     prompt_text,
@@ -107,6 +108,8 @@ def _page(
     source = studies[0].sweep.source
     assert source is not None  # `measure` always sets it
     titles = {"told": "What can be told"} | {s.name: s.title for s in SECTIONS}
+    if any(study.cards for study in studies):
+        titles["cards"] = "Single directions"
     titles["texts"] = "Text from inside"
     if comparison:
         titles |= {"held-out": "Held-out texts", "prompts": "Several prompts"}
@@ -116,6 +119,7 @@ def _page(
     body = "\n".join(
         [
             *(section(part, studies) for part in SECTIONS),
+            described(studies),
             texts(studies),
             held_out(comparison) + several(comparison) if comparison else "",
             special(contrast) if contrast else "",

@@ -7,9 +7,10 @@ from mechsvd.attribution.curvature import takes_whole
 from mechsvd.attribution.hessian import PAIRS
 from mechsvd.engine.batches import bytes_per_row, rows_per_pass
 from mechsvd.engine.passes import estimate_seconds
+from mechsvd.experiments.directions import GAINS
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
-from mechsvd.report.study import FEWEST, PRODUCTS, QUICK, SWEEPS, TWINNED
+from mechsvd.report.study import DESCRIBED, FEWEST, PRODUCTS, QUICK, SWEEPS, TWINNED
 
 # measured: what a row costs in forward passes of one edit
 PRODUCT, PATH = 3.0, 2.5  # a product with the Hessian, and a point of the path integral
@@ -73,7 +74,8 @@ def study_rows(model: Model, task: Task, quick: bool) -> int:
     pairs = min(PAIRS, directions) if quick or directions > PRODUCTS else directions
     products = directions if takes_whole(directions, pairs) else LANCZOS
     attribution = PRODUCT * products + PATH * STEPS + 4 * pairs
-    return round(SWEEPS * sweep + directions + RIDGE + attribution)
+    cards = min(DESCRIBED, directions) * (1 + 2 * len(GAINS))
+    return round(SWEEPS * sweep + directions + RIDGE + attribution + cards)
 
 
 def together_rows(

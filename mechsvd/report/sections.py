@@ -8,6 +8,7 @@ from mechsvd import figures
 from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.experiments.heldout import OTHERS
 from mechsvd.experiments.sweeps import RankSweep
+from mechsvd.figures.cards import all_cards
 from mechsvd.figures.display import escape, file_name
 from mechsvd.report import findings
 from mechsvd.report.html import grid, heading, plot, table
@@ -184,7 +185,7 @@ def section(part: Section, studies: Sequence[Study]) -> str:
 def one_prompt(study: Study) -> str:
     """All figures and texts of one prompt, for a page of its own."""
     parts = [section(part, [study]) for part in SECTIONS]
-    return f"{prompt_text(study)}{''.join(parts)}{texts([study])}"
+    return f"{prompt_text(study)}{''.join(parts)}{described([study])}{texts([study])}"
 
 
 def told(comparison: Comparison | None) -> str:
@@ -240,6 +241,28 @@ def _quiet(figure: Any, studies: Sequence[Study]) -> Any:
 def _lines(sweeps: dict[str, RankSweep], title: str) -> Any:
     figure = figures.race_of_orders(sweeps, by="kl_divergence")
     return figure.update_layout(title_text=title, showlegend=len(sweeps) <= MANY)
+
+
+def described(studies: Sequence[Study]) -> str:
+    """Cards of directions; nothing where there are none."""
+    cards = [s for s in studies if s.cards is not None]
+    if not cards:
+        return ""
+    top = heading(
+        "cards",
+        "What single directions are",
+        "A card for the directions with the largest singular values, and for those that cost most "
+        "KL divergence when they are removed: the tokens that they support, read off the weights, "
+        "by the derivative at the text and measured; the sites, heads and neurons that write them; "
+        "and where.",
+        "The shortform ranked directions by what they cost, and did not ask what they say.",
+        findings.described(cards),
+    )
+    if len(studies) > MANY:
+        return top
+    return top + "".join(
+        f"<h3>{escape(study.name)}</h3>{all_cards(study.cards)}" for study in cards if study.cards
+    )
 
 
 def texts(studies: Sequence[Study]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechsvd.attribution.gradients import collect_gradients, gradient_basis
 from mechsvd.attribution.hessian import PAIRS, hessian_attribution
 from mechsvd.attribution.scores import Attribution
+from mechsvd.checks import warn
 from mechsvd.edits.bases import keep
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import Writes, collect_writes
@@ -19,6 +20,8 @@ from mechsvd.experiments.adaptive import sweep_adaptively
 from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
 from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.experiments.contrasts import contrast
+from mechsvd.experiments.direction_cards import DirectionCards
+from mechsvd.experiments.directions import describe
 from mechsvd.experiments.generation import generate_tasks
 from mechsvd.experiments.heldout import OWN, RANDOM, HeldOut, fit_and_measure
 from mechsvd.experiments.random_texts import RandomTextComparison, compare_with_random_texts
@@ -36,6 +39,7 @@ from mechsvd.experiments.sweeps import RankSweep, sweep_rank
 from mechsvd.linalg.comparison import Overlap, Pool, overlap, pool, principal_angles
 from mechsvd.linalg.decomposition import Decomposition, decompose
 from mechsvd.linalg.subspace import Subspace
+from mechsvd.model.readout import UnreadableError
 from mechsvd.model.sites import COMPONENTS, Model
 from mechsvd.model.tasks import Task
 
@@ -50,6 +54,7 @@ ANCHORED = 12  # texts at most in that comparison
 TWINNED, FEWEST = 24, 8  # texts compared with random ones: at most, and enough to tell
 SPECIAL = 8  # directions of each group of texts
 FOLDS = 5  # of the texts, or one text a fold if there are fewer
+DESCRIBED = 4  # directions of each prompt that have a card: half by size, half by effect
 FEWER = (0.75, 0.5, 0.25)  # shares of the critical rank that also write texts
 
 
@@ -85,6 +90,7 @@ class Study:
     texts: tuple[Text, ...]
     attribution: Attribution  # of the probability to the gains
     elsewhere: dict[str, RankSweep] = field(default_factory=dict)  # directions of other texts
+    cards: DirectionCards | None = None  # None where the unembedding cannot be read
     errors: tuple[float, ...] = ()  # factors between the curves of few ranks and ranks in between
 
     @property
@@ -158,6 +164,7 @@ def study_task(
             model, svd, _rank_or_all(critical, svd), starts, len(task.continuation), options
         )
         attribution = _attribution(model, task, svd, [task, *others], options, quick)
+        cards = _cards(model, task, svd, ranking, options)
     return Study(
         name,
         task,
@@ -171,6 +178,7 @@ def study_task(
         critical,
         texts,
         attribution,
+        cards=cards,
         errors=tuple(errors),
     )
 
@@ -270,6 +278,20 @@ def _attribution(
         "gradients": gradients[:, :pairs],
     }
     return hessian_attribution(model, task, svd, pairs=pairs, bases=bases, **options)
+
+
+def _cards(
+    model: Model, task: Task, svd: Decomposition, ranking: Ranking, options: RunOptions
+) -> DirectionCards | None:
+    """Cards of the directions with the largest singular values, and of the most needed others."""
+    by_size = range(min(DESCRIBED // 2, svd.rank))
+    needed = order_by_effect(ranking, by="kl_divergence").tolist()
+    others = [j for j in needed if j not in by_size][: DESCRIBED - len(by_size)]
+    try:
+        return describe(model, svd, [*by_size, *others], task, **options)
+    except UnreadableError as error:
+        warn(f"No cards of directions: {error}")
+        return None
 
 
 def _texts(

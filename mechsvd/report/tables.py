@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mechsvd.experiments.contrast_results import Contrast
+from mechsvd.experiments.direction_cards import DirectionCards
 from mechsvd.figures.display import file_name
 from mechsvd.report.study import Comparison, Study
 from mechsvd.results import write_atomically
@@ -60,7 +61,8 @@ def _as_text(value: Any) -> Any:
 
 
 def _results(study: Study) -> dict[str, Any]:
-    return {
+    cards = {} if study.cards is None else {"cards": study.cards}
+    return cards | {
         "task": study.task,
         "decomposition": study.pooled,
         "sweep": study.sweep,
@@ -102,6 +104,21 @@ def _tables(study: Study) -> dict[str, Any]:
             ]
         ),
         "texts": _texts(study),
+        **_tables_of_cards(study.cards),
+    }
+
+
+def _tables_of_cards(cards: DirectionCards | None) -> dict[str, Any]:
+    if cards is None:
+        return {}
+    return {
+        "cards": cards.to_pandas(),
+        "cards_agreement": cards.tokens.agreement_to_pandas(),
+        "cards_writers": cards.writers.shares_to_pandas(),
+        "cards_parts": cards.writers.parts_to_pandas(),
+        "cards_value_vectors": cards.values.to_pandas(),
+        "cards_examples": cards.examples_to_pandas(),
+        "cards_dose": cards.dose.to_pandas(),
     }
 
 
