@@ -48,12 +48,18 @@ from mechsvd.engine.metrics import (
     logit_difference,
 )
 from mechsvd.engine.passes import estimate_seconds, measure
+from mechsvd.engine.reads import Reads, collect_reads
 from mechsvd.engine.stream import stream_writes
 from mechsvd.engine.stream_results import WriteStream, merge
 from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.adaptive import AdaptiveSweep, sweep_adaptively
 from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
+from mechsvd.experiments.balance import (
+    ReadWriteAngles,
+    balanced_directions,
+    read_write_angles,
+)
 from mechsvd.experiments.contrast_results import Contrast, ContrastSweep
 from mechsvd.experiments.contrasts import contrast, contrast_sweep
 from mechsvd.experiments.criteria import (
@@ -63,9 +69,11 @@ from mechsvd.experiments.criteria import (
     same_greedy_text,
 )
 from mechsvd.experiments.dose import DoseResponse, dose_response
+from mechsvd.experiments.elimination import order_by_elimination
 from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithfulness
 from mechsvd.experiments.generation import generate, generate_tasks
 from mechsvd.experiments.heldout import Fit, HeldOut, fit_and_measure
+from mechsvd.experiments.learning import LearnedSubspace, learn_subspace
 from mechsvd.experiments.nulls import (
     another_text,
     covariance_matched,
@@ -80,6 +88,8 @@ from mechsvd.experiments.optimal import (
     compare_baselines,
     optimal_baseline,
 )
+from mechsvd.experiments.order_comparison import OrderComparison
+from mechsvd.experiments.order_race import compare_orders
 from mechsvd.experiments.random_texts import RandomTextComparison, compare_with_random_texts
 from mechsvd.experiments.ranking import (
     Ranking,
@@ -138,7 +148,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "measure", "Measurement", "Measurements", "estimate_seconds", "sweep_rank", "RankSweep",
     "RankSweeps", "Rankings", "RidgeSweeps", "CriticalRanks",
     "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
-    "order_by_compromise", "order_at_random", "sweep_ridge", "RidgeSweep",
+    "order_by_compromise", "order_at_random", "order_by_elimination", "sweep_ridge", "RidgeSweep",
+    "collect_reads", "Reads", "balanced_directions", "read_write_angles", "ReadWriteAngles",
+    "learn_subspace", "LearnedSubspace", "compare_orders", "OrderComparison",
     "dose_response", "DoseResponse", "fit_and_measure", "HeldOut", "Fit",
     "measure_faithfulness", "worst_gains", "WorstGains", "Faithfulness", "areas",
     # the critical rank, and text from inside a subspace

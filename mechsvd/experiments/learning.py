@@ -27,7 +27,7 @@ from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import Provenance, Result, require_same_model, result
 
-STEP = 0.02  # of Adam at the start, in radians per entry of the generator of a rotation
+STEP = 0.01  # of Adam at the start, in radians per entry of the generator of a rotation
 
 
 @result
