@@ -6,9 +6,14 @@ import mechsvd as ms
 
 from .conftest import tiny
 
+READING = ("q_proj", "k_proj", "v_proj", "gate", "up")
 
-def planted(rank=6, seed=0):
+
+def planted(rank=6, seed=0, whitened_on=()):
     """A Llama that reads a random subspace of the residual stream only, and that subspace.
+
+    With tasks to whiten on, only its unembedding reads no more than that, and the writes of its last
+    MLP are as large in every direction.
 
     Its norms hardly see the size of the stream, since their epsilon is huge.
     """
@@ -23,13 +28,26 @@ def planted(rank=6, seed=0):
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     model.config.architectures = [type(model).__name__]
     basis = ms.random_subspace(32, rank, seed).basis.float()
+    everywhere = not whitened_on
+    # so that writes are about as large as the embedding, whatever they read
+    size = 0.4 if everywhere else 0.18
+    spread = {"embed": 1.0, "v_proj": size, "o_proj": 0.3, "gate": size, "up": size, "down": 0.15}
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        std = next((own for part, own in spread.items() if part in name), 0.3)
+        torch.nn.init.normal_(parameter, std=std)
         if "norm" in name:
             parameter.data.fill_(1e4)
-        elif any(part in name for part in ("q_proj", "k_proj", "v_proj", "gate", "up", "lm_head")):
+        elif "lm_head" in name or (everywhere and any(part in name for part in READING)):
             parameter.data = parameter.data @ basis @ basis.T
-    return tiny("Llama", model), ms.Subspace(basis)
+    bridge = tiny("Llama", model)
+    if whitened_on:
+        last = ms.collect_writes(bridge, whitened_on, layers=[1], components=["mlp"]).values[0]
+        values, vectors = torch.linalg.eigh(last.T.double() @ last.double() / len(last))
+        root = (vectors / values.sqrt()) @ vectors.T
+        model.model.layers[1].mlp.down_proj.weight.data.copy_(
+            root @ model.model.layers[1].mlp.down_proj.weight.double()
+        )
+    return bridge, ms.Subspace(basis)
 
 
 def with_eight_dimensions():

@@ -43,7 +43,7 @@ def test_what_is_written_or_read_alone_comes_after_what_is_both():
     basis, hankel = balanced_basis(torch.eye(4).double(), sizes, reads)
     assert hankel.tolist() == pytest.approx([4, 2, 0.9, 0])
     torch.testing.assert_close(basis.abs(), torch.eye(4).double()[:, [1, 2, 0, 3]])
-    with pytest.raises(ValueError, match="`side` is 'both', but must be 'read' or 'write'"):
+    with pytest.raises(ValueError, match="`side` is 'both', but must be 'write' or 'read'"):
         balanced_basis(torch.eye(4), sizes, reads, "both")
 
 
@@ -51,11 +51,11 @@ def test_a_planted_subspace_comes_first():
     """The model reads six directions of what it writes; the others have no Hankel value."""
     model, subspace = planted()
     tasks = [tiny_task(14, 3, seed=seed) for seed in range(4)]
-    found = ms.balanced_directions(model, tasks)
+    found = ms.balanced_directions(model, tasks, side="read")
     assert float(ms.overlap([found.subspace(6), subspace]).values[0, 1]) > 5.999
     assert float(found.singular_values[6]) < 1e-3 * float(found.singular_values[5])
     per_site = ms.decompose(ms.collect_writes(model, tasks), per="site")
-    sites = ms.balanced_directions(model, tasks, per_site)
+    sites = ms.balanced_directions(model, tasks, per_site, side="read")
     last = ms.principal_angles(sites[-1].subspace(3), subspace)
     assert float(last.max()) < 1e-2  # three of the six at the last site
     cost = ms.measure(model, tasks, [ms.keep(found, 6)], metric=ms.kl_divergence).effect

@@ -16,14 +16,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_a_planted_subspace_is_found():
-    """Only the planted one of rank 6 keeps all predictions; singular directions do not."""
-    model, subspace = planted()
-    tasks = [tiny_task(14, 3, seed=seed) for seed in range(4)]
-    found = ms.learn_subspace(model, tasks, 6, steps=400)
-    assert float(found.losses.min()) < 1e-3 * float(found.losses[0])
-    assert float(ms.overlap([found.subspace, subspace]).values[0, 1]) > 5.95
-    svd = ms.decompose(ms.collect_writes(model, tasks))
-    assert float(ms.overlap([svd.subspace(6), subspace]).values[0, 1]) < 3
+    """The last MLP writes in all directions alike, and four of them are read."""
+    task = tiny_task(40, 2)
+    model, subspace = planted(4, whitened_on=[task])
+    where = {"layers": [1], "components": ["mlp"]}
+    svd = ms.decompose(ms.collect_writes(model, task, **where))
+    assert float(ms.overlap([svd.subspace(4), subspace]).values[0, 1]) < 1
+    found = ms.learn_subspace(model, task, 4, start=svd, steps=200, **where)
+    assert float(found.losses.min()) < 0.01 * float(found.losses[0])
+    assert float(ms.overlap([found.subspace, subspace]).values[0, 1]) > 3.9
 
 
 def test_the_loss_is_that_of_plain_runs_and_the_best_point_is_returned(real):
@@ -93,7 +94,7 @@ def test_on_its_own_text_it_is_at_least_as_good_as_every_order(real):
         for side in ("read", "write")
     ]
     others = ms.measure(model, task, edits, metric=ms.kl_divergence).effect
-    found = ms.learn_subspace(model, task, k, start=svd, steps=100)
+    found = ms.learn_subspace(model, task, k, start=svd, steps=60)
     assert float(found.losses.min()) < 0.5 * float(others.min())
 
 
@@ -110,7 +111,7 @@ def test_every_subset_of_eight_directions_bounds_all_orders_from_below():
         ms.order_by_elimination(model, task, svd, share=0),
         *[ms.order_at_random(svd, seed) for seed in range(5)],
     ]
-    for k in (2, 4, 6):
+    for k in (3, 5):
         subsets = torch.zeros(0, 8)
         for subset in combinations(range(8), k):
             row = torch.zeros(1, 8)
@@ -124,14 +125,14 @@ def test_every_subset_of_eight_directions_bounds_all_orders_from_below():
         for order in orders:
             sweep = ms.sweep_rank(model, task, svd, [k], order, metric=ms.kl_divergence)
             assert float(sweep.measurement.value) >= least * (1 - 1e-4)
-        learned = ms.learn_subspace(model, task, k, steps=150)
+        learned = ms.learn_subspace(model, task, k, steps=100)
         assert float(learned.losses.min()) < least
 
 
 def test_a_random_start_follows_its_seed_and_reaches_the_same_depth(real):
     task = ms.Task(real.task.tokens[:14], 6)
     starts = [
-        ms.learn_subspace(real.model, task, 10, start="random", seed=seed, steps=60)
+        ms.learn_subspace(real.model, task, 10, start="random", seed=seed, steps=25)
         for seed in (0, 0, 1)
     ]
     assert torch.equal(starts[0].losses, starts[1].losses)
@@ -141,7 +142,7 @@ def test_a_random_start_follows_its_seed_and_reaches_the_same_depth(real):
         divergence(real.model, task, projecting(first)), rel=1e-3
     )
     for found in starts:
-        assert float(found.losses.min()) < 0.1 * float(found.losses[0])
+        assert float(found.losses.min()) < 0.3 * float(found.losses[0])
 
 
 def test_layers_and_positions_limit_where_it_acts(real):
@@ -155,11 +156,11 @@ def test_layers_and_positions_limit_where_it_acts(real):
     kept = ms.measure(
         real.model, task, [ms.keep(found.subspace)], metric=ms.kl_divergence, **options
     )
-    assert float(kept.effect) == pytest.approx(float(found.losses.min()), rel=1e-3)
+    assert float(kept.effect) == pytest.approx(float(found.losses.min()), rel=2e-2, abs=1e-7)
     again = ms.learn_subspace(
         real.model, task, 4, per="site", start=list(found.bases)[::-1], steps=0, **options
     )
-    assert float(again.losses[0]) == pytest.approx(float(found.losses.min()), rel=1e-3)
+    assert float(again.losses[0]) == pytest.approx(float(found.losses.min()), rel=2e-2, abs=1e-7)
 
 
 @pytest.mark.parametrize(

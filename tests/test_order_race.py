@@ -72,7 +72,7 @@ def test_balanced_directions_and_random_subspaces_are_those_of_their_calls(found
     writes, fitted = ms.collect_writes(model, texts), [0]
     reads = ms.collect_reads(model, texts, seed=2)
     own = reads.at(reads.task_index == 0)
-    for side, name in (("read", "balanced"), ("write", "balanced, written")):
+    for side, name in (("write", "balanced"), ("read", "balanced, read")):
         svd = order_race.balanced_with(decompose_texts(writes, fitted, "pool"), own, side)
         assert float(found.of(name, fitted="own text")[1, 0]) == pytest.approx(
             kept(model, texts[0], svd, 9), rel=1e-3

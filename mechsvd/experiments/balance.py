@@ -34,7 +34,7 @@ def balanced_directions(
     tasks: Task | Sequence[Task],
     svd: Decomposition | None = None,
     *,
-    side: str = "read",
+    side: str = "write",
     draws: int = DRAWS,
     seed: int = 0,
     **options: Unpack[RunOptions],
@@ -45,7 +45,7 @@ def balanced_directions(
     tasks: Task | Sequence[Task],
     svd: Sequence[Decomposition],
     *,
-    side: str = "read",
+    side: str = "write",
     draws: int = DRAWS,
     seed: int = 0,
     **options: Unpack[RunOptions],
@@ -56,7 +56,7 @@ def balanced_directions(
     tasks: Task | Sequence[Task],
     svd: Decomposition | Sequence[Decomposition] | None = None,
     *,
-    side: str = "read",
+    side: str = "write",
     draws: int = DRAWS,
     seed: int = 0,
     **options: Unpack[RunOptions],
@@ -72,9 +72,8 @@ def balanced_directions(
         tasks: the texts whose gradients count.
         svd: of the writes; by default those of the tasks, pooled. Or one decomposition per layer or
             site, each balanced with the gradients at its own sites.
-        side: "read" takes the modes by which the writes are read, "write" those that are written.
-            A projection at right angles loses what is read outside its subspace, and the read side
-            loses less on the models tried here.
+        side: "write" takes the modes that are written, "read" those by which they are read. The
+            first are near the singular directions; the second may keep far more, or far less.
         draws: random outputs per text.
         seed: of the outputs.
         options: see `RunOptions` (layers, components, positions, batch_size, …).
@@ -101,7 +100,7 @@ def balanced_directions(
 
 
 def balanced_with(
-    svd: Decomposition | Sequence[Decomposition], reads: Reads, side: str = "read"
+    svd: Decomposition | Sequence[Decomposition], reads: Reads, side: str = "write"
 ) -> Decomposition | tuple[Decomposition, ...]:
     """Balance decompositions with gradients that are at hand; see `balanced_directions`."""
     bases = require_decompositions(svd)

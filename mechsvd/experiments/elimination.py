@@ -25,7 +25,7 @@ def order_by_elimination(
     tasks: Task | Sequence[Task],
     svd: Decomposition,
     *,
-    share: float = 0.125,
+    share: float | int = 0.125,
     metric: AnyMetric = kl_divergence,
     **options: Unpack[RunOptions],
 ) -> Int[Tensor, " rank"]:

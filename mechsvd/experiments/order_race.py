@@ -60,10 +60,10 @@ def compare_orders(
             keeps all that it has.
         folds: as in `fit_and_measure`, with `groups`, a label per text.
         orders: those of the result to take; all by default. Pooled or per site: "singular value";
-            "balanced" (see `balanced_directions`); "gradients", the eigenvectors of their second
-            moment (see `collect_reads`); "learned". Pooled only: "balanced, written"; "effect", by
-            the KL divergence of removing each; "elimination"; "shuffled", singular directions at
-            random.
+            "balanced" and "balanced, read", its other side (see `balanced_directions`);
+            "gradients", the eigenvectors of their second moment (see `collect_reads`); "learned".
+            Pooled only: "effect", by the KL divergence of removing each; "elimination"; "shuffled",
+            singular directions at random.
         steps: of each learned subspace.
         seed: of the folds and of all that is random.
         options: see `RunOptions` (layers, components, batch_size, …).
@@ -129,11 +129,12 @@ ORDERS: dict[Key, Callable[[_Fit], Any]] = {
     ("effect", "pooled"): lambda fit: fit.in_order(fit.by_effect()),
     ("elimination", "pooled"): lambda fit: fit.in_order(fit.by_elimination()),
     ("shuffled", "pooled"): lambda fit: fit.in_order(order_at_random(fit.svd, fit.seed)),
-    ("balanced, written", "pooled"): lambda fit: balanced_with(fit.svd, fit.reads, "write"),
     ("balanced", "pooled"): lambda fit: balanced_with(fit.svd, fit.reads),
+    ("balanced, read", "pooled"): lambda fit: balanced_with(fit.svd, fit.reads, "read"),
     ("gradients", "pooled"): lambda fit: decompose(fit.reads),
     ("singular value", "per site"): lambda fit: fit.per_site,
     ("balanced", "per site"): lambda fit: balanced_with(fit.per_site, fit.reads),
+    ("balanced, read", "per site"): lambda fit: balanced_with(fit.per_site, fit.reads, "read"),
     ("gradients", "per site"): lambda fit: decompose(fit.reads, per="site"),
 }
 ALL: tuple[Key, ...] = (*ORDERS, (LEARNED, "pooled"), (LEARNED, "per site"))

@@ -17,7 +17,7 @@ def balanced_basis(
     directions: Float[Tensor, "d_model rank"],
     sizes: Float[Tensor, " rank"],
     reads: Float[Tensor, "d_model d_model"],
-    side: str = "read",
+    side: str = "write",
 ) -> tuple[Float[Tensor, "d_model rank"], Float[Tensor, " rank"]]:
     """Order directions by how much is both written and read along them.
 
@@ -29,8 +29,8 @@ def balanced_basis(
     Args:
         directions, sizes: V and s.
         reads: R.
-        side: "read" or "write": which modes. The read side keeps all that the first modes are read
-            by. A mode that is not read at all has a written side only.
+        side: "write" or "read": which modes. A mode that is not read at all has a written side
+            only.
 
     Returns:
         Orthonormal columns, and the Hankel singular values, largest first.
@@ -42,7 +42,7 @@ def balanced_basis(
         observability, and model reduction, IEEE Trans. Automat. Contr. 26 (1981).
     """
     if side not in ("read", "write"):
-        raise ValueError(f"`side` is {side!r:.40}, but must be 'read' or 'write'.")
+        raise ValueError(f"`side` is {side!r:.40}, but must be 'write' or 'read'.")
     root, moment = directions.double() * sizes.double(), reads.double()
     inner = root.mT @ moment @ root
     squares, vectors = eigh_or_again(((inner + inner.mT) / 2)[None])
