@@ -98,7 +98,7 @@ def test_each_site_is_balanced_with_its_own_gradients(real):
 
 def test_streamed_writes_and_missing_sites_are_refused(real):
     model, task = real.model, ms.Task(real.task.tokens[:10], 5)
-    streamed = ms.stream_writes(model, [task.tokens], context=16).decompose()
+    streamed = ms.stream_writes(model, ["Once upon a time"], context=16).decompose()
     with pytest.raises(ValueError, match="this decomposition is of streamed writes"):
         ms.balanced_directions(model, task, streamed, draws=2)
     bases = ms.decompose(ms.collect_writes(model, task), per="site")

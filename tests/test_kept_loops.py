@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 
@@ -29,6 +30,16 @@ def small():
     return model, texts, ms.decompose(ms.collect_writes(model, texts))
 
 
+class Order:
+    """An order of directions, with a table as results have."""
+
+    def __init__(self, order):
+        self.order = order
+
+    def to_pandas(self):
+        return pd.DataFrame({"direction": self.order.numpy()})
+
+
 CALLS = {
     "a sweep": lambda m, t, svd, **o: ms.sweep_rank(m, t[0], svd, **o),
     "sweeps with a metric and noise": lambda m, t, svd, **o: ms.sweep_rank(
@@ -42,9 +53,20 @@ CALLS = {
     "pairs": lambda m, t, svd, **o: ms.hessian_attribution(m, t[0], svd, pairs=4, **o),
     "gradients": lambda m, t, svd, **o: ms.collect_gradients(m, t[:2], svd, **o),
     "doses": lambda m, t, svd, **o: ms.dose_response(m, t[0], svd, [0, 1], **o),
+    "reads": lambda m, t, svd, **o: ms.collect_reads(m, t[:2], draws=9, **o),
+    "elimination": lambda m, t, svd, **o: Order(
+        ms.order_by_elimination(m, t[:2], svd, share=0.8, **o)
+    ),
+    "balanced": lambda m, t, svd, **o: ms.balanced_directions(m, t, svd, draws=3, **o),
+    "angles": lambda m, t, svd, **o: ms.read_write_angles(m, t, 4, draws=3, **o),
+    "learning": lambda m, t, svd, **o: ms.learn_subspace(m, t, 5, steps=4, **o),
+    "a comparison": lambda m, t, svd, **o: ms.compare_orders(
+        m, t[:2], [9], orders=("singular value", "learned"), steps=1, **o
+    ),
     "worst gains": lambda m, t, svd, **o: ms.worst_gains(m, t[0], svd, 3, steps=3, **o),
 }
-ATTRIBUTION = ("attribution", "pairs", "gradients", "worst gains")
+GRADIENTS = ("reads", "balanced", "angles", "learning", "a comparison")  # slow, row by row
+ATTRIBUTION = (*GRADIENTS, "attribution", "pairs", "gradients", "worst gains")
 
 
 def same(first, second):

@@ -254,7 +254,7 @@ def read_write_angles(
     for site, *pair in zip(writes.sites, *sides, strict=True):
         if min(one.rank for one in pair) < rank:
             raise ValueError(
-                f"`rank` is {rank}, but {site} has {pair[0].rank} directions that are written and "
+                f"`rank` is {rank}, but {site.place} has {pair[0].rank} directions that are written and "
                 f"{pair[1].rank} that are read; choose fewer, or give more texts."
             )
     angles = [
