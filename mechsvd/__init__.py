@@ -55,11 +55,7 @@ from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.adaptive import AdaptiveSweep, sweep_adaptively
 from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
-from mechsvd.experiments.balance import (
-    ReadWriteAngles,
-    balanced_directions,
-    read_write_angles,
-)
+from mechsvd.experiments.balance import balanced_directions
 from mechsvd.experiments.contrast_results import Contrast, ContrastSweep
 from mechsvd.experiments.contrasts import contrast, contrast_sweep
 from mechsvd.experiments.criteria import (
@@ -100,6 +96,7 @@ from mechsvd.experiments.ranking import (
     order_by_singular_value,
     rank_directions,
 )
+from mechsvd.experiments.read_angles import ReadWriteAngles, read_write_angles
 from mechsvd.experiments.ridge import RidgeSweep, RidgeSweeps, sweep_ridge
 from mechsvd.experiments.search import (
     CriticalRank,

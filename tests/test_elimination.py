@@ -8,7 +8,7 @@ import mechsvd as ms
 from .conftest import tiny_task
 from .planted import divergence, planted, projecting, with_eight_dimensions
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.older]
 
 
 def greedy(model, tasks, directions, going_of):

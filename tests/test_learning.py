@@ -7,7 +7,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.engine.session import open_session
-from mechsvd.experiments.learning import _Texts
+from mechsvd.experiments.descent import Texts
 
 from .conftest import tiny, tiny_task
 from .planted import divergence, planted, projecting, with_eight_dimensions
@@ -50,10 +50,10 @@ def test_the_gradient_is_that_of_finite_differences(per):
     generator = torch.Generator().manual_seed(0)
     way = torch.randn(bases.shape, generator=generator, dtype=torch.float64)
     with open_session(model, tasks, gradients=True) as session:
-        texts = _Texts.of(session)
+        texts = Texts.of(session)
         _, slope = texts.slopes(bases)
         ahead, behind = (texts.slopes(bases + h * way)[0].double().mean() for h in (2e-3, -2e-3))
-        (one,) = (_Texts(session, texts.clean, texts.by_length, 1).slopes(bases)[1],)
+        (one,) = (Texts(session, texts.clean, texts.by_length, 1).slopes(bases)[1],)
     measured = float(ahead - behind) / 4e-3
     assert float((slope.double() * way).sum()) == pytest.approx(measured, rel=2e-2)
     torch.testing.assert_close(one, slope, rtol=1e-3, atol=1e-5)  # text by text

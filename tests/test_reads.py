@@ -8,7 +8,7 @@ import mechsvd as ms
 from .conftest import tiny, tiny_task
 from .planted import planted
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.older]
 
 
 def exact_information(model, task, site, position):
