@@ -13,7 +13,7 @@ from mechsvd.engine.reads import DRAWS, collect_reads
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions
 from mechsvd.engine.writes import collect_writes
-from mechsvd.fields import require_between, require_declared, require_length
+from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.linalg.comparison import principal_angles, random_subspace
 from mechsvd.linalg.decomposition import decompose
 from mechsvd.linalg.subspace import Subspace
@@ -47,6 +47,7 @@ class ReadWriteAngles(Result):
         require_length(self, "sites", len(self.angles), "row of `angles`")
 
     def _require_values(self) -> None:
+        require_finite(self, "angles", "random")
         require_between(self, ["angles", "random"], 0, 1.5708)
 
     @property
