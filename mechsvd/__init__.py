@@ -58,12 +58,14 @@ from mechsvd.engine.metrics import (
     logit_difference,
 )
 from mechsvd.engine.passes import estimate_seconds, measure
+from mechsvd.engine.reads import Reads, collect_reads
 from mechsvd.engine.stream import stream_writes
 from mechsvd.engine.stream_results import WriteStream, merge
 from mechsvd.engine.weights import weight_svd
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.experiments.adaptive import AdaptiveSweep, sweep_adaptively
 from mechsvd.experiments.anchors import OverlapAnchors, overlap_anchors
+from mechsvd.experiments.balance import balanced_directions
 from mechsvd.experiments.contrast_results import Contrast, ContrastSweep
 from mechsvd.experiments.contrasts import contrast, contrast_sweep
 from mechsvd.experiments.criteria import (
@@ -75,10 +77,12 @@ from mechsvd.experiments.criteria import (
 from mechsvd.experiments.direction_cards import DirectionCards
 from mechsvd.experiments.directions import describe
 from mechsvd.experiments.dose import DoseResponse, dose_response
+from mechsvd.experiments.elimination import order_by_elimination
 from mechsvd.experiments.exports import FoldReport, fold
 from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithfulness
 from mechsvd.experiments.generation import generate, generate_tasks
 from mechsvd.experiments.heldout import Fit, HeldOut, fit_and_measure
+from mechsvd.experiments.learning import LearnedSubspace, learn_subspace
 from mechsvd.experiments.literature import Literature, compare_with_literature
 from mechsvd.experiments.nulls import (
     another_text,
@@ -94,6 +98,8 @@ from mechsvd.experiments.optimal import (
     compare_baselines,
     optimal_baseline,
 )
+from mechsvd.experiments.order_comparison import OrderComparison
+from mechsvd.experiments.order_race import compare_orders
 from mechsvd.experiments.random_texts import RandomTextComparison, compare_with_random_texts
 from mechsvd.experiments.ranking import (
     Ranking,
@@ -104,6 +110,7 @@ from mechsvd.experiments.ranking import (
     order_by_singular_value,
     rank_directions,
 )
+from mechsvd.experiments.read_angles import ReadWriteAngles, read_write_angles
 from mechsvd.experiments.ridge import RidgeSweep, RidgeSweeps, sweep_ridge
 from mechsvd.experiments.search import (
     CriticalRank,
@@ -153,8 +160,11 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "measure", "Measurement", "Measurements", "estimate_seconds", "sweep_rank", "RankSweep",
     "RankSweeps", "Rankings", "RidgeSweeps", "CriticalRanks",
     "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
-    "order_by_compromise", "order_at_random", "estimate_ranking", "refine_ranking",
-    "RankingEstimate", "RankingEstimates", "sweep_ridge", "RidgeSweep",
+    "order_by_compromise", "order_at_random", "order_by_elimination",
+    "estimate_ranking", "refine_ranking", "RankingEstimate", "RankingEstimates",
+    "sweep_ridge", "RidgeSweep",
+    "collect_reads", "Reads", "balanced_directions", "read_write_angles", "ReadWriteAngles",
+    "learn_subspace", "LearnedSubspace", "compare_orders", "OrderComparison",
     "dose_response", "DoseResponse", "fit_and_measure", "HeldOut", "Fit",
     "describe", "DirectionCards", "measure_faithfulness", "worst_gains", "WorstGains", "Faithfulness", "areas",
     # the critical rank, and text from inside a subspace

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 
@@ -27,6 +28,16 @@ def small():
     model = tiny("Llama")
     texts = [tiny_task(seed=seed) for seed in range(3)] + [tiny_task(7, 3)]
     return model, texts, ms.decompose(ms.collect_writes(model, texts))
+
+
+class Order:
+    """An order of directions, with a table as results have."""
+
+    def __init__(self, order):
+        self.order = order
+
+    def to_pandas(self):
+        return pd.DataFrame({"direction": self.order.numpy()})
 
 
 CALLS = {
@@ -51,9 +62,21 @@ CALLS = {
     ),
     "gradients": lambda m, t, svd, **o: ms.collect_gradients(m, t[:2], svd, **o),
     "doses": lambda m, t, svd, **o: ms.dose_response(m, t[0], svd, [0, 1], **o),
+    "reads": lambda m, t, svd, **o: ms.collect_reads(m, t[:2], draws=9, **o),
+    "elimination": lambda m, t, svd, **o: Order(
+        ms.order_by_elimination(m, t[:2], svd, share=0.8, **o)
+    ),
+    "balanced": lambda m, t, svd, **o: ms.balanced_directions(m, t, svd, draws=3, **o),
+    "angles": lambda m, t, svd, **o: ms.read_write_angles(m, t, 4, draws=3, **o),
+    "learning": lambda m, t, svd, **o: ms.learn_subspace(m, t, 5, steps=4, **o),
+    "a comparison": lambda m, t, svd, **o: ms.compare_orders(
+        m, t[:2], [9], orders=("singular value", "learned"), steps=1, **o
+    ),
     "worst gains": lambda m, t, svd, **o: ms.worst_gains(m, t[0], svd, 3, steps=3, **o),
 }
+GRADIENTS = ("reads", "balanced", "angles", "learning", "a comparison")  # slow, row by row
 ATTRIBUTION = (
+    *GRADIENTS,
     "attribution",
     "pairs",
     "from w",

@@ -168,6 +168,11 @@ def scored_by(tasks: Sequence[Task]) -> slice:
     return slice(min(starts), max(stops))
 
 
+def own_positions(task: Task, first: int) -> slice:
+    """The scored positions of a task, among those from `first` on."""
+    return slice(task.scored.start - first, task.scored.stop - first)
+
+
 def score(
     predictions: Logits, task: Task
 ) -> tuple[Float[Tensor, "edit scored"], Bool[Tensor, "edit scored"]]:

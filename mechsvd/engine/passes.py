@@ -25,6 +25,7 @@ from mechsvd.engine.metrics import (
     evaluate,
     log_prob,
     metric_for,
+    own_positions,
     predict,
     score,
     scored_by,
@@ -290,7 +291,7 @@ class _Setup:
         deltas = [_table(sizes).split(counts) for sizes in (seen.orig, seen.kept)]
         first = scored_by(tasks).start
         return [
-            (text, self._measured(text, part[:, _own(self.tasks[text], first)], *sizes))
+            (text, self._measured(text, part[:, own_positions(self.tasks[text], first)], *sizes))
             for text, part, *sizes in zip(chosen, logits.split(counts), *deltas, strict=True)
         ]
 
@@ -421,11 +422,6 @@ def _run_all(
     row = torch.zeros(1 + len(edits), dtype=torch.long)
     row[1 + order] = torch.arange(1, 1 + len(order))
     return [part[row] for part in parts]
-
-
-def _own(task: Task, first: int) -> slice:
-    """The scored positions of a task, among those from `first` on."""
-    return slice(task.scored.start - first, task.scored.stop - first)
 
 
 def _table(sizes: Sequence[Float[Tensor, " row"]]) -> Float[Tensor, "row site"]:

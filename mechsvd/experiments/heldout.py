@@ -178,7 +178,7 @@ def fit_and_measure(
     """
     require_same_positions(options)
     texts = as_tasks(tasks)
-    fold = _folds(len(texts), groups, folds, require_whole("seed", seed))
+    fold = folds_of(len(texts), groups, folds, require_whole("seed", seed))
     if wrong := [order for order in orders if order not in ORDERS]:
         raise ValueError(f"`orders` holds {wrong[0]!r:.40}, but must be of {list(ORDERS)}.")
     chosen_ranks = None if ranks is None else [*ranks]
@@ -218,7 +218,12 @@ def fit_and_measure(
     return HeldOut(fits, fold)
 
 
-def _folds(count: int, groups: Any, folds: Any, seed: int) -> Int[Tensor, " task"]:
+def folds_of(count: int, groups: Any, folds: Any, seed: int) -> Int[Tensor, " task"]:
+    """The fold of each text; texts of one group share one. See `fit_and_measure`.
+
+    Raises:
+        ValueError: fewer than two texts or groups, or more folds than groups.
+    """
     labels = [*range(count)] if groups is None else [*groups]
     if len(labels) != count:
         raise ValueError(f"`groups` has {len(labels)} labels for {count} texts; give one for each.")

@@ -4,11 +4,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 import torch
+from plotly.subplots import make_subplots
 
 from mechsvd.experiments.heldout import HeldOut
+from mechsvd.experiments.order_comparison import SIDES, OrderComparison
+from mechsvd.figures.display import label
 from mechsvd.figures.style import DISTINCT, empty_figure, line
 from mechsvd.results import require_kind
 
+SYMBOLS = ("circle", "square", "diamond")  # where there are more lines than colours
 FLOOR = 1e-6  # below it, a logarithmic axis shows rounding only
 
 
@@ -36,21 +40,56 @@ def held_out(found: HeldOut, order: str = "singular value") -> go.Figure:
         drawn = line(table["rank"], _tensor(table["mean"]), name, colour, hover=hover)
         dash = "dash" if fit.basis == "per site" else "solid"
         figure.add_trace(drawn.update(mode="lines", line={"dash": dash}))
-        x = [*table["rank"], *table["rank"][::-1]]
-        y = [*table["high"], *table["low"].clip(lower=FLOOR)[::-1]]
-        figure.add_trace(
-            go.Scatter(
-                x=x,
-                y=y,
-                fill="toself",
-                fillcolor=colour,
-                opacity=0.12,
-                line={"width": 0},
-                hoverinfo="skip",
-                showlegend=False,
-            )
-        )
+        figure.add_trace(_band(table, "rank", colour))
     return figure.update_layout(showlegend=True)
+
+
+def orders_on_texts(found: OrderComparison, confidence: float = 0.95) -> go.Figure:
+    """KL divergence against the number of kept directions, for orders and bases; see the race.
+
+    On the left the directions are fitted on the text itself, on the right on others. Lines are
+    means over the texts, bands intervals of the means. Bases per site are dashed.
+    """
+    require_kind(found, OrderComparison)
+    layout = empty_figure(
+        f"Race of the orders ({len(found.fold)} texts)",
+        "kept directions (per site: of each basis)",
+        "KL divergence of clean ‖ kept (nats per token)",
+        log_y=True,
+    ).layout
+    figure = make_subplots(1, 2, shared_yaxes=True, subplot_titles=SIDES)
+    figure.update_layout(layout).update_xaxes(layout.xaxis).update_yaxes(type="log")
+    summary = found.summary(confidence)
+    names = list(dict.fromkeys(summary["order"]))
+    for (order, basis, fitted), table in summary.groupby(["order", "basis", "fitted"], sort=False):
+        colour = DISTINCT[names.index(order) % len(DISTINCT)]
+        symbol = SYMBOLS[names.index(order) // len(DISTINCT) % len(SYMBOLS)]
+        table = table[table["mean"] > FLOOR].sort_values("rank")
+        name = f"{label(order)}, {basis}"
+        hover = f"{name}<br>k = %{{x}}<br>%{{y:.3g}} nats per token"
+        dash = "dash" if basis == "per site" else "solid"
+        # random subspaces are fitted on nothing, so they stand on both sides
+        for column in [1 + SIDES.index(fitted)] if fitted in SIDES else [1, 2]:
+            curve = line(table["rank"], _tensor(table["mean"]), name, colour, hover=hover)
+            curve.update(line={"dash": dash}, legendgroup=name, mode="lines+markers")
+            curve.update(marker={"symbol": symbol, "size": 6}, showlegend=column == 2)
+            figure.add_trace(curve, 1, column)
+            figure.add_trace(_band(table, "rank", colour), 1, column)
+    return figure.update_layout(showlegend=True)
+
+
+def _band(table: Any, x: str, colour: str) -> go.Scatter:
+    """The interval of each row as a band around a line."""
+    return go.Scatter(
+        x=[*table[x], *table[x][::-1]],
+        y=[*table["high"], *table["low"].clip(lower=FLOOR)[::-1]],
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.12,
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
 def _tensor(column: Any) -> torch.Tensor:

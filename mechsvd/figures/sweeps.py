@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from mechsvd.engine.measurement import Measurement
+from mechsvd.experiments.order_comparison import OrderComparison
 from mechsvd.experiments.ridge import RidgeSweep
 from mechsvd.experiments.search import CriticalRank
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.figures.display import label
+from mechsvd.figures.heldout import orders_on_texts
 from mechsvd.figures.style import (
     ATTEMPTED,
     CLEAN,
@@ -161,17 +163,25 @@ def metric(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
     return _curves(figure, sweep, lambda measured: measured.value, f"%{{y:.4g}} {unit}")
 
 
-def race_of_orders(sweeps: Mapping[str, RankSweep], by: str = "surprise") -> go.Figure:
+def race_of_orders(
+    sweeps: Mapping[str, RankSweep] | OrderComparison, by: str = "surprise"
+) -> go.Figure:
     """Surprise against the number of kept directions, for several orders of the directions.
 
+    Of a comparison of orders, it is the KL divergence, on the texts that the directions are fitted
+    on and on others, with means over the texts and intervals.
+
     Args:
-        sweeps: by the name of their order, or of anything else that tells them apart.
+        sweeps: by the name of their order, or of anything else that tells them apart; or what
+            `compare_orders` gives.
         by: "surprise", or "kl_divergence", "absolute_change" or another property of a measurement,
             which need not be larger for every worse text: tokens cancel in the surprise.
 
     Raises:
         ValueError: there are no sweeps, they are of different models, or `by` is not known.
     """
+    if isinstance(sweeps, OrderComparison):
+        return orders_on_texts(sweeps)
     require_kind(sweeps, Mapping)
     if not sweeps:
         raise ValueError(
