@@ -110,7 +110,7 @@ def test_a_report_killed_at_any_moment_leaves_the_old_run_whole_or_the_new_one(
             child.kill()
         else:
             child = FORK.Process(
-                target=write, args=(studies[prompt], check, tmp_path, seed.randrange(50))
+                target=write, args=(studies[prompt], check, tmp_path, seed.randrange(90))
             )
             child.start()
         child.join()

@@ -29,6 +29,12 @@ NAN_IS_LEGITIMATE = {
     "measured",
     "block_error",
     "effects",  # an edit may make the model overflow
+    "kl_divergences",
+    "induction",  # where attention patterns cannot be reached
+    "agreement",  # of constants, and of directions without a neuron
+    "chance",
+    "p_values",  # of one direction
+    "bounds",
     "random_effects",
     "token_changes",  # beyond the last token of a short text
     "low",  # of fewer than three texts

@@ -13,7 +13,8 @@ from mechsvd.results import Provenance, require_same_model, write_atomically
 def same(first, second):
     """Compare two results field by field."""
     if isinstance(first, torch.Tensor):
-        return torch.equal(first, second) and first.dtype == second.dtype
+        alike = first.dtype == second.dtype and first.shape == second.shape
+        return alike and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
     if isinstance(first, tuple):
         return len(first) == len(second) and all(
             same(a, b) for a, b in zip(first, second, strict=True)

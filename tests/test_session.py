@@ -126,6 +126,7 @@ def test_every_call_that_runs_a_model_takes_every_option(
         "batch_size": np.int64(40),
         "batched_hooks": False,
         "fast": True,
+        "same_model": True,
         "progress": False,
         "at": None,
         "heads": None,

@@ -19,7 +19,7 @@ from mechsvd.engine.metrics import divergences
 from mechsvd.engine.processes import this_process
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
-from mechsvd.fields import require_between, require_declared, require_length
+from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.model.exporting import (
     checkpoint_logits,
     in_single_precision,
@@ -77,6 +77,7 @@ class FoldReport(Result):
 
     def _require_values(self) -> None:
         sizes = ["difference", "saved_difference", "dtype_difference", "largest_logit"]
+        require_finite(self, *sizes, "kl_divergence", "edit_divergence")
         require_between(self, sizes, 0)
 
     def to_pandas(self) -> Any:

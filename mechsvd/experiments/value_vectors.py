@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.experiments.writer_pass import WriterPass
-from mechsvd.fields import require_between, require_declared, require_length
+from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.linalg.subspace import at_least_single
 from mechsvd.model.readout import Readout
 from mechsvd.results import Provenance, Result, result
@@ -56,6 +56,7 @@ class ValueVectors(Result):
 
     def _require_values(self) -> None:
         require_between(self, ["agreement", "chance"], 0, 1)
+        require_finite(self, "cosines")
         require_between(self, ["cosines"], -1 - 1e-6, 1 + 1e-6)
 
     def to_pandas(self) -> Any:

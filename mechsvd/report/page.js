@@ -46,6 +46,11 @@ const seen = new IntersectionObserver(
   entries => entries.filter(entry => entry.isIntersecting).forEach(entry => draw(entry.target)),
   {rootMargin: "400px"});
 boxes.forEach(box => seen.observe(box));
+function drawRest() {  // while nobody waits, so that scrolling does not
+  const next = boxes.find(box => !box.querySelector(".figure").data && !box.closest("[hidden]"));
+  if (next) { draw(next); setTimeout(drawRest, 50); }
+}
+setTimeout(drawRest, 500);
 dark.addEventListener("change", () => recolour(dark.matches));
 addEventListener("beforeprint", () => {
   boxes.filter(box => !box.closest("[hidden]")).forEach(box => draw(box, false));
@@ -57,6 +62,7 @@ const choice = document.getElementById("choice");
 function choose() {
   for (const box of document.querySelectorAll("[data-prompt]"))
     box.hidden = box.dataset.prompt !== choice.value;
+  setTimeout(drawRest, 50);
 }
 if (choice) {
   choice.addEventListener("change", choose);
