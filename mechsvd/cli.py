@@ -109,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "literature", help="what others found, next to this model's numbers and a null"
     )
     literature.set_defaults(run=_literature)
-    literature.add_argument(
-        "claim", nargs="*", choices=[[], *CLAIMS], help="some of the claims (default: all)"
-    )
+    literature.add_argument("claim", nargs="*", help=f"some of {', '.join(CLAIMS)} (default: all)")
     _prompt_options(literature)
     literature.add_argument("--out", type=_path, metavar="FILE", help="write the table as CSV too")
     _model_options(literature)

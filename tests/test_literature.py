@@ -60,7 +60,7 @@ def test_equal_subspaces_share_d_over_k_and_random_ones_one():
     assert literature._ratios([same, same], [4, 4])[0, 1] == pytest.approx(4)
     random = [decompose_groups(torch.randn(1, 1, 200, 64))[0] for _ in range(12)]
     ratios = literature._ratios(random, [8] * 12)
-    assert literature._mean_of_pairs(ratios)(torch.arange(12)) == pytest.approx(1, abs=0.1)
+    assert literature.mean_of_pairs(ratios)(torch.arange(12)) == pytest.approx(1, abs=0.1)
 
 
 def test_patching_against_a_loop(model, texts):

@@ -173,18 +173,18 @@ def _anchors(
     count, d_model = len(svds[TEXTS]), first.d_model
     rows: dict[str, list[tuple[float, float]]] = {}
     for kind, group in svds.items():
-        rows[kind] = [_over_texts(_mean_of_pairs(_shared(group, group, k)), count) for k in ks]
+        rows[kind] = [_over_texts(mean_of_pairs(_shared(group, group, k)), count) for k in ks]
         if kind == TEXTS:
             crossed = [_shared_halves(halves, k) for k in ks]
             rows[HALVES] = [_over_texts(_mean_of(one.diagonal()), count) for one in crossed]
-            rows[CROSSED] = [_over_texts(_mean_of_pairs(one), count) for one in crossed]
+            rows[CROSSED] = [_over_texts(mean_of_pairs(one), count) for one in crossed]
     rows[HAAR] = [(k * k / d_model, 0.0) for k in ks]
     rows[FORCED] = [(max(0.0, 2.0 * k - d_model), 0.0) for k in ks]
     values, errors = torch.tensor([rows[kind] for kind in rows], dtype=torch.float64).unbind(-1)
     ranks = torch.tensor(ks)
     chance = ranks.double().square() / d_model
     corrected = (values - chance) / (ranks - chance)
-    half = _quantile(count) * errors / (ranks - chance) if count > 2 else errors
+    half = jackknife_quantile(count) * errors / (ranks - chance) if count > 2 else errors
     unordered = count * (count - 1) // 2
     pairs = dict.fromkeys(svds, unordered) | {HALVES: count, CROSSED: 2 * unordered}
     return OverlapAnchors(
@@ -218,9 +218,11 @@ def _shared_halves(halves: Sequence[Decomposition], k: int) -> Float[Tensor, "te
     return _shared(halves[::2], halves[1::2], k)
 
 
-def _mean_of_pairs(
+def mean_of_pairs(
     shared: Float[Tensor, "text text"],
 ) -> Callable[[Int[Tensor, " kept"]], float]:
+    """The mean over all pairs of different texts, of those that are kept."""
+
     def mean(kept: Int[Tensor, " kept"]) -> float:
         part, count = shared[kept][:, kept], len(kept)
         return float((part.sum() - part.trace()) / (count * (count - 1)))
@@ -240,7 +242,8 @@ def _over_texts(
     return value, spread(jackknife(statistic, count)) if count > 2 else torch.nan
 
 
-def _quantile(texts: int) -> float:
+def jackknife_quantile(texts: int) -> float:
+    """Standard errors on each side of a 95 % interval by a jackknife over so many texts."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, texts - 1))

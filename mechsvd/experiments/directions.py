@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import require_whole
 from mechsvd.edits.baselines import Baseline, require_baseline
-from mechsvd.edits.gates import Gate
+from mechsvd.edits.bases import removals
 from mechsvd.engine.measurement import Measurements
 from mechsvd.engine.metrics import AnyMetric, as_metric, token_drops
 from mechsvd.engine.passes import measure
@@ -117,11 +117,9 @@ def _without_each(
     options: RunOptions,
 ) -> Measurements:
     """Measure the removal of each direction, with what it does to every token."""
-    gains = torch.ones(len(chosen), svd.rank).to(svd.directions)
-    gains[torch.arange(len(chosen)), chosen] = 0.0
-    removals = Gate(svd.directions, gains, 1.0, svd.source, baseline)
     profiled = replace(as_metric(metric), profile=token_drops)
-    measured = measure(model, [*tasks], removals, metric=profiled, **options)
+    stack = removals(svd, baseline)[chosen]
+    measured = measure(model, [*tasks], stack, metric=profiled, **options)  # type: ignore[arg-type]
     assert isinstance(measured, Measurements)
     return measured
 

@@ -227,7 +227,7 @@ def _free_folder(out: str | os.PathLike[str]) -> Path:
     """The folder as a path, once it is seen that a checkpoint may be put there."""
     if not isinstance(out, str | os.PathLike):
         raise TypeError(f"`out` must be a path, but is {out!r:.60}.")
-    folder = Path(out)
+    folder = Path(out).expanduser()
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(
             f"Cannot write {folder}: the folder {folder.parent} does not exist; create it first."

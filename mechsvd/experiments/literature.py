@@ -19,6 +19,7 @@ from mechsvd.engine.passes import measure
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import collect_writes
+from mechsvd.experiments.anchors import jackknife_quantile, mean_of_pairs
 from mechsvd.experiments.heldout import decompose_texts, random_directions
 from mechsvd.experiments.nulls import random_tokens
 from mechsvd.experiments.search import critical_rank
@@ -241,7 +242,7 @@ def _overlap(model: Model, texts: Sequence[Task], seed: int, options: RunOptions
     found: Found = {}
     for name, ranks in (("overlap", critical), ("overlap-of-few", few)):
         ours, null = (_ratios(svds, ranks) for svds in groups)
-        found[name] = _jackknifed(_mean_of_pairs(ours), _mean_of_pairs(null), len(texts))
+        found[name] = _jackknifed(mean_of_pairs(ours), mean_of_pairs(null), len(texts))
     return found
 
 
@@ -251,14 +252,6 @@ def _ratios(svds: Sequence[Decomposition], ranks: Sequence[int]) -> Float[Tensor
     shared = torch.tensor([[float((a.T @ b).square().sum()) for b in bases] for a in bases])
     sizes = torch.tensor([basis.shape[1] for basis in bases], dtype=torch.float64)
     return shared.double() / (sizes[:, None] * sizes / svds[0].d_model)
-
-
-def _mean_of_pairs(values: Float[Tensor, "text text"]) -> Statistic:
-    def mean(kept: Int[Tensor, " kept"]) -> float:
-        part, count = values[kept][:, kept], len(kept)
-        return float(part.sum() - part.trace()) / (count * (count - 1))
-
-    return mean
 
 
 def _attention(model: Model, texts: Sequence[Task], seed: int, options: RunOptions) -> Found:
@@ -382,9 +375,7 @@ def _below(model: Model, texts: Sequence[Task], seed: int, options: RunOptions) 
 
 def _jackknifed(ours: Statistic, null: Statistic, count: int) -> tuple[Rows, int]:
     """Two statistics of all texts and their difference, with intervals by a jackknife over texts."""
-    from scipy.stats import t
-
-    quantile = float(t.ppf(0.975, count - 1))
+    quantile = jackknife_quantile(count)
 
     def over_texts(statistic: Statistic) -> Numbers:
         value, half = statistic(torch.arange(count)), quantile * spread(jackknife(statistic, count))
