@@ -11,9 +11,10 @@ from scipy.stats import spearmanr
 import mechsvd as ms
 from mechsvd.experiments.token_columns import COLUMNS, PAIRS, token_columns
 from mechsvd.linalg.subspace import complete
-from mechsvd.model import writers as model_writers
+from mechsvd.model import induction, splits
+from mechsvd.model.induction import induction_chance, induction_scores
 from mechsvd.model.readout import readout_of
-from mechsvd.model.writers import induction_chance, induction_scores, splits_of
+from mechsvd.model.splits import splits_of
 from tests.conftest import ACCEPTED, tiny, tiny_hf, tiny_task
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -302,7 +303,7 @@ def test_a_weight_that_is_not_reached_or_is_another_gives_no_split(monkeypatch):
     model = tiny("Llama")
     sites = ms.find_sites(model)
     assert len(splits_of(model, sites)) == 4
-    written = model_writers.written_vectors
+    written = splits.written_vectors
 
     def other(model, pattern):
         return {name: 1.01 * vectors for name, vectors in written(model, pattern).items()}
@@ -310,9 +311,9 @@ def test_a_weight_that_is_not_reached_or_is_another_gives_no_split(monkeypatch):
     def none(model, pattern):
         raise KeyError("no weight")
 
-    monkeypatch.setattr(model_writers, "written_vectors", other)
+    monkeypatch.setattr(splits, "written_vectors", other)
     assert splits_of(model, sites) == {}
-    monkeypatch.setattr(model_writers, "written_vectors", none)
+    monkeypatch.setattr(splits, "written_vectors", none)
     assert splits_of(model, sites) == {}
     svd = ms.decompose(ms.collect_writes(model, tiny_task()))
     found = ms.describe(model, svd, [0], tiny_task())
@@ -472,7 +473,7 @@ def test_value_vectors_and_their_next_tokens_are_those_of_a_loop(real, reference
 
 
 def test_induction_scores_are_those_of_the_cached_patterns(real):
-    tokens = model_writers._repeated(real.model, 24, 4, 0)
+    tokens = induction._repeated(real.model, 24, 4, 0)
     scores = induction_scores(real.model)
     names = [f"blocks.{i}.attn.hook_pattern" for i in range(real.n_layers)]
     _, cache = real.model.run_with_cache(tokens, names_filter=names)

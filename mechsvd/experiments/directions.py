@@ -23,11 +23,11 @@ from mechsvd.experiments.token_columns import TokenColumns, token_columns
 from mechsvd.experiments.value_vectors import value_vectors
 from mechsvd.experiments.writer_pass import WriterPass
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
+from mechsvd.model.induction import induction_chance, induction_scores
 from mechsvd.model.readout import Readout, readout_of
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.model.tokenization import vocabulary_of
-from mechsvd.model.writers import induction_chance, induction_scores
 from mechsvd.results import Provenance
 
 GAINS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # of the dose curve

@@ -11,8 +11,8 @@ from mechsvd.engine.session import Session
 from mechsvd.engine.writes import run_by_length
 from mechsvd.linalg.subspace import widest
 from mechsvd.model.sites import Site, stream_names
+from mechsvd.model.splits import Split, splits_of
 from mechsvd.model.tasks import Task
-from mechsvd.model.writers import Split, splits_of
 
 PLACES = 4  # of each direction: the writes that are split at single positions
 LARGEST = 5  # parts of such a write that are listed

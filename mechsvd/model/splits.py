@@ -1,4 +1,7 @@
-"""What makes up a write: the outputs of heads and neurons through their output weight."""
+"""A write as a sum over heads or neurons, whose output weight is found by its name and then measured.
+
+`output_weights` finds the Hugging Face modules behind writes, of which a folded checkpoint is made.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +24,6 @@ _PARTS = {
     "attn": ("attn.hook_z", ("attn.o.weight", "attn.W_O"), "head"),
     "mlp": ("mlp.hook_post", ("mlp.out.weight", "mlp.W_out"), "neuron"),
 }
-_PATTERN = "attn.hook_pattern"
 
 
 @dataclass(frozen=True)
@@ -126,56 +128,3 @@ def _named(model: Model, site: Site) -> Split | None:
         constant = vectors.new_zeros(vectors.shape[1])
         return Split(site, Site(site.layer, point, name), kind, width, vectors, constant)
     return None
-
-
-@torch.no_grad()
-def induction_scores(
-    model: Model, length: int = 24, rows: int = 4, seed: int = 0
-) -> Float[Tensor, "layer head"]:
-    """How much each head attends to the token after the last time that its token was there.
-
-    The texts are random tokens, twice in a row after BOS. The score is the mean of the attention
-    from each token of the second half to the one after its first occurrence: 1 for a perfect
-    induction head, about 1 ÷ length for one that attends evenly.
-
-    Returns:
-        NaN in layers whose attention pattern has no hook point.
-
-    Reference: Olsson et al., In-context Learning and Induction Heads, 2022, arXiv:2209.11895. It is
-        the score of TransformerLens's demos: the mean of the diagonal at offset 1 − length.
-    """
-    tokens = _repeated(model, min(length, (model.cfg.n_ctx - 1) // 2), rows, seed)
-    half = (tokens.shape[1] - 1) // 2
-    queries = torch.arange(half + 1, 2 * half + 1)
-    scores = torch.full((model.cfg.n_layers, model.cfg.n_heads), torch.nan)
-
-    def hook_of(layer: int) -> Hook:
-        def score(pattern: Tensor, hook: Any = None) -> None:
-            seen = pattern[:, :, queries, queries - half + 1]
-            scores[layer] = seen.float().mean(dim=(0, 2)).cpu()
-
-        return f"blocks.{layer}.{_PATTERN}", score
-
-    names = model.hook_dict
-    hooks = [hook_of(i) for i in range(len(scores)) if f"blocks.{i}.{_PATTERN}" in names]
-    with without_hook_points(model), evaluation(model, quiet=True):
-        run_model(model, tokens, hooks, scored=slice(0, 1))
-    return scores
-
-
-def _repeated(model: Model, length: int, rows: int, seed: int) -> Tensor:
-    """Random tokens twice in a row, each different, after BOS where the model has one."""
-    special = {*(getattr(model.tokenizer, "all_special_ids", ()) or ())}
-    usual = torch.tensor([t for t in range(model.cfg.d_vocab) if t not in special])
-    generator = torch.Generator().manual_seed(seed)
-    halves = [usual[torch.randperm(len(usual), generator=generator)[:length]] for _ in range(rows)]
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    start = usual[:1] if bos is None else torch.tensor([bos])
-    tokens = torch.stack([torch.cat([start, half, half]) for half in halves])
-    return tokens.to(next(model.parameters()).device)
-
-
-def induction_chance(model: Model, length: int = 24) -> float:
-    """The induction score of a head that attends evenly to all that came before."""
-    half = min(length, (model.cfg.n_ctx - 1) // 2)
-    return sum(1 / (query + 1) for query in range(half + 1, 2 * half + 1)) / half
