@@ -13,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -21,8 +22,8 @@ from pathlib import Path
 import torch
 
 import mechsvd as ms
-from tests.benchmarks.models import STORIES, flops, random_model, random_task
-from tests.benchmarks.speed import cpu_name, dense, multiply_rate, rank_one, timed
+from tests.benchmarks.machine import cpu_name, multiply_rate, seconds_of, timed
+from tests.benchmarks.models import STORIES, flops, random_model, random_task, save_random
 
 SAMPLE = 6  # edits of a loop that are timed
 
@@ -128,6 +129,16 @@ def edits_of(shape, length, prompt_length, ranks=None):
         )
         name = model.cfg.model_name if shape != "stories260k" else shape
         yield Row(work, name, seconds, statistics.median(loops), limit=alone / rate, note=note)
+
+
+def dense(basis):
+    """Keep a subspace, by a d × d projector that is made when it is needed."""
+    return lambda: lambda x, hook, p=basis @ basis.T: x @ p
+
+
+def rank_one(v):
+    """Remove one direction."""
+    return lambda: lambda x, hook: x - (x @ v)[..., None] * v
 
 
 @torch.no_grad()
@@ -278,6 +289,24 @@ def moments():
     yield Row("SVD of 100,000 × 512 writes", "", ours, loop, peer, note=note)
 
 
+def start():
+    """From nothing to a loaded model, step by step, in fresh interpreters."""
+    steps = [
+        "import torch",
+        "import mechsvd as ms",
+        "import transformer_lens.model_bridge",
+        "model = ms.load_model(*sys.argv[1:])",
+    ]
+    for shape in ("embedded", "gpt2"):
+        with tempfile.TemporaryDirectory() as directory:
+            if shape != "embedded":
+                save_random(shape, directory)
+            given = [] if shape == "embedded" else [directory]
+            seconds = seconds_of(steps, *given)
+        told = ", ".join(f"{line} {t:.2f} s" for line, t in zip(steps, seconds, strict=True))
+        yield Row("start, to a loaded model", shape, sum(seconds), note=told)
+
+
 def hessian():
     """The whole Hessian over the gains, against one double backward per column."""
     model = ms.load_model(STORIES, device="cpu") if STORIES.is_dir() else random_model("llama")
@@ -303,6 +332,7 @@ WORKS = {
     "positions": beginnings,
     "growth": growth,
     "memory": memory,
+    "start": start,
 }
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from mechsvd.attribution.curvature import Function, differentiate, eigenpairs
 from mechsvd.attribution.objective import objective_over
 from mechsvd.engine.session import open_session
 from mechsvd.model.evaluation import evaluation
-from tests.benchmarks.speed import STORIES, cpu_name, timed
+from tests.benchmarks.machine import machine_line, timed
+from tests.benchmarks.models import STORIES
 
 PAIRS, TOLERANCE = 20, 1e-4
 
@@ -33,9 +34,7 @@ def main():
     logging.disable(logging.WARNING)
     model = ms.load_model(Path(sys.argv[1]) if len(sys.argv) > 1 else STORIES, device="cpu")
     task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
-    print(
-        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, scipy {version('scipy')}, mechsvd {ms.__version__}"
-    )
+    print(f"{machine_line()}, scipy {version('scipy')}, mechsvd {ms.__version__}")
     svd = ms.decompose(ms.collect_writes(model, task))
     with evaluation(model, gradients=True):
         dense(model, task, svd)

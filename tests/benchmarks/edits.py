@@ -17,7 +17,8 @@ import torch
 
 import mechsvd as ms
 from mechsvd.engine import passes
-from tests.benchmarks.speed import STORIES, cpu_name, random_llama
+from tests.benchmarks.machine import machine_line
+from tests.benchmarks.models import STORIES, random_model
 
 REPEATS = 7
 
@@ -26,7 +27,7 @@ def main():
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else STORIES
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"{machine_line()}\n")
     print("| what | compared with | model | seconds | seconds of the other | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     if directory.is_dir():
@@ -34,7 +35,9 @@ def main():
         task = ms.Task.from_text(model, "Once upon a time, there was", max_new_tokens=20)
         rows("stories260k", model, task)
     tokens = torch.randint(3, 1000, (64,), generator=torch.Generator().manual_seed(0))
-    rows("d_model 512, 8 layers", random_llama(), ms.Task(tokens=tokens, prompt_length=44), 3)
+    rows(
+        "d_model 512, 8 layers", random_model("llama"), ms.Task(tokens=tokens, prompt_length=44), 3
+    )
 
 
 def rows(name, model, task, repeats=REPEATS):

@@ -12,6 +12,15 @@ STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 
 def random_model(shape, **changes):
     """A model of a shape that everybody knows: "gpt2", "pythia" (160M) or "llama" (d_model 512)."""
+    with tempfile.TemporaryDirectory() as directory:
+        save_random(shape, directory, **changes)
+        model = ms.load_model(directory, device="cpu")
+    model.cfg.model_name = f"random {shape}"
+    return model
+
+
+def save_random(shape, directory, **changes):
+    """Write a checkpoint of random weights, and the embedded model's tokenizer."""
     import transformers as hf
 
     torch.manual_seed(0)
@@ -42,14 +51,9 @@ def random_model(shape, **changes):
             }
         ),
     }
-    with tempfile.TemporaryDirectory() as directory:
-        config = configurations[shape]()
-        hf.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-        tokenizer = hf.AutoTokenizer.from_pretrained(Path(ms.__file__).parent / "demo" / "weights")
-        tokenizer.save_pretrained(directory)
-        model = ms.load_model(directory, device="cpu")
-    model.cfg.model_name = f"random {shape}"
-    return model
+    hf.AutoModelForCausalLM.from_config(configurations[shape]()).save_pretrained(directory)
+    tokenizer = hf.AutoTokenizer.from_pretrained(Path(ms.__file__).parent / "demo" / "weights")
+    tokenizer.save_pretrained(directory)
 
 
 def random_task(length, prompt_length, seed=0):

@@ -22,14 +22,14 @@ import mechsvd as ms
 from mechsvd.demo.language import SHAPES, write
 from mechsvd.engine import stream
 from mechsvd.linalg.moments import BLOCK, Accumulator, decompose_moments, no_moments
-from tests.benchmarks.speed import cpu_name
+from tests.benchmarks.machine import machine_line
 
 KILLS = 20
 KILL_WINDOW = 16_384  # tokens between two states, so that a run of a minute has many
 
 
 def main(parts):
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{machine_line()}")
     print(f"load of the machine before: {os.getloadavg()[0]:.1f}\n")
     for part in parts or ["speed", "memory", "shards", "kills"]:
         with tempfile.TemporaryDirectory() as folder:

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 
 import mechsvd as ms
-from tests.benchmarks.speed import STORIES, cpu_name, random_llama
+from tests.benchmarks.machine import machine_line
+from tests.benchmarks.models import STORIES, random_model
 
 
 def main():
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else STORIES
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"{machine_line()}\n")
     print("| sweeps of | tokens | edits of each | one call | single calls | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     if directory.is_dir():
@@ -28,7 +29,7 @@ def main():
         for length in (48, 16, 8):
             row("stories260k, 32 texts", model, texts(32, length, 500), None, 5)
     ranks = range(0, 513, 64)
-    row("d_model 512, 8 layers, 32 texts", random_llama(), texts(32, 48, 1000), ranks, 1)
+    row("d_model 512, 8 layers, 32 texts", random_model("llama"), texts(32, 48, 1000), ranks, 1)
     model = ms.load_model()
     hundred = texts(100, 32, 1000)
     svd = ms.decompose(ms.collect_writes(model, hundred))
