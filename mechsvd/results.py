@@ -250,7 +250,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())
+            give_usual_rights(Path(file.name))
             os.replace(file.name, target)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
@@ -262,10 +262,11 @@ def with_notes(provenance: Provenance, *notes: str) -> Provenance:
     return replace(provenance, notes=(*provenance.notes, *notes))
 
 
-def _umask() -> int:
+def give_usual_rights(path: Path) -> None:
+    """Let others read a file that was made under a temporary name, as any new file."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -109,7 +109,6 @@ def test_the_numbers_and_tokens_of_the_result_are_on_the_card(cards):
 
 def test_the_verdict_follows_the_agreement_and_its_null(cards):
     for own, p, word in (
-        (0.9, 0.002, "much of"),
         (-0.9, 0.002, "the opposite of"),
         (0.3, 0.002, "little of"),
         (-0.3, 0.002, "little of"),
@@ -124,8 +123,20 @@ def test_the_verdict_follows_the_agreement_and_its_null(cards):
         )
         card = card_html(dataclasses.replace(cards, tokens=tokens), 0)
         assert f"<b>Reading this direction tells {word} what it does here.</b>" in card
-    shared = cards.tokens.shared_top(0, "read", "measured")
-    assert f"share {shared} of the 10 tokens on top" in card
+    away = -cards.tokens.measured * cards.tokens.signs[:, None]
+    apart = dataclasses.replace(
+        tokens, read=away, local=away, agreement=torch.full((3, 2, 2), 0.9).double(),
+        p_values=torch.full((3, 2), 0.002).double(),
+    )  # fmt: skip
+    shared = apart.shared_top(0, "read", "measured")
+    assert shared < 5
+    card = card_html(dataclasses.replace(cards, tokens=apart), 0)
+    assert "orders most tokens as it does here, but not those on top.</b>" in card
+    alike = dataclasses.replace(apart, read=apart.measured * apart.signs[:, None])
+    same_top = card_html(dataclasses.replace(cards, tokens=alike), 0)
+    assert "<b>Reading this direction tells much of what it does here.</b>" in same_top
+    assert f"on top, measured shares {shared} with read" in card
+    assert "on top, measured shares 10 with read" in same_top
 
 
 def test_texts_from_outside_stay_text():
@@ -182,3 +193,19 @@ def test_a_curve_has_its_points_and_a_strip_its_colours():
         ("n o", "0.38", "⏎"),
         ("p", "0.00", "∅"),
     ]
+
+
+def test_measured_tokens_stand_out_from_all_others_and_the_largest_head_is_named(cards):
+    for place in range(len(cards)):
+        values = cards.tokens.as_written(place, "measured")
+        assert float(values.mean()) == pytest.approx(0, abs=1e-6)
+    table = cards.to_pandas()
+    shares = cards.writers.shares_to_pandas()
+    for row in table.itertuples():
+        own = shares[(shares.direction == row.direction) & (shares.part == "head")]
+        assert row.head_share == pytest.approx(own.share.max())
+        largest = own.loc[own.share.idxmax()]
+        assert row.head == f"layer {largest.layer} head {largest.number}"
+        assert f"head {largest.number}" in re.sub("<[^>]*>", "", card_html(cards, 0)) or row.Index
+        lowest = cards.tokens.as_written(row.Index, "measured").argsort(stable=True)[:5]
+        assert row.held_down == "|".join(cards.tokens.vocabulary[t] for t in lowest.tolist())

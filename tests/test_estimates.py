@@ -310,6 +310,22 @@ def test_each_site_has_its_own_basis_and_several_texts_their_own_parts(real, sil
     assert all((b.is_exact & ~p.is_exact).any() for b, p in zip(better, found, strict=True))
 
 
+def test_bare_directions_have_the_estimates_of_their_decomposition(real, tmp_path):
+    task, svd, _ = text(real.name, 0)
+    found, bare = (ms.estimate_ranking(real.model, task, basis) for basis in (svd, svd.directions))
+    torch.testing.assert_close(bare.derivative, found.derivative, rtol=1e-4, atol=1e-6)
+    assert bare.singular_values.isnan().all()
+    assert bare.effect.isfinite().all()
+    bare.save(tmp_path / "bare")
+    refined = ms.refine_ranking(
+        real.model, task, svd.subspace(svd.rank), ms.load(tmp_path / "bare")
+    )
+    exact = ms.rank_directions(real.model, task, svd).effect.double()
+    run = refined.is_exact
+    assert int(run.sum()) > int(bare.is_exact.sum())
+    torch.testing.assert_close(refined.exact[run], exact[run], rtol=1e-4, atol=1e-4)
+
+
 def test_an_estimate_survives_saving_and_gives_an_order_for_a_sweep(real, tmp_path):
     task, svd, _ = text(real.name, 0)
     found = ms.estimate_ranking(real.model, task, svd)

@@ -250,3 +250,22 @@ def test_groups_stay_in_one_fold_and_too_few_are_refused(real, texts):
         ms.fit_and_measure(real.model, texts, 2, orders=["size"])
     with pytest.raises(KeyError, match="No fit"):
         found.fit("nothing")
+
+
+def test_each_text_has_its_own_donor(real):
+    tokens = real.task.tokens
+    texts = [ms.Task(tokens[:14], 7), ms.Task(tokens[1:12], 6)]
+    donors = [ms.Task(tokens[2:16], 7), ms.Task(tokens[3:17], 7)]
+    patch = lambda baseline: ms.ablate(real.svd.subspace(6), baseline=baseline)
+    together = ms.measure(
+        real.model, texts, patch(ms.donor_baseline(real.model, donors, texts=texts))
+    )
+    for text, donor, part in zip(texts, donors, together, strict=True):
+        alone = ms.measure(real.model, text, patch(ms.donor_baseline(real.model, donor)))
+        torch.testing.assert_close(part.log_prob, alone.log_prob, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="one per donor; give them with a list of donors"):
+        ms.donor_baseline(real.model, donors)
+    with pytest.raises(ValueError, match="2 donors for 1 different texts"):
+        ms.donor_baseline(real.model, donors, texts=[texts[0]] * 2)
+    with pytest.raises(ValueError, match="Donor 0 has 11 tokens, but its text has 14"):
+        ms.donor_baseline(real.model, texts[::-1], texts=texts)

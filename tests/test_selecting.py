@@ -177,3 +177,19 @@ def test_the_table_of_tokens(model, svd):
     torch.testing.assert_close(torch.tensor(sums.to_numpy()).double(), found.log_prob)
     own = table[table["edit"] == 1]
     assert (own["log_prob"] - own["clean_log_prob"]).abs().max() < 1e-6
+
+
+def test_sweeps_and_rankings_have_it_by_rank_and_by_direction(model, svd):
+    task = tiny_task()
+    sweep = ms.sweep_rank(model, task, svd, [9, 2])
+    table = sweep.tokens_to_pandas()
+    assert [*table["rank"]] == [9] * 4 + [2] * 4
+    sums = table.groupby("rank", sort=False)["log_prob"].sum()
+    torch.testing.assert_close(torch.tensor(sums.to_numpy()).double(), sweep.measurement.log_prob)
+    ranking = ms.rank_directions(model, task, svd)
+    table = ranking.tokens_to_pandas()
+    lost = (table["clean_log_prob"] - table["log_prob"]).groupby(table["direction"]).sum()
+    assert lost.to_numpy() == pytest.approx(ranking.effect.numpy(), abs=1e-5)
+    by_layer = ms.decompose(ms.collect_writes(model, task), per="layer")
+    several = ms.rank_directions(model, task, by_layer)
+    assert [*several.tokens_to_pandas()["direction"][::4]] == [*several.names]

@@ -25,7 +25,7 @@ class RankingEstimate(Result):
     """Estimates of what each removal costs, and the exact effects of those that were run.
 
     Attributes:
-        singular_values: in the units of the residual stream.
+        singular_values: in the units of the residual stream; NaN for a basis without any.
         derivative: the effect of each removal as derivatives at the clean run, or on a path, give
             it, in `unit`; damage is positive.
         exact: the effect where the removal was run; NaN elsewhere.
@@ -59,8 +59,9 @@ class RankingEstimate(Result):
         require_length(self, "sizes", len(self.bases), "basis")
 
     def _require_values(self) -> None:
-        require_finite(self, "singular_values", "derivative", "correction")
-        require_between(self, ["singular_values", "gradients", "products"], 0)
+        known = [] if self.singular_values.isnan().all() else ["singular_values"]
+        require_finite(self, *known, "derivative", "correction")
+        require_between(self, [*known, "gradients", "products"], 0)
         if (self.is_sampled & ~self.is_exact).any():
             raise ValueError("`exact` must hold the effect of every sampled direction.")
 
@@ -219,7 +220,7 @@ class RankingEstimate(Result):
     @property
     def _squares(self) -> Float[Tensor, " rank"]:
         tiny = torch.finfo(torch.float64).tiny
-        return self.singular_values.double().square().clamp(min=tiny)
+        return self.singular_values.double().square().nan_to_num(1.0).clamp(min=tiny)
 
     @property
     def _errors(self) -> Float[Tensor, " sampled"]:

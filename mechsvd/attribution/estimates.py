@@ -17,14 +17,14 @@ from mechsvd.attribution.objective import objective_of_removals
 from mechsvd.attribution.slopes import Order, effects_from
 from mechsvd.checks import is_number, require_whole, warn
 from mechsvd.edits.baselines import Baseline, require_baseline
-from mechsvd.edits.bases import names_of, removals
+from mechsvd.edits.bases import Bases, is_several, names_of, removals
 from mechsvd.edits.gates import Gate
 from mechsvd.edits.stacks import SiteRemovals
 from mechsvd.engine.metrics import AnyMetric, Metric, metric_for
 from mechsvd.engine.passes import measure
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session, warn_other_sites
-from mechsvd.linalg.decomposition import Decomposition, require_decompositions
+from mechsvd.linalg.decomposition import Decomposition, require_directions
 from mechsvd.model.identity import weights_read_once
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tasks import Task, as_tasks
@@ -35,14 +35,14 @@ LEAST = 8  # sampled directions; fewer test nothing
 
 @overload
 def estimate_ranking(
-    model: Model, tasks: Task, svd: Decomposition | Sequence[Decomposition], order: Order = 1,
+    model: Model, tasks: Task, svd: Bases, order: Order = 1,
     *, verify: float = 0.05, metric: AnyMetric | None = None, baseline: Baseline | None = None,
     calibrate: bool | None = None, products: int | None = None, steps: int = 8, seed: int = 0,
     **options: Unpack[RunOptions],
 ) -> RankingEstimate: ...  # fmt: skip
 @overload
 def estimate_ranking(
-    model: Model, tasks: Sequence[Task], svd: Decomposition | Sequence[Decomposition],
+    model: Model, tasks: Sequence[Task], svd: Bases,
     order: Order = 1, *, verify: float = 0.05, metric: AnyMetric | None = None,
     baseline: Baseline | None = None, calibrate: bool | None = None, products: int | None = None,
     steps: int = 8, seed: int = 0, **options: Unpack[RunOptions],
@@ -51,7 +51,7 @@ def estimate_ranking(
 def estimate_ranking(
     model: Model,
     tasks: Task | Sequence[Task],
-    svd: Decomposition | Sequence[Decomposition],
+    svd: Bases,
     order: Order = 1,
     *,
     verify: float = 0.05,
@@ -83,7 +83,8 @@ def estimate_ranking(
     work on the embedded model (of 128 directions), and half of it on stories260k (of 64).
 
     Args:
-        svd: the directions; or one decomposition per layer or site, as in `rank_directions`.
+        svd: the directions, or one basis per layer or site, as in `rank_directions`. Those of a
+            subspace or a tensor have no σ, which is taken as 1 for all.
         verify: the share of directions that are run exactly; at least 8 of them, or all.
         metric: what the effect is measured in; the log-probability by default. See `Metric`.
         baseline: what a removed part is replaced by, 0 by default; see `gate`.
@@ -109,16 +110,17 @@ def estimate_ranking(
         the diagonal of a matrix, 2007, doi:10.1016/j.apnum.2007.01.003 (`products`).
     """
     require_model(model)
-    bases, chosen = require_decompositions(svd), as_tasks(tasks)
+    bases, chosen = require_directions(svd), as_tasks(tasks)
     require_baseline(baseline, bases[0].d_model, bases[0].source)
-    stack, count = removals(svd, baseline), sum(one.rank for one in bases)
+    own = bases if is_several(svd) else bases[0]
+    stack, count = removals(own, baseline), sum(one.rank for one in bases)
     how = _How(order, _valid_share("verify", verify), calibrate, products, steps, seed, count)
     size = min(count, max(LEAST, math.ceil(how.verify * count)))
     parts = []
     with weights_read_once(model):
         with open_session(model, chosen, gradients=True, **options) as session:
             warn_other_sites(bases, session.sites)
-            untested = [_untested(session, task, svd, metric, baseline, how) for task in chosen]
+            untested = [_untested(session, task, own, metric, baseline, how) for task in chosen]
         for task, part in zip(chosen, untested, strict=True):
             sampled = spread_sample(part.derivative, size, how.seed)
             exact = _run(part.exact, sampled, stack, model, task, metric, options)
@@ -132,7 +134,7 @@ def estimate_ranking(
 def refine_ranking(
     model: Model,
     tasks: Task | Sequence[Task],
-    svd: Decomposition | Sequence[Decomposition],
+    svd: Bases,
     estimate: RankingEstimate | RankingEstimates,
     budget: float = 0.1,
     *,
@@ -159,7 +161,7 @@ def refine_ranking(
         TypeError, ValueError: an estimate of other texts, directions or another metric, or model.
     """
     require_model(model)
-    bases, chosen = require_decompositions(svd), as_tasks(tasks)
+    bases, chosen = require_directions(svd), as_tasks(tasks)
     require_baseline(baseline, bases[0].d_model, bases[0].source)
     is_one = isinstance(estimate, RankingEstimate)
     if not is_one:  # of several texts
@@ -167,7 +169,7 @@ def refine_ranking(
     given: tuple[RankingEstimate, ...] = (estimate,) if is_one else estimate.parts  # type: ignore[union-attr,assignment]
     values = torch.cat([one.singular_values for one in bases]).cpu()
     top, share = require_whole("top", top, 1, len(values)), _valid_share("budget", budget)
-    stack = removals(svd, baseline)
+    stack = removals(bases if is_several(svd) else bases[0], baseline)
     _require_same(given, chosen, values, metric_for(metric, model, chosen[0]), bases[0])
     parts = []
     for part, task in zip(given, chosen, strict=True):
@@ -224,7 +226,7 @@ def _untested(
     sign = 1 if fitted.better == "more" else -1
     slopes = sign * effects_from(function, how.order, how.products, how.gradients, how.seed)
     return RankingEstimate(
-        torch.cat([one.singular_values for one in require_decompositions(svd)]).cpu(),
+        torch.cat([one.singular_values for one in require_directions(svd)]).cpu(),
         slopes,
         torch.full_like(slopes, torch.nan),
         torch.zeros(len(slopes), dtype=torch.bool),
@@ -288,7 +290,9 @@ def _require_same(
         raise ValueError(f"The estimate is of {len(own)} other texts; give those that it is of.")
     for part in given:
         require_same_model(basis.source, part.source, "The decomposition and the estimate")
-        if len(part) != len(values) or not torch.allclose(values, part.singular_values):
+        if len(part) != len(values) or not torch.allclose(
+            values, part.singular_values, equal_nan=True
+        ):
             raise ValueError("The estimate is of other directions; give their decomposition.")
         if part.metric != metric.name:
             raise ValueError(

@@ -112,8 +112,9 @@ class Baseline(Result):
         names = {site.name for site in self.sites}
         if lacking := [site for site in sites if site.name not in names]:
             raise KeyError(
-                f"The {self.kind} has no point for {lacking[0].place} ({lacking[0].name}): it has "
-                f"{len(names)} sites; make it from the writes of all sites that you edit."
+                f"The {self.kind} has no point for {lacking[0].place} ({lacking[0].hook_name}): it "
+                f"has those of {len(names)} sites, such as {self.sites[0].hook_name}; make it at "
+                "all sites that you edit."
             )
 
     def to_pandas(self) -> Any:

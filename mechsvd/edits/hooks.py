@@ -116,13 +116,16 @@ def require_fitting_edit(
     if not callable(edit) and not isinstance(edit, GateStack):
         raise TypeError(
             f"An edit must be a function of the writes, but this is {type(edit).__name__}; "
-            "make one by `mechsvd.keep`."
+            "make one by `mechsvd.keep`, or by `mechsvd.shift` of a vector."
         )
     width, is_write = width_of(model, sites), not sites or sites[0].is_write
     for gate in gates_of(edit):
         if gate.d_model != width:
             actual = f"the model's is {width}" if is_write else f"{sites[0].place} holds {width}"
-            raise ValueError(f"The edit's basis has d_model {gate.d_model}, but {actual}.")
+            raise ValueError(
+                f"The edit's basis has d_model {gate.d_model}, but {actual}. Vectors that are rows "
+                "make a subspace by `span(vectors, rows=True)`."
+            )
         require_same_model(gate.source, source, "The basis and the model")
         if gate.baseline is not None:
             require_same_model(gate.baseline.source, source, "The baseline and the model")
@@ -157,11 +160,11 @@ def _stacked(
         device = next(model.parameters()).device
         stack: GateStack = edits if edits.is_stack else edits[None]  # type: ignore[index]
         return stack.to(device)
-    edits = once(edits)
+    edits = [edits] if callable(edits) else once(edits)
     if not isinstance(edits, Sequence) or not edits:
         what = "is empty" if isinstance(edits, Sequence) else f"is {type(edits).__name__}"
         raise TypeError(
-            f"`edits` must be a stack of gates or a list of edits, at least one, but {what}."
+            f"`edits` must be an edit, a stack of gates or a list of edits, at least one, but {what}."
         )
     for edit in edits:
         require_fitting_edit(model, edit, source, sites)

@@ -26,7 +26,20 @@ class Stack(Protocol):
 
 
 def shift(vector: Float[Tensor, " d_model"]) -> Edit:
-    """Add one vector to every write, as activation steering does."""
+    """Add one vector to every write, as activation steering does.
+
+    Every chosen site adds it at every position, so its effect grows with their number; `layers` and
+    `components` choose fewer. `writes.values.norm(dim=-1).mean()` is a scale for its length.
+
+    Raises:
+        TypeError: not a tensor, such as a subspace; its directions are columns of `subspace.basis`.
+        ValueError: NaN or inf, or not one axis.
+    """
+    if not isinstance(vector, Tensor):
+        raise TypeError(
+            f"`vector` must be a tensor [d_model], but is {type(vector).__name__}; a direction is a "
+            "column of `svd.directions` or `subspace.basis`."
+        )
     if vector.ndim != 1 or not vector.isfinite().all():
         what = "holds NaN or inf" if vector.ndim == 1 else f"has shape {list(vector.shape)}"
         raise ValueError(f"`vector` must be finite and of shape [d_model], but {what}.")
@@ -42,7 +55,16 @@ def shift(vector: Float[Tensor, " d_model"]) -> Edit:
 
 
 def chain(*edits: Edit) -> Edit:
-    """Apply edits one after the other, in the order given; an empty chain changes nothing."""
+    """Apply edits one after the other, in the order given; an empty chain changes nothing.
+
+    Raises:
+        TypeError: an edit is not a function, such as a list of edits.
+    """
+    for edit in edits:
+        if not callable(edit):
+            raise TypeError(
+                f"`chain` takes edits, `chain(first, second)`, but one is {type(edit).__name__}."
+            )
     return Chain(edits)
 
 

@@ -1,11 +1,13 @@
 """Baselines from writes: their mean, another text's, or a donor's, to replace what is ablated."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import Unpack
 
 from mechsvd.checks import require_whole
@@ -14,7 +16,7 @@ from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions
 from mechsvd.engine.writes import Writes, collect_writes
 from mechsvd.model.sites import Model
-from mechsvd.model.tasks import Task
+from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import require_kind
 
 
@@ -80,16 +82,18 @@ def resample_baseline(writes: Writes, seed: int = 0) -> Baseline:
         shuffled = [same[i] for i in torch.randperm(len(same), generator=generator).tolist()]
         for text, donor in zip(shuffled, [*shuffled[1:], shuffled[0]], strict=True):
             donors[text] = donor
-    longest = max(text.shape[1] for text in texts)
-    values = torch.zeros(len(texts), len(writes.sites), longest, writes.values.shape[-1])
-    for text, donor in enumerate(donors):
-        values[text, :, : texts[donor].shape[1]] = texts[donor].cpu()
+    values = _padded([texts[donor].cpu() for donor in donors])
     baseline = _baseline(values.double(), writes, f"writes of another text (seed {seed})", tokens)
     return replace(baseline, source=writes.source and replace(writes.source, seed=seed))
 
 
 @runs_model(RunOptions)
-def donor_baseline(model: Model, task: Task, **options: Unpack[RunOptions]) -> Baseline:
+def donor_baseline(
+    model: Model,
+    task: Task | Sequence[Task],
+    texts: Sequence[Task] | None = None,
+    **options: Unpack[RunOptions],
+) -> Baseline:
     """The writes of another run at each site and position, for activation patching.
 
     In TransformerLens's convention, a donor of the corrupted text on the clean run is noising, and
@@ -97,12 +101,16 @@ def donor_baseline(model: Model, task: Task, **options: Unpack[RunOptions]) -> B
     the part in the subspace is exchanged (an interchange intervention).
 
     Args:
-        task: the donor's text; at least as long as the text that is measured.
+        task: the donor's text; at least as long as the text that is measured. Or a list of donors,
+            one per text of `texts`.
+        texts: the texts that will be measured, in the order of their donors; with one donor, none.
         options: see `RunOptions` (layers, components, batch_size, …), but no `positions`: choose
             them where the edit acts.
 
     Raises:
-        ValueError: as `collect_writes`, or `positions`.
+        TypeError: several donors without their texts, or one with texts.
+        ValueError: as `collect_writes`; `positions`; another number of texts than of donors, a text
+            that is there twice, or one that is longer than its donor.
 
     Reference: Geiger et al., Causal abstractions of neural networks, 2021, arXiv:2106.02997.
     """
@@ -110,9 +118,37 @@ def donor_baseline(model: Model, task: Task, **options: Unpack[RunOptions]) -> B
         raise ValueError(
             "A donor gives all positions; choose `positions` where the edit acts, in `measure`."
         )
-    writes = collect_writes(model, task, **options)
-    values = _by_text(writes)[0]
-    return _baseline(values[None], writes, "writes of a donor")
+    donors = as_tasks(task)
+    if isinstance(task, Task) != (texts is None):
+        raise TypeError(
+            "`texts` are the texts that are measured, one per donor; give them with a list of "
+            "donors, and only then."
+        )
+    pairs = [] if texts is None else _pairs(donors, as_tasks(texts))
+    writes = collect_writes(model, donors, **options)
+    values = _padded(_by_text(writes))
+    return _baseline(values, writes, "writes of a donor", tuple(pairs))
+
+
+def _pairs(donors: Sequence[Task], texts: Sequence[Task]) -> list[tuple[int, ...]]:
+    """The tokens of the texts, each of which has its donor."""
+    tokens = [tuple(text.tokens.tolist()) for text in texts]
+    if len(donors) != len(texts) or len({*tokens}) < len(tokens):
+        raise ValueError(
+            f"{len(donors)} donors for {len({*tokens})} different texts; give each text one donor."
+        )
+    for i, (donor, text) in enumerate(zip(donors, tokens, strict=True)):
+        if len(donor.tokens) < len(text):
+            raise ValueError(
+                f"Donor {i} has {len(donor.tokens)} tokens, but its text has {len(text)}; a donor "
+                "must be at least as long."
+            )
+    return tokens
+
+
+def _padded(texts: Sequence[Float[Tensor, "site pos d_model"]]) -> Float[Tensor, "text site pos d"]:
+    longest = max(text.shape[1] for text in texts)
+    return torch.stack([pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts])
 
 
 def _baseline(

@@ -83,6 +83,8 @@ def as_metric(metric: Any) -> Metric:
             f"`metric` must be a function of logits, clean logits and task, but is {metric!r:.40}; "
             "see `mechsvd.kl_divergence` and `mechsvd.logit_difference`."
         )
+    if metric is logit_difference:
+        raise TypeError("`logit_difference` makes a metric; write `metric=logit_difference()`.")
     if not isinstance(metric, Metric):
         name = getattr(metric, "__name__", "metric").replace("<lambda>", "metric")
         if name in _TAKEN | READY.keys():

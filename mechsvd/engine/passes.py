@@ -47,7 +47,7 @@ CLEAN_ENTRIES = 50_000_000  # logits of the clean runs that are kept, of all tex
 def measure(
     model: Model,
     task: Task,
-    edits: GateStack | Sequence[Edit],
+    edits: Edit | GateStack | Sequence[Edit],
     *,
     metric: AnyMetric | None = None,
     noise_floor: bool = False,
@@ -57,7 +57,7 @@ def measure(
 def measure(
     model: Model,
     task: Sequence[Task],
-    edits: GateStack | Sequence[Edit],
+    edits: Edit | GateStack | Sequence[Edit],
     *,
     metric: AnyMetric | None = None,
     noise_floor: bool = False,
@@ -67,7 +67,7 @@ def measure(
 def measure(
     model: Model,
     task: Task | Sequence[Task],
-    edits: GateStack | Sequence[Edit],
+    edits: Edit | GateStack | Sequence[Edit],
     *,
     metric: AnyMetric | None = None,
     noise_floor: bool = False,
@@ -82,8 +82,8 @@ def measure(
 
     Args:
         task: one text, or a list of texts.
-        edits: a stack of gates over one basis (fastest), or any edits, each applied to its own
-            row.
+        edits: one edit; a stack of gates over one basis (fastest); or a list of any edits, each
+            applied to its own row.
         metric: what `value` and `effect` are; see `Metric`. By default the log-probability of the
             continuation.
         noise_floor: measure it too, by one more pass. It is the spread of the clean metric over

@@ -32,6 +32,10 @@ class Criterion:
 
     def __call__(self, measured: Measurement) -> Any:
         """How far each edit is above (≥ 0) or below the threshold."""
+        if not isinstance(measured, Measurement):
+            raise TypeError(
+                f"The criterion {self.name!r} needs a Measurement; give it to `critical_rank` as it is."
+            )
         return self.margin(measured)
 
 
@@ -102,9 +106,10 @@ def effect_at_most(amount: float, metric: str, unit: str) -> Criterion:
 
 def _require_amount(what: str, amount: object, call: str) -> None:
     if not is_number(amount, 0):
+        given = type(amount).__name__ if isinstance(amount, Measurement) else repr(amount)[:40]
         raise ValueError(
-            f"{what.format(repr(amount)[:40])} cannot be allowed: "
-            f"`{call}` takes a number, 0 or more."
+            f"{what.format(given)} cannot be allowed: `{call}` takes a number, 0 or more"
+            f"{f'; write `{call}(0.1)`' if isinstance(amount, Measurement) else ''}."
         )
 
 

@@ -73,8 +73,10 @@ class DirectionCards(Result):
         """One row per direction: its effect, its top tokens by each column, and its main writer.
 
         Columns: direction, singular_value, effect (mean over the texts), kl_divergence, read,
-        local, measured (the five tokens that it supports most, as the texts write it), writer (the
-        site with the largest share) and share.
+        local, measured (the five tokens that it supports most, as the texts write it), held_down
+        (the five that become most probable without it), writer (the site with the largest share)
+        and share, head (the head with the largest share; "none" where no write is split into heads)
+        and head_share.
         """
         import pandas as pd
 
@@ -95,10 +97,30 @@ class DirectionCards(Result):
                 "effect": self.effects.mean(dim=0).numpy(),
                 "kl_divergence": self.kl_divergences.mean(dim=0).numpy(),
                 **tops,
+                "held_down": [
+                    "|".join(texts[t] for t in self.tokens.top(i, "measured", -5).tolist())
+                    for i in range(len(self))
+                ],
                 "writer": [str(self.writers.sites[i]) for i in shares.argmax(dim=1).tolist()],
                 "share": shares.amax(dim=1).numpy(),
+                **self._heads(),
             }
         )
+
+    def _heads(self) -> dict[str, list[Any]]:
+        """The head that writes most of each direction, and its share."""
+        table = self.writers.shares_to_pandas()
+        table = table[table["part"] == "head"]
+        columns: dict[str, list[Any]] = {"head": [], "head_share": []}
+        for direction in self.directions.tolist():
+            own = table[table["direction"] == direction].nlargest(1, "share")
+            for head in own.itertuples():
+                columns["head"].append(f"layer {head.layer} head {head.number}")
+                columns["head_share"].append(float(head.share))
+            if own.empty:
+                columns["head"].append("none")
+                columns["head_share"].append(0.0)
+        return columns
 
     def examples_to_pandas(self) -> Any:
         """One row per direction and example: kind, task, position, token, coefficient.

@@ -95,8 +95,8 @@ class FoldReport(Result):
         return (
             f"FoldReport: {len(self.weights)} weights changed for {len(self.sites)} sites, "
             f"{len(self.files)} files\n"
-            f"  logits differ from the hooks' by {next(worst):.1e}, as saved by {next(worst):.1e}; "
-            f"the edit costs {float(self.edit_divergence.mean()):.3g} nats per token\n"
+            f"  logits differ from the hooks' by {next(worst):.1e} in memory and by {next(worst):.1e} "
+            f"as loaded from the folder; the edit costs {float(self.edit_divergence.mean()):.3g} nats per token\n"
             f"  on {self._origin()}"
         )
 

@@ -158,6 +158,17 @@ class Ranking(Result):
             table.insert(0, "basis", names)
         return table
 
+    def tokens_to_pandas(self) -> Any:
+        """One row per direction and scored token: direction, position, token, log_prob, …
+
+        With several bases, a direction has the name that `names` gives.
+        """
+        table = self.measurement.tokens_to_pandas()
+        edit = table.pop("edit").to_numpy()
+        names = range(len(self.names)) if not self.bases else self.names
+        table.insert(0, "direction", [names[j] for j in edit])
+        return table
+
     def __repr__(self) -> str:
         worst, noise_count = int(self.effect.argmax()), int(self.is_noise.sum())
         return (

@@ -78,6 +78,12 @@ class RankSweep(Result):
         table.insert(0, "rank", self.ranks.numpy()[table.pop("edit")])
         return table
 
+    def tokens_to_pandas(self) -> Any:
+        """One row per rank and scored token: rank, position, token, log_prob, kl_divergence, …"""
+        table = self.measurement.tokens_to_pandas()
+        table.insert(0, "rank", self.ranks.numpy()[table.pop("edit")])
+        return table
+
     @property
     def source(self) -> Provenance | None:
         """The model and task of the measurement."""

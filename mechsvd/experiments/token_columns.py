@@ -84,9 +84,15 @@ class TokenColumns(Result):
         return values.argsort(descending=count > 0, stable=True)[: abs(count)]
 
     def as_written(self, direction: int, column: str) -> Float[Tensor, " d_vocab"]:
-        """A column of a direction, in the sign in which the texts write it."""
+        """A column of a direction, in the sign in which the texts write it, with mean 0.
+
+        So `measured` is in logits here: a removal that takes probability from a few tokens gives
+        some to all others, which says nothing of them.
+        """
         values: Tensor = getattr(self, column)[direction]
-        return values if column == "measured" else self.signs[direction] * values
+        if column == "measured":
+            return values - values.mean()
+        return self.signs[direction] * values
 
     def shared_top(self, direction: int, first: str, second: str) -> int:
         """How many of the ten tokens on top two columns share; by chance, 100 ÷ d_vocab."""

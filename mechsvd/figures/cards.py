@@ -122,7 +122,7 @@ def _tokens(cards: DirectionCards, place: int, detail: Detail) -> str:
     what = {
         "read": "read off the weights",
         "local": "local, by the derivative here",
-        "measured": "measured, nats lost without it",
+        "measured": "measured, logits lost without it",
     }
     columns = "".join(
         f"<div><table><tr><th colspan=3>{what[name]}</th></tr>"
@@ -157,19 +157,23 @@ def _agreement(cards: DirectionCards, place: int) -> str:
         f"{first}–{second} {value:.2f}" for (first, second), value in zip(PAIRS, own, strict=True)
     )
     best = max(own[1:], key=abs)
+    shared = [tokens.shared_top(place, name, "measured") for name in ("read", "local")]
+    chance = TOP**2 / len(tokens.vocabulary)
     if min(p[1:]) > 0.05 or abs(best) <= max(bounds[1:]):
         verdict = "Reading this direction tells nothing of what it does here"
     elif abs(best) < MUCH:
         verdict = "Reading this direction tells little of what it does here"
     elif best < 0:
         verdict = "Reading this direction tells the opposite of what it does here"
+    elif max(shared) < TOP // 2:
+        verdict = "Reading this direction orders most tokens as it does here, but not those on top"
     else:
         verdict = "Reading this direction tells much of what it does here"
-    shared, chance = tokens.shared_top(place, "read", "measured"), TOP**2 / len(tokens.vocabulary)
     return (
         f"<b>{verdict}.</b> <span class=s>Rank agreement over {len(tokens.vocabulary)} tokens: "
-        f"{shown}; 95 % of random orders are within ±{max(bounds):.2f}. Read and measured share {shared} "
-        f"of the {TOP} tokens on top (by chance {chance:.2g}).</span>"
+        f"{shown}; 95 % of random orders are within ±{max(bounds):.2f}. Of the {TOP} tokens "
+        f"on top, measured shares {shared[0]} with read and {shared[1]} with local (by chance "
+        f"{chance:.2g}).</span>"
     )
 
 
@@ -195,7 +199,9 @@ def _writers(cards: DirectionCards, place: int) -> str:
     own = (writers.share_directions == place).nonzero().flatten()
     order = own[writers.shares[own].abs().argsort(descending=True, stable=True)]
     rows, left, chance = [], 1.0, writers.induction_chance
-    for i in order[:PARTS].tolist():
+    first = order[:PARTS].tolist()
+    heads = [i for i in order.tolist() if writers.share_kinds[i] == "head"]
+    for i in first + [i for i in heads[:1] if i not in first]:
         site, number, share = (
             writers.sites[int(writers.share_sites[i])],
             int(writers.share_numbers[i]),

@@ -120,7 +120,8 @@ class Overlap(Result):
             f"Overlap of {len(self.values)} subspaces of ranks {ranks}\n"
             f"  {table['overlap'].min():.2f} to {table['overlap'].max():.2f} dimensions "
             "shared by two of them\n"
-            f"  {spread} that of random subspaces"
+            f"  {spread} that of random subspaces; those of random tokens overlap too: "
+            "`overlap_anchors`"
         )
 
 

@@ -13,6 +13,7 @@ from mechsvd.model.evaluation import evaluation
 from mechsvd.model.output_weights import empty_model, hugging_face_weights
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import Hook, Model
+from mechsvd.results import give_usual_rights
 
 
 def write_checkpoint(model: Any, replaced: Mapping[str, Tensor], folder: Path) -> None:
@@ -42,6 +43,8 @@ def write_checkpoint(model: Any, replaced: Mapping[str, Tensor], folder: Path) -
         empty.save_pretrained(folder)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():  # safetensors writes a file that its owner alone can read
+        give_usual_rights(path)
 
 
 @torch.no_grad()

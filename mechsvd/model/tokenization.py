@@ -15,7 +15,10 @@ def require_text(name: str, text: Any) -> None:
         ValueError: it is empty.
     """
     if not isinstance(text, str):
-        raise TypeError(f"`{name}` must be a string, but is {type(text).__name__} {text!r}.")
+        several = " A list of texts makes tasks by `tasks_from`." if type(text) is list else ""
+        raise TypeError(
+            f"`{name}` must be a string, but is {type(text).__name__} {text!r:.80}.{several}"
+        )
     if not text:
         raise ValueError(f"`{name}` is empty; give some text.")
 
