@@ -16,11 +16,9 @@ import re
 import tempfile
 from pathlib import Path
 
-import kaleido
 import nbformat
 import plotly.io as pio
 from nbclient import NotebookClient
-from PIL import Image
 
 import mechsvd as ms
 
@@ -41,6 +39,8 @@ BADGE = (
 
 def main():
     """Run and store all notebooks, and sweep one prompt for the README."""
+    import kaleido  # here and below: pytest imports this file, to look for doctests
+
     os.environ |= QUIET
     kaleido.start_sync_server(n=1)  # one Chrome for all figures
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -78,6 +78,8 @@ def store(path):
 
 def as_png(figure):
     """A plotly figure, as JSON, as a small image in base64."""
+    from PIL import Image
+
     drawn, small = io.BytesIO(), io.BytesIO()
     figure = pio.from_json(pio.json.to_json_plotly(figure))
     drawn.write(figure.to_image("png", width=620, height=360))
