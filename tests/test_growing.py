@@ -28,7 +28,13 @@ def run(model, out, said=None, seeds=(0, 1)):
         for kind, seed in (("a", 10), ("b", 20))
     }
     return reproduce(
-        model, tasks, out, groups=kinds, cdn=True, say=[].append if said is None else said.append
+        model,
+        tasks,
+        out,
+        groups=kinds,
+        cdn=True,
+        replace=True,
+        say=[].append if said is None else said.append,
     )
 
 

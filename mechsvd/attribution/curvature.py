@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.engine.batches import independent, run_batches
-from mechsvd.engine.progress import progress_bar
 from mechsvd.engine.memory import free_bytes
+from mechsvd.engine.progress import progress_bar
 from mechsvd.linalg.eigenpairs import (
     BLOCK,
     Eigenpairs,

@@ -1,0 +1,35 @@
+"""Notes and errors of the library, in the words of the command line."""
+
+import argparse
+import re
+
+from mechsvd.commands.options import FLAGS, OPTIONS
+
+TYPED = {"model", "prompt", "prompts", "continuation", "out", "svd"}  # named by other messages too
+# options of calls that a command makes with their defaults
+PYTHON = ("path_steps", "max_products", "pairs", "batched_hooks", "noise_floor", "at", "heads")
+
+
+def in_flags(message: str, options: argparse.Namespace | None = None) -> str:
+    """A message in which the options of Python are the flags of the command.
+
+    Of an option that the command lacks, it says that it is one of Python.
+
+    Args:
+        options: of the command; None before they are known.
+    """
+    lacking: list[str] = []
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        if name in vars(options or argparse.Namespace()) and name in OPTIONS and name not in TYPED:
+            typed = FLAGS.get(name, f"--{name.replace('_', '-')}")
+            return typed if value in (None, "True", "False") else f"{typed} {value}"
+        if name in PYTHON or (name in OPTIONS and name not in TYPED):
+            lacking.append(name)
+        return match[0]
+
+    said = re.sub(r"`(?P<name>[a-z_]+)(?:=[\"']?(?P<value>[\w.]+)[\"']?)?`", flag, message)
+    said = re.sub(r"\b(?P<name>dtype)=torch\.(?P<value>\w+)", flag, said)
+    names = ", ".join(f"`{name}`" for name in dict.fromkeys(lacking))
+    return f"{said} ({names}: in Python.)" if names else said
