@@ -97,12 +97,13 @@ class Steps:
         self._now = Step(0.0)
 
     def begin(self, name: str) -> None:
-        """End the step before, and name the next one; one without a cost takes no room."""
+        """End the step before, and name the next one, unless it is left out and costs nothing."""
         self._done += self._now.cost
         self._now, self._within = self._costs.get(name, Step(0.0)), 0.0
         rows = self._now.cost if self._now.rows is None else self._now.rows
         self._per_row = self._now.cost / rows if rows else 0.0
-        self._bar.set_description_str(f"{self._what}: {name}")
+        if self._now.cost or name not in self._costs:
+            self._bar.set_description_str(f"{self._what}: {name}")
         self._show()
 
     def advance(self, rows: int) -> None:

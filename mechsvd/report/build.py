@@ -157,10 +157,12 @@ def _together(
 ) -> tuple[Comparison | None, Contrast | None]:
     comparison = contrast = None
     if len(studies) > 1 and any(part in choices for part in TOGETHER):
-        say("several prompts: held-out directions, overlaps, and texts of random tokens")
-        tasks = [study.task for study in studies]
-        costs = together_steps(model, tasks, kinds, choices)
-        name, progress = f"{len(studies)} prompts together", choices.options.get("progress")
+        name, tasks = f"{len(studies)} prompts together", [study.task for study in studies]
+        costs, progress = (
+            together_steps(model, tasks, kinds, choices),
+            choices.options.get("progress"),
+        )
+        say(f"{name}: {', '.join([*costs, 'overlaps'])}")
         with about("several prompts"), steps(name, costs, progress):
             every = [task for own in kinds.values() for task in own]
             comparison = compare(model, studies, choices, more=every)
