@@ -69,9 +69,9 @@ def _stopped(stop: KeyboardInterrupt, typed: Sequence[str]) -> str:
     start = "\r" if sys.stderr.isatty() else ""  # over the ^C of the terminal
     command = shlex.join(["mechsvd", *typed])
     if isinstance(stop, Stopped) and stop.path.exists():
-        size = stop.path.stat().st_size / 2**20
+        size = stop.path.stat().st_size / 2**10
         return (
-            f"{start}mechsvd: stopped. What is done is kept in {stop.path} ({size:.1f} MiB).\n"
+            f"{start}mechsvd: stopped. What is done is kept in {stop.path} ({size:,.0f} KiB).\n"
             f"Go on with: {command}"
         )
     return f"{start}mechsvd: stopped. Nothing is kept.\nBegin again with: {command}"

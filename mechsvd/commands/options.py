@@ -17,7 +17,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 METRICS = {**READY, "logit_difference": logit_difference()}
-MODEL = ("model", "device", "dtype")
+MODEL = ("model", "device", "dtype", "allow_pickle", "trust_remote_code")
 TEXTS = ("prompt", "prompts", "continuation", "max_new_tokens", "truncate")
 SITES = ("layers", "components", "missing")
 RUN = (*SITES, "positions", "batch_size", "check", "same_model")
@@ -53,6 +53,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "float32",
         "help": "dtype of the weights (default: float32)",
     },
+    "allow_pickle": {"action": "store_true", "help": "accept weights that are not safetensors"},
+    "trust_remote_code": {"action": "store_true", "help": "run code that comes with the model"},
     "prompt": {
         "action": "append",
         "metavar": "TEXT",
@@ -161,4 +163,11 @@ def metric_of(options: argparse.Namespace) -> Metric | None:
 
 def load(options: argparse.Namespace) -> Any:
     """The model that was asked for."""
-    return load_model(options.model, device=options.device, dtype=DTYPES[options.dtype])
+    trusted = {"trust_remote_code": True} if options.trust_remote_code else {}
+    return load_model(
+        options.model,
+        device=options.device,
+        dtype=DTYPES[options.dtype],
+        allow_pickle=options.allow_pickle,
+        **trusted,
+    )

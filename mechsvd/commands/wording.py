@@ -10,19 +10,20 @@ TYPED = {"model", "prompt", "prompts", "continuation", "out", "svd"}  # named by
 PYTHON = ("path_steps", "max_products", "pairs", "batched_hooks", "noise_floor", "at", "heads")
 
 
-def in_flags(message: str, options: argparse.Namespace | None = None) -> str:
+def in_flags(message: str, options: argparse.Namespace) -> str:
     """A message in which the options of Python are the flags of the command.
 
     Of an option that the command lacks, it says that it is one of Python.
 
     Args:
-        options: of the command; None before they are known.
+        options: of the command.
     """
+    message = message.replace("(`mechsvd.load_model()`)", "(name no model)")
     lacking: list[str] = []
 
     def flag(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
-        if name in vars(options or argparse.Namespace()) and name in OPTIONS and name not in TYPED:
+        if name in OPTIONS and name not in TYPED and hasattr(options, name):
             typed = FLAGS.get(name, f"--{name.replace('_', '-')}")
             return typed if value in (None, "True", "False") else f"{typed} {value}"
         if name in PYTHON or (name in OPTIONS and name not in TYPED):
