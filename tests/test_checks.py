@@ -132,7 +132,7 @@ def test_a_run_over_several_prompts_says_what_is_common_once_and_of_what_the_res
     hook = ("blocks.1.hook_resid_pre", lambda x, hook: x)
     with model.hooks(fwd_hooks=[hook]), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        choices = Choices(options={"components": ["attn"]})
+        choices = Choices(step=8, options={"components": ["attn"]})
         reproduce(model, tasks, tmp_path, choices=choices, say=lambda _: None)
     texts = [str(w.message) for w in said]
     assert sum("already has hooks" in text for text in texts) == 1

@@ -23,14 +23,16 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(tmp_path_factory, embedded):
     out = tmp_path_factory.mktemp("report")
     (out / "prompts.json").write_text(json.dumps(PROMPTS))
     warnings.simplefilter(
         "ignore"
     )  # short texts have fewer writes a layer than dimensions; pytest restores the filters
-    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "8", "--device", "cpu"]
-    assert main(["reproduce", "--out", str(out), *options]) == 0
+    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "8", "--step", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: embedded)
+        assert main(["reproduce", "--out", str(out), *options]) == 0
     return out
 
 
@@ -111,6 +113,12 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
         "--components",
         "attn",
         "--cdn",
+        "--step",
+        "16",
+        "--skip",
+        "attribution",
+        "cards",
+        "texts",
     ]
     assert (
         main(

@@ -39,8 +39,10 @@ def test_the_rows_that_are_told_are_those_that_run(monkeypatch, quick):
 
 def test_the_rows_of_several_prompts_too(monkeypatch):
     model, tasks = tiny("Llama"), [tiny_task(12, 6, seed) for seed in range(3)]
+    told = Choices(parts=("told",))
     studies = [
-        study_task(model, f"{i}", task, {"own": task.tokens[:4]}) for i, task in enumerate(tasks)
+        study_task(model, f"{i}", task, {"own": task.tokens[:4]}, told)
+        for i, task in enumerate(tasks)
     ]
     counted = counting(monkeypatch)
     compare(model, studies)
