@@ -297,6 +297,16 @@ def test_a_bar_says_what_its_rows_are(call, name, capsys):
             "More steps (`path_steps`).",
             "More steps (`path_steps`). (`path_steps`: in Python.)",
         ),
+        (
+            "doctor",
+            "the embedded model (`mechsvd.load_model()`).",
+            "the embedded model (name no model).",
+        ),
+        (
+            "reproduce",
+            'or attribute the logarithm by `objective="log_prob"`.',
+            "or leave it out by --skip attribution.",
+        ),
         ("sweep", "text 0: `continuation` is empty", "text 0: `continuation` is empty"),
     ],
 )

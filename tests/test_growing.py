@@ -6,6 +6,7 @@ import pytest
 
 from mechsvd.cli import main
 from mechsvd.engine import resuming
+from mechsvd.model.selfcheck import self_check
 from mechsvd.report.build import reproduce
 from mechsvd.report.choices import Choices
 from mechsvd.report.pages import GROWING
@@ -153,3 +154,23 @@ def test_ctrl_c_ends_in_two_lines_what_is_kept_and_how_to_go_on(
     assert "Going on from" in capsys.readouterr().out
     assert "earlier page" not in (tmp_path / "report.html").read_text()
     assert not kept.exists()
+
+
+def test_a_page_that_another_run_has_put_there_meanwhile_is_not_replaced(
+    model, tmp_path, monkeypatch
+):
+    from mechsvd.report import build
+
+    def meanwhile(model):
+        (tmp_path / "report.html").write_text("of another run")
+        return self_check(model)
+
+    monkeypatch.setattr(build, "self_check", meanwhile)
+    given = {"choices": Choices(parts=("spectrum",), ranks=(0,)), "cdn": True, "say": [].append}
+    tasks = {"one": lambda: tiny_task(12, 6)}
+    with pytest.raises(FileExistsError, match=r"meanwhile\. What was computed is kept in .*\.unf"):
+        reproduce(model, tasks, tmp_path, **given)
+    assert (tmp_path / "report.html").read_text() == "of another run"
+    assert len([*tmp_path.glob("report-*.unfinished")]) == 1
+    reproduce(model, tasks, tmp_path, replace=True, **given)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report-data"}

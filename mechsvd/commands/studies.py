@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mechsvd.commands.options import MODEL, RUN, TEXTS, add, load, metric_of, run_options
-from mechsvd.commands.output import require_free
+from mechsvd.commands.output import kept_beside, require_free
 from mechsvd.commands.prompts import (
     embedded_kinds,
     has_own_texts,
@@ -31,7 +31,8 @@ def add_reproduce(commands: Any) -> None:
         help="run the shortform's experiment and write report.html",
         description="Run the shortform's experiment and write report.html. A folder that holds an "
         "earlier run's page is refused, unless --replace is given. A run that is stopped keeps "
-        "what is done, and the same command goes on.",
+        "what is done, and the same command goes on. Whatever parts are left out, the sweep by "
+        "singular value runs, since the numbers at the top of the page are its.",
     )
     run.set_defaults(run=_reproduce)
     add(run, *TEXTS)
@@ -111,8 +112,13 @@ def _literature(options: argparse.Namespace) -> None:
     else:
         tasks = tasks_of(model, options)
     claims, seed = options.claim or None, options.seed
-    found = compare_with_literature(model, tasks, claims, seed=seed, **run_options(options))
-    table = found.to_pandas()
+    with kept_beside(options.out) as kept:
+        found = compare_with_literature(
+            model, tasks, claims, seed=seed, checkpoint=kept, **run_options(options)
+        )
+        table = found.to_pandas()
+        if options.out:
+            write_atomically(options.out, as_csv(table))
     for row in table.itertuples():
         print(
             f"{row.name}: {row.what}\n"
@@ -122,5 +128,3 @@ def _literature(options: argparse.Namespace) -> None:
             f"  difference: {row.difference:.3g} "
             f"({row.difference_low:.3g} to {row.difference_high:.3g})"
         )
-    if options.out:
-        write_atomically(options.out, as_csv(table))

@@ -7,7 +7,14 @@ from mechsvd.commands.options import FLAGS, OPTIONS
 
 TYPED = {"model", "prompt", "prompts", "continuation", "out", "svd"}  # named by other messages too
 # options of calls that a command makes with their defaults
-PYTHON = ("path_steps", "max_products", "pairs", "batched_hooks", "noise_floor", "at", "heads")
+PHRASES = {  # advice that has no flag of its own
+    "(`mechsvd.load_model()`)": "(name no model)",
+    'attribute the logarithm by `objective="log_prob"`': "leave it out by --skip attribution",
+}
+PYTHON = (
+    *("path_steps", "max_products", "pairs", "objective", "basis", "batched_hooks", "exhaustive"),
+    *("noise_floor", "at", "heads", "per", "by", "scale", "tasks"),
+)
 
 
 def in_flags(message: str, options: argparse.Namespace) -> str:
@@ -18,7 +25,8 @@ def in_flags(message: str, options: argparse.Namespace) -> str:
     Args:
         options: of the command.
     """
-    message = message.replace("(`mechsvd.load_model()`)", "(name no model)")
+    for words, typed in PHRASES.items():
+        message = message.replace(words, typed)
     lacking: list[str] = []
 
     def flag(match: re.Match[str]) -> str:

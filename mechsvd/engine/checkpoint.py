@@ -79,7 +79,8 @@ class Stopped(KeyboardInterrupt):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"stopped; what is done is kept in {path}")
+        kept = f"what is done is kept in {path}" if path.exists() else "nothing was done yet"
+        super().__init__(f"stopped; {kept}")
         self.path = path
 
 
