@@ -57,15 +57,15 @@ def _sweep(options: argparse.Namespace) -> None:
         table = found.to_pandas() if len(tasks) == 1 else found.summary()
         shown = torch.linspace(0, len(table) - 1, min(SHOWN, len(table))).round().long().tolist()
         print(table.iloc[shown].to_string(index=False, float_format=lambda x: f"{x:.4g}"))
-        write(options.out, "sweep", found, lambda: _page(_curves(found)))
+        write(options.out, "sweep", found, lambda: _page(_curves(found, [*texts_of(options)])))
 
 
-def _curves(found: Any) -> Any:
+def _curves(found: Any, names: Sequence[str]) -> Any:
+    """The curve of a sweep; of several texts, one each under its name."""
     from mechsvd.figures.sweeps import metric
 
     parts = getattr(found, "parts", None)
-    named = found if parts is None else {f"text {i}": part for i, part in enumerate(parts)}
-    return metric(named)
+    return metric(found if parts is None else dict(zip(names, parts, strict=True)))
 
 
 def add_describe(commands: Any) -> None:

@@ -59,16 +59,7 @@ def _reproduce(options: argparse.Namespace) -> None:
     from mechsvd.report.folders import require_free as require_no_page
     from mechsvd.report.folders import require_writable
 
-    texts = texts_of(options)
-    choices = Choices(
-        parts_without(options.skip, options.only),
-        options.quick,
-        options.ranks and tuple(options.ranks),
-        options.step,
-        metric_of(options),
-        options.seed,
-        RunOptions(**run_options(options)),  # type: ignore[typeddict-item]
-    )
+    texts, choices = texts_of(options), _choices(options)
     require_writable(options.out)
     if not options.replace:
         require_no_page(options.out)
@@ -85,6 +76,18 @@ def _reproduce(options: argparse.Namespace) -> None:
         cdn=options.cdn,
         replace=options.replace,
         say=partial(print, flush=True),
+    )
+
+
+def _choices(options: argparse.Namespace) -> Choices:
+    return Choices(
+        parts_without(options.skip, options.only),
+        options.quick,
+        options.ranks and tuple(options.ranks),
+        options.step,
+        metric_of(options),
+        options.seed,
+        RunOptions(**run_options(options)),  # type: ignore[typeddict-item]
     )
 
 
