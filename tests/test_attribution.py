@@ -200,7 +200,7 @@ def test_a_rough_path_integral_is_said(exact):
     svd = ms.decompose(ms.collect_writes(model, task))
     with pytest.warns(
         UserWarning,
-        match=r"with 2 steps along the path their sum misses f\(w\) − f\(0\) = \S+ by \S+\. More steps",
+        match=r"with 2 steps along the path their sum misses f\(w\) − f\(0\) = \S+ − \S+ = \S+ by \S+\. More steps",
     ):
         ms.hessian_attribution(model, task, svd, path_steps=2)
 

@@ -9,6 +9,7 @@ import mechsvd as ms
 from mechsvd.checks import about, once, warn
 from mechsvd.model.evaluation import OtherHooks
 from mechsvd.report.build import reproduce
+from mechsvd.report.choices import Choices
 from tests.conftest import tiny, tiny_task
 
 
@@ -131,7 +132,8 @@ def test_a_run_over_several_prompts_says_what_is_common_once_and_of_what_the_res
     hook = ("blocks.1.hook_resid_pre", lambda x, hook: x)
     with model.hooks(fwd_hooks=[hook]), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        reproduce(model, tasks, tmp_path, components=["attn"], say=lambda _: None)
+        choices = Choices(step=8, options={"components": ["attn"]})
+        reproduce(model, tasks, tmp_path, choices=choices, say=lambda _: None)
     texts = [str(w.message) for w in said]
     assert sum("already has hooks" in text for text in texts) == 1
     rest = [text for text in texts if "already has hooks" not in text]

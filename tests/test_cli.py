@@ -23,14 +23,16 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(tmp_path_factory, embedded):
     out = tmp_path_factory.mktemp("report")
     (out / "prompts.json").write_text(json.dumps(PROMPTS))
     warnings.simplefilter(
         "ignore"
     )  # short texts have fewer writes a layer than dimensions; pytest restores the filters
-    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "8", "--device", "cpu"]
-    assert main(["reproduce", "--out", str(out), *options]) == 0
+    options = ["--prompts", str(out / "prompts.json"), "--max-new-tokens", "8", "--step", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: embedded)
+        assert main(["reproduce", "--out", str(out), *options]) == 0
     return out
 
 
@@ -111,6 +113,12 @@ def test_a_prompt_a_continuation_a_directory_and_attention_only(tmp_path, capsys
         "--components",
         "attn",
         "--cdn",
+        "--step",
+        "16",
+        "--skip",
+        "attribution",
+        "cards",
+        "texts",
     ]
     assert (
         main(
@@ -193,7 +201,7 @@ def test_the_tables_of_directions_orders_and_texts_and_of_all_prompts(report):
 
 def test_without_prompts_those_of_the_shortform_are_asked_for(tmp_path, embedded, monkeypatch):
     asked = []
-    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: embedded)
     monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *given, **_: asked.append(given))
     options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
     assert main(["reproduce", *options]) == 0
@@ -218,7 +226,7 @@ def test_prompts_from_a_file_are_those_of_the_report(
 ):
     """The report itself, with a folder for each name, is made in full by other tests."""
     asked = []
-    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: embedded)
     monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *given, **_: asked.append(given))
     (tmp_path / name).write_text(content)
     options = ["--out", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
@@ -264,7 +272,7 @@ def test_a_bad_file_of_prompts_is_refused(tmp_path, capsys, name, content, messa
 )
 def test_groups_in_a_file_are_contrasted(tmp_path, embedded, monkeypatch, sizes, kinds, warned):
     asked = []
-    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: embedded)
     monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *_, **given: asked.append(given))
     lines = [
         json.dumps({"prompt": f"I {kind} {i}", "group": kind})
@@ -287,7 +295,7 @@ def test_groups_in_a_file_are_contrasted(tmp_path, embedded, monkeypatch, sizes,
 
 def test_without_prompts_the_embedded_models_kinds_are_contrasted(tmp_path, embedded, monkeypatch):
     asked = []
-    monkeypatch.setattr("mechsvd.cli.load_model", lambda *_, **__: embedded)
+    monkeypatch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: embedded)
     monkeypatch.setattr("mechsvd.report.build.reproduce", lambda *_, **given: asked.append(given))
     assert main(["reproduce", "--out", str(tmp_path)]) == 0
     groups = asked[0]["groups"]
@@ -336,7 +344,7 @@ def test_a_folder_that_cannot_be_written_fails_before_the_model_is_loaded(
     def load(*_, **__):
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr("mechsvd.cli.load_model", load)
+    monkeypatch.setattr("mechsvd.commands.options.load_model", load)
     (tmp_path / "file").write_text("")
     assert main(["reproduce", "--out", str(tmp_path / "file"), "--device", "cpu"]) == 1
     assert "The report cannot be written to" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def study(model, texts):
         warnings.simplefilter("ignore")
         task = tiny_task(length=32, prompt_length=20)
         task = dataclasses.replace(task, pieces=tuple(islice(cycle(texts), len(task.tokens))))
-        found = study_task(model, "", task, {"own": torch.tensor([0, 5])}, progress=False)
+        found = study_task(model, "", task, {"own": torch.tensor([0, 5])})
     # what the model writes is hostile too, and where it goes on from
     written = [
         dataclasses.replace(t, pieces=tuple(islice(cycle(texts), len(t.tokens))))

@@ -25,9 +25,7 @@ def studies(embedded):
             for n in ("meaning", "launch")
         }
         starts = {"own": torch.tensor([0, 5]), "none": torch.tensor([0])}
-        return [
-            study_task(embedded, name, task, starts, progress=False) for name, task in made.items()
-        ]
+        return [study_task(embedded, name, task, starts) for name, task in made.items()]
 
 
 @pytest.fixture(scope="module")
@@ -285,10 +283,7 @@ def test_of_a_model_that_learnt_nothing_and_random_tokens_no_sentence_claims_any
         model = ms.reinitialised(embedded, 1)
         tasks = [ms.random_tokens(model, ms.Task(torch.arange(12), 7), seed) for seed in (1, 2)]
         start = {"none": torch.tensor([0])}
-        found = [
-            study_task(model, f"text-{i}", task, start, progress=False)
-            for i, task in enumerate(tasks)
-        ]
+        found = [study_task(model, f"text-{i}", task, start) for i, task in enumerate(tasks)]
         together = compare(model, found)
     said = [part.measured(found) for part in SECTIONS]
     said += [findings.texts(found), findings.held_out(together), findings.several(together)]

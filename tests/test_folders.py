@@ -34,7 +34,7 @@ def studies(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         task = tiny_task()
-        study = study_task(model, "old", task, {"own": task.tokens[:2]}, progress=False)
+        study = study_task(model, "old", task, {"own": task.tokens[:2]})
     return {name: dataclasses.replace(study, name=name) for name in ("old", "new")}
 
 

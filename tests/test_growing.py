@@ -1,14 +1,19 @@
 """A report that is stopped: the earlier one stays, the page of what is done is there, and the same command goes on."""
 
+import shlex
+
 import pytest
 
-import mechsvd as ms
+from mechsvd.cli import main
 from mechsvd.engine import resuming
+from mechsvd.model.selfcheck import self_check
 from mechsvd.report.build import reproduce
+from mechsvd.report.choices import Choices
 from mechsvd.report.pages import GROWING
 
 from .conftest import tiny, tiny_task
 
+FEW = Choices(parts=("spectrum", "clipping", "ridge", "held-out", "prompts", "special"), step=8)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -28,7 +33,14 @@ def run(model, out, said=None, seeds=(0, 1)):
         for kind, seed in (("a", 10), ("b", 20))
     }
     return reproduce(
-        model, tasks, out, groups=kinds, cdn=True, say=[].append if said is None else said.append
+        model,
+        tasks,
+        out,
+        groups=kinds,
+        choices=FEW,
+        cdn=True,
+        replace=True,
+        say=[].append if said is None else said.append,
     )
 
 
@@ -106,13 +118,59 @@ def test_another_command_begins_anew_and_leaves_the_first_ones_work(model, tmp_p
     assert (tmp_path / "report.html").exists()
 
 
-def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    from mechsvd import cli
+def test_ctrl_c_ends_in_two_lines_what_is_kept_and_how_to_go_on(
+    embedded, monkeypatch, capsys, tmp_path
+):
+    typed = ["reproduce", "--prompt", "I think", "--max-new-tokens", "2", "--only", "spectrum"]
+    typed += ["--ranks", "0", "--cdn", "--replace", "--out", str(tmp_path)]
+    (tmp_path / "report.html").write_text("an earlier page")
+    add = resuming.Kept.add
 
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_model", stopped)
-    assert cli.main(["reproduce", "--out", str(tmp_path)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    assert ms.__version__
+    def stop_after(self, count, part):
+        add(self, count, part)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mechsvd.commands.options.load_model", stopped)
+        assert main(typed) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "mechsvd: stopped. Nothing is kept.",
+        f"Begin again with: mechsvd {shlex.join(typed)}",
+    ]
+    monkeypatch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: embedded)
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming.Kept, "add", stop_after)
+        assert main(typed) == 130
+    (kept,) = tmp_path.glob("report-*.unfinished")
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2].startswith(f"mechsvd: stopped. What is done is kept in {kept} (")
+    assert said[-1] == f"Go on with: mechsvd {shlex.join(typed)}"
+    assert not [line for line in said[:-2] if not line.startswith("mechsvd: note: ")]
+    assert (tmp_path / "report.html").read_text() == "an earlier page"
+    assert main(typed) == 0
+    assert "Going on from" in capsys.readouterr().out
+    assert "earlier page" not in (tmp_path / "report.html").read_text()
+    assert not kept.exists()
+
+
+def test_a_page_that_another_run_has_put_there_meanwhile_is_not_replaced(
+    model, tmp_path, monkeypatch
+):
+    from mechsvd.report import build
+
+    def meanwhile(model):
+        (tmp_path / "report.html").write_text("of another run")
+        return self_check(model)
+
+    monkeypatch.setattr(build, "self_check", meanwhile)
+    given = {"choices": Choices(parts=("spectrum",), ranks=(0,)), "cdn": True, "say": [].append}
+    tasks = {"one": lambda: tiny_task(12, 6)}
+    with pytest.raises(FileExistsError, match=r"meanwhile\. What was computed is kept in .*\.unf"):
+        reproduce(model, tasks, tmp_path, **given)
+    assert (tmp_path / "report.html").read_text() == "of another run"
+    assert len([*tmp_path.glob("report-*.unfinished")]) == 1
+    reproduce(model, tasks, tmp_path, replace=True, **given)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report-data"}

@@ -6,6 +6,7 @@ import torch
 import mechsvd as ms
 from mechsvd.engine import batches
 from mechsvd.engine.batches import run_batches
+from mechsvd.report.choices import Choices
 from mechsvd.report.plan import plan_report, study_rows, together_rows
 from mechsvd.report.study import compare, study_task
 
@@ -18,7 +19,7 @@ def counting(monkeypatch):
     """The rows of all loops, with the weight that the plan gives those of derivatives."""
     counted = []
 
-    def run(forward, order, size, halve, progress, what="edits", **options):
+    def run(forward, order, size, halve, progress, what="rows", **options):
         counted.append((3.0 if what == "Hessian" else 1.0) * len(order))
         return run_batches(forward, order, size, halve, progress, what, **options)
 
@@ -31,31 +32,34 @@ def counting(monkeypatch):
 def test_the_rows_that_are_told_are_those_that_run(monkeypatch, quick):
     model, task = tiny("Llama"), tiny_task(12, 6)
     counted = counting(monkeypatch)
-    study_task(model, "a", task, {"own": task.tokens[:4]}, progress=False, quick=quick)
-    assert sum(counted) / 1.5 <= study_rows(model, task, quick) <= 1.5 * sum(counted)
+    choices = Choices(quick=quick)
+    study_task(model, "a", task, {"own": task.tokens[:4]}, choices)
+    assert sum(counted) / 1.5 <= study_rows(model, task, choices) <= 1.5 * sum(counted)
 
 
 def test_the_rows_of_several_prompts_too(monkeypatch):
     model, tasks = tiny("Llama"), [tiny_task(12, 6, seed) for seed in range(3)]
+    told = Choices(parts=("told",))
     studies = [
-        study_task(model, f"{i}", task, {"own": task.tokens[:4]}, progress=False)
+        study_task(model, f"{i}", task, {"own": task.tokens[:4]}, told)
         for i, task in enumerate(tasks)
     ]
     counted = counting(monkeypatch)
     compare(model, studies)
-    told = sum(rows for rows, _ in together_rows(model, tasks, {}, False))
+    steps = together_rows(model, tasks, {}).values()
+    told = sum(rows for pairs in steps for rows, _ in pairs)
     assert sum(counted) / 1.5 <= told <= 1.5 * sum(counted)
 
 
 def test_the_plan_is_one_line_with_everything_in_it():
     model = tiny("Llama")
-    plan = plan_report(model, {"a": tiny_task(), "b": tiny_task(seed=1)}, {}, False)
+    plan = plan_report(model, {"a": tiny_task(), "b": tiny_task(seed=1)}, {})
     assert plan.texts == 2
     line = str(plan)
     assert line.startswith(f"2 prompts: {plan.rows:,} rows in about ")
     assert "forward passes of" in line
     assert "MiB, about" in line
-    quick = plan_report(model, {"a": tiny_task(), "b": tiny_task(seed=1)}, {}, True)
+    quick = plan_report(model, {"a": tiny_task(), "b": tiny_task(seed=1)}, {}, Choices(quick=True))
     assert quick.rows <= plan.rows
 
 

@@ -16,8 +16,8 @@ from torch import distributed
 import mechsvd as ms
 from mechsvd.edits.hooks import bind
 from mechsvd.engine import processes
-from mechsvd.engine.batches import progress_bar
 from mechsvd.engine.passes import _Sizes
+from mechsvd.engine.progress import progress_bar
 from mechsvd.engine.resuming import Kept
 from tests.conftest import tiny, tiny_task
 

@@ -23,7 +23,7 @@ def reads(monkeypatch):
 
 def test_a_study_reads_the_weights_once(silent, reads):
     model, task = tiny("Llama"), tiny_task()
-    study_task(model, "one", task, {"own": task.tokens[:2]}, progress=False)
+    study_task(model, "one", task, {"own": task.tokens[:2]})
     assert len(reads) == 1
 
 

@@ -21,6 +21,10 @@ ROOMS = {  # a room, and the rooms that it may import besides the ground and its
     "attribution": {"linalg", "model", "edits", "engine"},
     "figures": {"linalg", "model", "edits", "engine", "experiments", "attribution"},
     "report": {"linalg", "model", "edits", "engine", "experiments", "attribution", "figures"},
+    "commands": {
+        *("demo", "linalg", "model", "edits", "engine", "experiments", "attribution", "figures"),
+        "report",
+    },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

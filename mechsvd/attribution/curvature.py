@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.engine.batches import independent, progress_bar, run_batches
+from mechsvd.engine.batches import independent, run_batches
 from mechsvd.engine.memory import free_bytes
+from mechsvd.engine.progress import progress_bar
 from mechsvd.linalg.eigenpairs import (
     BLOCK,
     Eigenpairs,

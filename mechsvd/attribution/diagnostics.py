@@ -80,7 +80,8 @@ def warn_undefined(attribution: Attribution, curvature: Curvature, steps: int) -
     elif attribution.path_error > 0.05 * abs(change):
         message = (
             f"Integrated gradients are rough here: with {steps} steps along the path their sum "
-            f"misses f(w) − f(0) = {change:.3g} by {attribution.path_error:.3g}. More steps "
+            f"misses f(w) − f(0) = {attribution.value:.3g} − {attribution.baseline:.3g} = "
+            f"{change:.3g} by {attribution.path_error:.3g}. More steps "
             "(`path_steps`) come nearer; measured scores need none."
         )
     if message:

@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechsvd.checks import warn
 from mechsvd.engine.memory import free_bytes, is_out_of_memory
-from mechsvd.engine.processes import this_process
+from mechsvd.engine.progress import progress_bar
 from mechsvd.engine.resuming import kept_loop
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task
@@ -58,7 +57,7 @@ def run_batches(
     size: int,
     halve: Callable[[int], int],
     progress: bool | None,
-    what: str = "edits",
+    what: str = "rows",
     *,
     restored: Callable[[Sequence[Int[Tensor, " _"]]], None] | None = None,
     row_bytes: int = 0,
@@ -138,15 +137,6 @@ def _halve(row_bytes: int, size: int) -> int:
     return size // 2
 
 
-def progress_bar(total: int | None, what: str, progress: bool | None) -> Any:
-    """A progress bar with an estimate; by default only in a terminal or a notebook.
-
-    Of several processes only the first shows it.
-    """
-    is_shown = _is_seen() if progress is None else progress
-    return tqdm(total=total, desc=what, disable=not is_shown or this_process()[0] > 0)
-
-
 def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) -> bool:
     """Run some edits and keep their results; False if memory ran out."""
     try:
@@ -163,8 +153,3 @@ def _fits(forward: Callable[[Tensor], Part], rows: Tensor, parts: list[Part]) ->
 
 def _d_mlp(model: Model) -> int:
     return getattr(model.cfg, "d_mlp", None) or 4 * model.cfg.d_model
-
-
-def _is_seen() -> bool:
-    in_notebook = any("notebook" in base.__module__ for base in tqdm.__mro__)
-    return in_notebook or sys.stderr.isatty()

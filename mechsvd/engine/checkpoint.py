@@ -71,6 +71,19 @@ class Checkpoint(Result):
         return f"Checkpoint of `{self.call}`, {how_far}\n  {arguments}\n  on {self._origin()}"
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a call with a checkpoint, and where it keeps what is done.
+
+    Attributes:
+        path: of the file; there is none if nothing was done yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        kept = f"what is done is kept in {path}" if path.exists() else "nothing was done yet"
+        super().__init__(f"stopped; {kept}")
+        self.path = path
+
+
 class CheckpointFile:
     """The file of a checkpoint, held by this process alone; see `open_checkpoint`."""
 
@@ -132,6 +145,7 @@ def open_checkpoint(path: str | os.PathLike[str] | None) -> Iterator[CheckpointF
         TypeError: not a path.
         FileNotFoundError, OSError: the folder is missing or read-only.
         RuntimeError: another process holds it.
+        Stopped: Ctrl-C in the block.
     """
     if path is None:
         yield CheckpointFile(None)
@@ -150,7 +164,10 @@ def open_checkpoint(path: str | os.PathLike[str] | None) -> Iterator[CheckpointF
     with _locked(side, target):
         for rest in target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}"):
             rest.unlink(missing_ok=True)  # of a process that was killed while it wrote
-        yield CheckpointFile(target)
+        try:
+            yield CheckpointFile(target)
+        except KeyboardInterrupt as stop:
+            raise Stopped(target) from stop
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """How much memory is free, and whether it ran out."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,17 @@ def free_bytes(device: torch.device) -> int:
     return min((size for size in free if size is not None), default=4 * 2**30)
 
 
+def total_bytes() -> int | None:
+    """The machine's memory; None where the system does not say."""
+    return _bytes_in(Path("/proc/meminfo"), "MemTotal:", 1024)
+
+
+def container_limit(root: Path = Path("/")) -> int | None:
+    """The memory that a container allows this process; None if there is no limit."""
+    limits = [_limit_of(folder, names[0]) for folder in _cgroups(root) for names in _CGROUP_FILES]
+    return min((size for size in limits if size is not None), default=None)
+
+
 # limit, usage, and the part of the usage that is cache and can be given back
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -33,31 +45,38 @@ def _free_in_cgroup(root: Path) -> int | None:
 
     It is the smallest over the control groups (v1 and v2) that the process is in.
     """
+    free = [_left_of(folder, *names) for folder in _cgroups(root) for names in _CGROUP_FILES]
+    return min((size for size in free if size is not None), default=None)
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """The folders of the control groups that the process is in, and of those around them."""
     try:
         lines = [
             line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()
         ]
     except OSError:
-        return None
-    free = []
+        return
     for _, controllers, path in lines:
         mount = root / "sys/fs/cgroup" / ("memory" if "memory" in controllers.split(",") else "")
         own = mount / path.strip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(mount):
-                free += [_left_of(folder, *names) for names in _CGROUP_FILES]
-    return min((size for size in free if size is not None), default=None)
+        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(mount))
 
 
 def _left_of(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    most = _bytes_in(folder / limit)
-    # no limit is a huge number in v1, and "max" in v2
-    if most is None or most >= 2**60:
+    most = _limit_of(folder, limit)
+    if most is None:
         return None
     used = _bytes_in(folder / usage)
     if used is None:
         return None
     return max(0, most - used + (_bytes_in(folder / "memory.stat", cache) or 0))
+
+
+def _limit_of(folder: Path, limit: str) -> int | None:
+    most = _bytes_in(folder / limit)
+    # no limit is a huge number in v1, and "max" in v2
+    return None if most is None or most >= 2**60 else most
 
 
 def _bytes_in(file: Path, name: str = "", unit: int = 1) -> int | None:

@@ -32,6 +32,7 @@ from mechsvd.engine.metrics import (
 )
 from mechsvd.engine.noise import spread_by_rounding
 from mechsvd.engine.processes import gather, own_share
+from mechsvd.engine.progress import row_name
 from mechsvd.engine.resuming import describe_value, runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.subspace import at_least_single
@@ -236,6 +237,7 @@ class _Setup:
             size,
             halve,
             progress,
+            row_name(),
             restored=lambda chunks: self._remember(stacks, chunks, width),
             row_bytes=bytes_per_row(self.session.model, longest, self.start),
         )

@@ -11,9 +11,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import with_options
-from mechsvd.engine.batches import progress_bar
 from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
 from mechsvd.engine.processes import gather, one_voice, own_file, this_process, total
+from mechsvd.engine.progress import progress_bar
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.engine.stream_results import WriteStream
 from mechsvd.engine.writes import run_by_length

@@ -274,7 +274,7 @@ def run_by_length(
 
     for length in sorted({len(row) for row in rows}):
         same = [number for number, row in enumerate(rows) if len(row) == length]
-        run_batches(forward, torch.tensor(same), *passes_of(same), progress)
+        run_batches(forward, torch.tensor(same), *passes_of(same), progress, "texts")
 
 
 def _kept_positions(session: Session, task: Task, skip_bos: bool) -> Int[Tensor, " kept"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.checks import is_number, require_whole, whole_numbers
-from mechsvd.engine.batches import progress_bar
+from mechsvd.engine.progress import progress_bar
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import collect_writes

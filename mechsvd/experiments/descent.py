@@ -12,8 +12,9 @@ from torch.nn.utils.parametrizations import orthogonal
 from mechsvd.edits.bases import is_several, site_index
 from mechsvd.edits.gates import Basis, Gate, directions_of
 from mechsvd.edits.hooks import bind
-from mechsvd.engine.batches import independent, progress_bar, run_batches
+from mechsvd.engine.batches import independent, run_batches
 from mechsvd.engine.metrics import divergences, own_positions, predict, scored_by
+from mechsvd.engine.progress import progress_bar
 from mechsvd.engine.session import Session
 from mechsvd.linalg.subspace import at_least_single, complete, widest
 from mechsvd.model.places import width_of

@@ -14,6 +14,7 @@ from mechsvd.edits.bases import removals
 from mechsvd.engine.measurement import Measurements
 from mechsvd.engine.metrics import AnyMetric, as_metric, token_drops
 from mechsvd.engine.passes import measure
+from mechsvd.engine.progress import rows_called
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session, warn_other_sites
 from mechsvd.experiments.direction_cards import EXAMPLES, DirectionCards
@@ -119,7 +120,8 @@ def _without_each(
     """Measure the removal of each direction, with what it does to every token."""
     profiled = replace(as_metric(metric), profile=token_drops)
     stack = removals(svd, baseline)[chosen]
-    measured = measure(model, [*tasks], stack, metric=profiled, **options)  # type: ignore[arg-type]
+    with rows_called("directions"):
+        measured = measure(model, [*tasks], stack, metric=profiled, **options)  # type: ignore[arg-type]
     assert isinstance(measured, Measurements)
     return measured
 

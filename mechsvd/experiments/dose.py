@@ -14,6 +14,7 @@ from mechsvd.edits.gates import Gate
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import measure
+from mechsvd.engine.progress import rows_called
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session, warn_other_sites
 from mechsvd.fields import require_declared, require_finite, require_length
@@ -171,7 +172,7 @@ def dose_response(
     stretched = 1 + (doses[None] - 1) * ratio.cpu()[:, None]
     other = _doses(random, torch.arange(len(chosen)), stretched, svd, baseline)
     found: list[tuple[Measurement, Measurement]] = []
-    with open_session(model, tasks, **options) as session:
+    with open_session(model, tasks, **options) as session, rows_called("doses"):
         for task in tasks:
             measured = measure(model, task, own, metric=metric, noise_floor=True, **options)
             found.append((measured, measure(model, task, other, metric=metric, **options)))

@@ -12,6 +12,7 @@ from mechsvd.checks import is_number
 from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.metrics import AnyMetric, kl_divergence
 from mechsvd.engine.passes import measure
+from mechsvd.engine.progress import rows_called
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, warn_other_sites
 from mechsvd.linalg.decomposition import Decomposition, require_decomposition
@@ -56,7 +57,8 @@ def order_by_elimination(
     remaining, removed = torch.arange(svd.rank), torch.zeros(0, dtype=torch.long)
     while len(remaining) > 1:
         gains = _without_each(svd, remaining)
-        measured = measure(model, chosen, cheapest_gate(svd, gains), metric=metric, **options)
+        with rows_called("directions"):
+            measured = measure(model, chosen, cheapest_gate(svd, gains), metric=metric, **options)
         if not len(removed):
             warn_other_sites(svd, measured[0].sites)
         costs = measured.effect.double().mean(dim=0)

@@ -142,7 +142,12 @@ def generate_tasks(
 
         size = 1 if temperature > 0 else session.rows_per_pass(longest)
         parts = run_batches(
-            forward, torch.arange(len(stack)), size, session.halve(longest), session.progress
+            forward,
+            torch.arange(len(stack)),
+            size,
+            session.halve(longest),
+            session.progress,
+            "texts",
         )
     if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
         warn(

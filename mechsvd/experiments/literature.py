@@ -16,6 +16,7 @@ from mechsvd.edits.maps import chain
 from mechsvd.engine.ablations import donor_baseline
 from mechsvd.engine.metrics import logit_difference
 from mechsvd.engine.passes import measure
+from mechsvd.engine.progress import Step, begin_step, steps
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import collect_writes
@@ -217,8 +218,14 @@ def compare_with_literature(
     if len(texts) < 6:
         raise ValueError(f"{len(texts)} texts given, but claims of texts need at least 6.")
     found: Found = {}
-    with open_session(model, texts, **options) as session, quiet():
+    costs, progress = dict.fromkeys(names, Step(1.0, 0)), options.get("progress")
+    with (
+        open_session(model, texts, **options) as session,
+        quiet(),
+        steps("literature", costs, progress),
+    ):
         for name in names:
+            begin_step(name)
             if name not in found:
                 found |= _WAYS[name](model, texts, seed, options)
         source = replace(session.provenance(session.sites), seed=seed)

@@ -14,6 +14,7 @@ from mechsvd.edits.bases import Bases, is_several, names_of, names_of_directions
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import AnyMetric
 from mechsvd.engine.passes import measure
+from mechsvd.engine.progress import rows_called
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, warn_other_sites
 from mechsvd.experiments.intervals import interval_columns
@@ -298,7 +299,8 @@ def rank_directions(
     removed = _removed(bases, several, after)
     own = bases if several else bases[0]
     stack = removals(own, baseline, removed.tolist())
-    measured = measure(model, as_tasks(task), stack, metric=metric, noise_floor=True, **options)
+    with rows_called("directions"):
+        measured = measure(model, as_tasks(task), stack, metric=metric, noise_floor=True, **options)
     warn_other_sites(bases, measured[0].sites)
     values = torch.cat([one.singular_values for one in bases]).cpu()
     rankings = tuple(Ranking(values, part, *names_of(own)) for part in measured.parts)

@@ -11,6 +11,7 @@ from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.passes import measure
+from mechsvd.engine.progress import rows_called
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.experiments.intervals import summary
@@ -157,7 +158,8 @@ def sweep_ridge(
     gains = ridge_gains(svd.singular_values, strengths.to(svd.singular_values.device))
     require_baseline(baseline, svd.d_model, svd.source)
     stack = cheapest_gate(svd, gains.to(svd.directions), baseline)
-    measured = measure(model, as_tasks(task), stack, **options)
+    with rows_called("strengths"):
+        measured = measure(model, as_tasks(task), stack, **options)
     warn_other_sites(svd, measured[0].sites)
     numbers = effective_directions(svd, strengths)
     left = (gains > LEFT).sum(dim=1).cpu()

@@ -15,6 +15,7 @@ from mechsvd.edits.bases import Bases, is_several, site_gates
 from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.measurement import Measurement, concatenate
 from mechsvd.engine.passes import measure
+from mechsvd.engine.progress import rows_called
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import MeasureOptions, warn_other_sites
 from mechsvd.experiments.intervals import summary
@@ -184,7 +185,8 @@ def sweep_rank(
         gates.append(cheapest_gate(one, gains, baseline))
     edits = site_gates(bases, gates) if is_several(svd) else gates[0]
     tasks = as_tasks(task)
-    measured = measure(model, tasks, edits, **options)
+    with rows_called("ranks"):
+        measured = measure(model, tasks, edits, **options)
     warn_other_sites(bases, measured[0].sites)
     own = sizes if is_several(svd) else ()
     sweeps = tuple(

@@ -1,6 +1,7 @@
 """Parts that all figures share: axes, lines, heat maps, colours."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from itertools import cycle
 from math import isclose, log10
 from os import PathLike
@@ -21,6 +22,9 @@ UNITS = "residual-stream units"
 EDITED, ATTEMPTED, CLEAN = "#3a7fc9", "#d1662a", "#808080"
 DISTINCT = ("#3a7fc9", "#d1662a", "#2a9d6f", "#9c6bc4", "#a0a0a0", "#c2a83e")
 TEMPLATE = "mechsvd"
+INSTALL_IMAGES = (
+    "run `pip install 'mechsvd[images]'`, and `plotly_get_chrome` if no Chrome is installed"
+)
 
 
 def empty_figure(
@@ -192,6 +196,18 @@ def data(figure: go.Figure) -> Any:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
+def find_chrome() -> str | None:
+    """The browser that kaleido would draw static images with; None if it or kaleido is missing."""
+    try:
+        if find_spec("kaleido") is None:
+            return None
+        from choreographer.browsers.chromium import Chromium
+    except ImportError:
+        return None
+    path = Chromium.find_browser(skip_local=False)
+    return None if path is None else str(path)
+
+
 def save_image(
     figure: go.Figure,
     path: str | PathLike[str],
@@ -217,6 +233,6 @@ def save_image(
         if not any(word in str(error).lower() for word in ("kaleido", "chrome")):
             raise
         raise RuntimeError(
-            "Static images need kaleido and Chrome: run `pip install 'mechsvd[images]'`, and "
-            "`plotly_get_chrome` if no Chrome is installed; `figure.write_html(…)` needs neither."
+            f"Static images need kaleido and Chrome: {INSTALL_IMAGES}; "
+            "`figure.write_html(…)` needs neither."
         ) from error

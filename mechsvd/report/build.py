@@ -5,22 +5,26 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mechsvd.checks import about, warn
+from mechsvd.engine.progress import steps
 from mechsvd.engine.resuming import describe_value, keeping
 from mechsvd.engine.session import open_session
 from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.selfcheck import SelfCheck, self_check
-from mechsvd.model.sites import COMPONENTS, Model
+from mechsvd.model.sites import Model
 from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
 from mechsvd.model.tokenization import prompt_tokens
-from mechsvd.report.folders import require_writable
+from mechsvd.report.choices import Choices
+from mechsvd.report.folders import appeared, page_stamp, require_free, require_writable
 from mechsvd.report.pages import end_growing, write_growing, write_report
-from mechsvd.report.plan import plan_report
+from mechsvd.report.plan import plan_report, study_steps, together_steps
 from mechsvd.report.study import (
+    WHOLE,
     Comparison,
     Study,
     compare,
@@ -30,6 +34,7 @@ from mechsvd.report.study import (
 )
 from mechsvd.version import __version__
 
+TOGETHER = ("told", "held-out", "prompts")  # parts that compare several prompts
 LEAST = 4  # texts of a kind, for a contrast
 OTHERS = 8  # prompts whose gradients join those of each prompt
 PATIENCE = 10  # times as long as writing the growing page takes, until it is written again
@@ -41,38 +46,47 @@ def reproduce(
     out: Path,
     *,
     groups: Mapping[str, Sequence[Task | str]] | None = None,
-    components: Sequence[str] = COMPONENTS,
-    quick: bool = False,
+    choices: Choices = WHOLE,
     cdn: bool = False,
+    replace: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Run the whole experiment on several prompts and write the report.
+    """Run the whole experiment on several prompts, or chosen parts, and write the report.
 
     Args:
         tasks: functions that make the tasks, by name.
         groups: tasks, or names of prompts, by their kind, whose special directions are looked for.
-        quick: answer the same questions from few ranks, and state the error.
+        replace: put the page in the place of an earlier run's.
         say: is called with one line per step.
 
     Raises:
-        OSError: the folder cannot be written. This is checked before anything is computed.
+        FileExistsError: the folder has a page of an earlier run, and `replace` is not set.
+        OSError: the folder cannot be written. Both are checked before anything is computed.
     """
     started = time.perf_counter()
     require_writable(out)
-    with open_session(model):  # common warnings come once, and the weights are read once
+    if not replace:
+        require_free(out)
+    with open_session(
+        model, **choices.options
+    ):  # common warnings come once, and the weights are read once
         made = {name: _made(name, make) for name, make in tasks.items()}
-        kinds = _kinds(groups or {}, made)  # before anything long runs
-        kept = _unfinished(model, made, kinds, [*components, f"quick {quick}"], out)
+        kinds = _kinds(groups or {}, made) if "special" in choices else {}  # before anything long
+        kept = _unfinished(model, made, kinds, choices, out)
+        if not replace:
+            require_free(out, kept)
         if kept.exists():
             say(f"Going on from {kept}, which a run that was stopped left.")
-        say(str(plan_report(model, made, kinds, quick)))
-        arguments = {"tasks": made, "groups": kinds, "components": [*components], "quick": quick}
-        with keeping(kept, "reproduce", arguments, provenance_of(model)):
+        say(str(plan_report(model, made, kinds, choices)))
+        earlier = page_stamp(out)
+        with keeping(kept, "reproduce", _arguments(made, kinds, choices), provenance_of(model)):
             check = self_check(model)
-            studies = _studies(model, made, components, quick, say, check, out, cdn)
-            comparison, contrast = _together(model, studies, kinds, components, quick, say)
-        if comparison:
+            studies = _studies(model, made, choices, say, check, out, cdn)
+            comparison, contrast = _together(model, studies, kinds, choices, say)
+        if comparison and comparison.held_out:
             studies = with_held_out(studies, comparison.held_out)
+        if not replace and page_stamp(out) != earlier:
+            raise FileExistsError(appeared(out, kept))
         seconds = time.perf_counter() - started
         path = write_report(
             studies,
@@ -89,24 +103,31 @@ def reproduce(
     return path
 
 
+def _arguments(
+    made: Mapping[str, Task], kinds: Mapping[str, Sequence[Task]], choices: Choices
+) -> dict[str, Any]:
+    """What the results depend on."""
+    options = {k: v for k, v in choices.options.items() if k != "progress"}
+    return {"tasks": made, "groups": kinds} | vars(choices) | {"options": options}
+
+
 def _unfinished(
     model: Model,
     made: Mapping[str, Task],
     kinds: Mapping[str, Sequence[Task]],
-    components: Sequence[str],
+    choices: Choices,
     out: Path,
 ) -> Path:
     """The file that keeps what is done until the report is complete; one per command."""
-    asked = describe_value([made, kinds, [*components], provenance_of(model), __version__])
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    asked = [_arguments(made, kinds, choices), provenance_of(model), __version__]
+    digest = hashlib.sha256(json.dumps(describe_value(asked)).encode()).hexdigest()[:8]
     return out / f"report-{digest}.unfinished"
 
 
 def _studies(
     model: Model,
     made: Mapping[str, Task],
-    components: Sequence[str],
-    quick: bool,
+    choices: Choices,
     say: Callable[[str], None],
     check: SelfCheck,
     out: Path,
@@ -116,7 +137,7 @@ def _studies(
     studies: list[Study] = []
     due = 0.0
     for name in made:
-        studies.append(_study(model, name, made, components, quick, say))
+        studies.append(_study(model, name, made, choices, say))
         if len(made) > len(studies) and time.perf_counter() >= due:
             started = time.perf_counter()
             path = write_growing(studies, check, out, of=len(made), cdn=cdn)
@@ -131,20 +152,24 @@ def _together(
     model: Model,
     studies: Sequence[Study],
     kinds: Mapping[str, Sequence[Task]],
-    components: Sequence[str],
-    quick: bool,
+    choices: Choices,
     say: Callable[[str], None],
 ) -> tuple[Comparison | None, Contrast | None]:
     comparison = contrast = None
-    if len(studies) > 1:
-        say("several prompts: held-out directions, overlaps, and texts of random tokens")
-        with about("several prompts"):
+    if len(studies) > 1 and any(part in choices for part in TOGETHER):
+        name, tasks = f"{len(studies)} prompts together", [study.task for study in studies]
+        costs, progress = (
+            together_steps(model, tasks, kinds, choices),
+            choices.options.get("progress"),
+        )
+        say(f"{name}: {', '.join([*costs, 'overlaps'])}")
+        with about("several prompts"), steps(name, costs, progress):
             every = [task for own in kinds.values() for task in own]
-            comparison = compare(model, studies, components, more=every, quick=quick)
+            comparison = compare(model, studies, choices, more=every)
     if kinds:
         say("special directions of kinds of text")
         with about("special directions"):
-            contrast = compare_groups(model, kinds, components)
+            contrast = compare_groups(model, kinds, choices)
     return comparison, contrast
 
 
@@ -181,20 +206,19 @@ def _study(
     model: Model,
     name: str,
     tasks: Mapping[str, Task],
-    components: Sequence[str],
-    quick: bool,
+    choices: Choices,
     say: Callable[[str], None],
 ) -> Study:
-    task = tasks[name]
+    task, place = tasks[name], f"prompt {[*tasks].index(name) + 1} of {len(tasks)}"
     others = [other for other in tasks.values() if other is not task][:OTHERS]
-    with about(name):
-        say(
-            f"{name}, prompt {[*tasks].index(name) + 1} of {len(tasks)}: {task.prompt_length} "
-            f"tokens of the prompt, {len(task.continuation)} scored"
-        )
-        return study_task(
-            model, name, task, _starts(model, name, tasks), components, others=others, quick=quick
-        )
+    say(
+        f"{name}, {place}: {task.prompt_length} tokens of the prompt, "
+        f"{len(task.continuation)} scored"
+    )
+    costs, progress = study_steps(model, task, choices), choices.options.get("progress")
+    with about(name), steps(f"{name}, {place}", costs, progress):
+        starts = _starts(model, name, tasks)
+        return study_task(model, name, task, starts, choices, others=others)
 
 
 def _starts(model: Model, name: str, tasks: Mapping[str, Task]) -> dict[str, torch.Tensor]:

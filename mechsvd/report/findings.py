@@ -57,7 +57,7 @@ def main_numbers(study: Study) -> dict[str, str]:
         f"({float(clean.log_prob):.4f} nats)",
         "clean size of a write (root mean square)": f"{float(clean.orig_delta):.4g}",
         "lasting rank for 1 nat of KL divergence": _or_none(lasting_rank(study.sweep)),
-        "the same with a basis per site": _or_none(lasting_rank(study.by_site)),
+        **_of_parts(study),
         "lasting rank for 1 nat of absolute change": _or_none(
             critical_rank_of(study.sweep, criterion=change_at_most(NEAR)).lasting_rank
         ),
@@ -65,8 +65,17 @@ def main_numbers(study: Study) -> dict[str, str]:
         "critical rank without any one token": _without_one_token(study),
         "absolute change at the critical rank": _or_none(_change_there(study), " nats"),
         "critical rank for the same greedy text": _same_text_rank(study),
-        "noise floor": f"{study.ranking.noise_floor:.1e} nats",
     }
+
+
+def _of_parts(study: Study) -> dict[str, str]:
+    """The main numbers that belong to parts which can be left out."""
+    found = {}
+    if study.by_site is not None:
+        found["the same with a basis per site"] = _or_none(lasting_rank(study.by_site))
+    if study.ranking is not None:
+        found["noise floor"] = f"{study.ranking.noise_floor:.1e} nats"
+    return found
 
 
 def _same_text_rank(study: Study) -> str:

@@ -25,6 +25,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 PAGE, DATA, LISTING = "report.html", "report-data", ".written.json"
+STOPPED = ".unfinished"  # ending of the file that a stopped run leaves
 NAME = r"\d{4}-\d\d-\d\d-\d{6}(-\d+)?"  # a run is named by its time
 
 
@@ -44,6 +45,40 @@ def require_writable(out: Path) -> None:
         raise OSError(
             f"The report cannot be written to {out}: {reason}; choose another folder."
         ) from error
+
+
+def require_free(out: Path, kept: Path | None = None) -> None:
+    """Refuse a folder with the page of an earlier run, unless a stopped run is to go on there.
+
+    Args:
+        kept: what the stopped run kept; any such file by default, as long as it is not known.
+
+    Raises:
+        FileExistsError: says what to do.
+    """
+    page = out / PAGE
+    goes_on = kept.exists() if kept else any(out.glob(f"report-*{STOPPED}"))
+    if page.exists() and not goes_on:
+        raise FileExistsError(
+            f"{page} is the page of an earlier run; give another folder by --out, or --replace "
+            "to put the new one in its place."
+        )
+
+
+def page_stamp(out: Path) -> int | None:
+    """Which page a folder has: the time of its last change; None for no page."""
+    try:
+        return (out / PAGE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def appeared(out: Path, kept: Path) -> str:
+    """The message of a run that ends where another one has put its page meanwhile."""
+    return (
+        f"Another run has written {out / PAGE} meanwhile. What was computed is kept in {kept}; "
+        "the same command with --replace puts its page there."
+    )
 
 
 def replace_run(out: Path, write: Callable[[Path, str], str]) -> Path:

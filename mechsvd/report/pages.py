@@ -14,6 +14,7 @@ from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.figures.display import escape, file_name
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.report import findings
+from mechsvd.report.choices import Choices
 from mechsvd.report.folders import DATA, replace_run
 from mechsvd.report.html import chooser, page, table, write_plotly
 from mechsvd.report.sections import (
@@ -107,21 +108,17 @@ def _page(
 ) -> str:
     source = studies[0].sweep.source
     assert source is not None  # `measure` always sets it
-    titles = {"told": "What can be told"} | {s.name: s.title for s in SECTIONS}
-    if any(study.cards for study in studies):
-        titles["cards"] = "Single directions"
-    titles["texts"] = "Text from inside"
-    if comparison:
-        titles |= {"held-out": "Held-out texts", "prompts": "Several prompts"}
-    if contrast:
-        titles["special"] = "Special directions"
+    choices = studies[0].choices
+    parts = [part for part in SECTIONS if part.name in choices]
+    titles = _titles(studies, comparison, contrast)
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in titles.items())
     body = "\n".join(
         [
-            *(section(part, studies) for part in SECTIONS),
+            *(section(part, studies) for part in parts),
             described(studies),
-            texts(studies),
-            held_out(comparison) + several(comparison) if comparison else "",
+            texts(studies) if "texts" in choices else "",
+            held_out(comparison) if comparison and "held-out" in choices else "",
+            several(comparison) if comparison and "prompts" in choices else "",
             special(contrast) if contrast else "",
         ]
     )
@@ -132,9 +129,9 @@ are natural. Sizes are root-mean-square L2 norms over sites and positions.</foot
     content = f"""<h1>What <bdi>{escape(source.model)}</bdi> writes to its residual stream</h1>
 <p>The experiments of tailcalled's <a href="https://www.lesswrong.com/users/tailcalled">shortform</a>
 on LessWrong (May 2024), which ran on Llama-3-8B, repeated on this model. Each section says what the
-shortform saw. The text in bold says what was measured here.{_about(source.model)}</p>{growing}
+shortform saw. The text in bold says what was measured here.{_about(source.model)}</p>{growing}{_chosen(choices)}
 <nav>{links}</nav>
-{told(comparison)}
+{told(comparison) if "told" in choices else ""}
 {_prompts(studies, data)}
 {chooser([s.name for s in studies]) if len(studies) <= MANY else ""}
 {body}
@@ -142,6 +139,26 @@ shortform saw. The text in bold says what was measured here.{_about(source.model
 {table({key: [value] for key, value in _provenance_rows(source, check, seconds).items()})}
 {footer if data else ""}"""
     return page(f"Writes of {source.model}", content, cdn=cdn)
+
+
+def _titles(
+    studies: Sequence[Study], comparison: Comparison | None, contrast: Contrast | None
+) -> dict[str, str]:
+    """The parts that the page has, with their names in the line of links."""
+    titles = {"told": "What can be told"} | {s.name: s.title for s in SECTIONS}
+    if any(study.cards for study in studies):
+        titles["cards"] = "Single directions"
+    titles["texts"] = "Text from inside"
+    if comparison:
+        titles |= {"held-out": "Held-out texts", "prompts": "Several prompts"}
+    if contrast:
+        titles["special"] = "Special directions"
+    return {name: title for name, title in titles.items() if name in studies[0].choices}
+
+
+def _chosen(choices: Choices) -> str:
+    """What this page leaves out or does otherwise than a whole report."""
+    return f'<p class="chosen"><b>{escape(str(choices))}</b></p>' if str(choices) else ""
 
 
 def _write_pages(studies: Sequence[Study], folder: Path, cdn: bool) -> None:

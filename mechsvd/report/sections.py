@@ -79,6 +79,7 @@ SECTIONS = (
             "deltas": figures.deltas(s.sweep),
             "kept_deltas_by_site": figures.delta_map(s.sweep),
             "orig_deltas_by_site": figures.delta_map(s.sweep, kept=False),
+            **({"metric": figures.metric(s.metric_sweep)} if s.metric_sweep else {}),
         },
         lambda studies: {
             "surprise": _quiet(figures.surprise({s.name: s.sweep for s in studies}), studies),
@@ -98,6 +99,11 @@ SECTIONS = (
         lambda s: {
             "direction_divergences": figures.direction_effects(s.ranking, by="kl_divergence"),
             "direction_effects": figures.direction_effects(s.ranking),
+            **(
+                {"metric_effects": figures.direction_effects(s.metric_ranking)}
+                if s.metric_ranking
+                else {}
+            ),
         },
     ),
     Section(
@@ -184,8 +190,9 @@ def section(part: Section, studies: Sequence[Study]) -> str:
 
 def one_prompt(study: Study) -> str:
     """All figures and texts of one prompt, for a page of its own."""
-    parts = [section(part, [study]) for part in SECTIONS]
-    return f"{prompt_text(study)}{''.join(parts)}{described([study])}{texts([study])}"
+    parts = [section(part, [study]) for part in SECTIONS if part.name in study.choices]
+    written = texts([study]) if "texts" in study.choices else ""
+    return f"{prompt_text(study)}{''.join(parts)}{described([study])}{written}"
 
 
 def told(comparison: Comparison | None) -> str:

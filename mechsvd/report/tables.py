@@ -43,12 +43,12 @@ def write_tables(
 def _write(folder: Path, tables: dict[str, Any], results: dict[str, Any]) -> None:
     folder.mkdir()
     for name, table in tables.items():
-        write_atomically(folder / f"{name}.csv", _csv(table))
+        write_atomically(folder / f"{name}.csv", as_csv(table))
     for name, result in results.items():
         result.save(folder / f"{name}.safetensors")
 
 
-def _csv(table: Any) -> bytes:
+def as_csv(table: Any) -> bytes:
     """A table as CSV; text that a spreadsheet would take for a formula is marked as text."""
     texts = table.select_dtypes(exclude="number")
     guarded = {name: texts[name].map(_as_text) for name in texts.columns}
@@ -61,8 +61,8 @@ def _as_text(value: Any) -> Any:
 
 
 def _results(study: Study) -> dict[str, Any]:
-    cards = {} if study.cards is None else {"cards": study.cards}
-    return cards | {
+    found = {
+        "cards": study.cards,
         "task": study.task,
         "decomposition": study.pooled,
         "sweep": study.sweep,
@@ -71,7 +71,10 @@ def _results(study: Study) -> dict[str, Any]:
         "critical_rank": study.critical,
         "ridge": study.ridge,
         "attribution": study.attribution,
+        "sweep_of_metric": study.metric_sweep,
+        "ranking_of_metric": study.metric_ranking,
     }
+    return {name: result for name, result in found.items() if result is not None}
 
 
 def _tables(study: Study) -> dict[str, Any]:
@@ -87,25 +90,37 @@ def _tables(study: Study) -> dict[str, Any]:
         ),
         "sweep": study.sweep.to_pandas(),
         "sweep_by_site": study.sweep.sites_to_pandas(),
-        "sweep_of_site_bases": study.by_site.to_pandas(),
         "writers_of_direction_0": norms.drop(columns="norm").assign(
             share=study.pooled.writer_map(0).flatten().cpu().numpy()
         ),
-        "directions": study.ranking.to_pandas(),
-        "orders": pd.concat(
-            [sweep.to_pandas().assign(order=order) for order, sweep in study.sweeps.items()]
-        ),
         "critical_rank": study.critical.to_pandas(),
-        "ridge": study.ridge.to_pandas(),
-        "attributions": pd.concat(
-            [
-                attribution.to_pandas().assign(basis=basis)
-                for basis, attribution in study.attribution.bases.items()
-            ]
-        ),
-        "texts": _texts(study),
+        **_tables_of_parts(study),
         **_tables_of_cards(study.cards),
     }
+
+
+def _tables_of_parts(study: Study) -> dict[str, Any]:
+    """The tables of parts that can be left out."""
+    import pandas as pd
+
+    results = {
+        "sweep_of_site_bases": study.by_site,
+        "directions": study.ranking,
+        "ridge": study.ridge,
+        "sweep_of_metric": study.metric_sweep,
+        "directions_of_metric": study.metric_ranking,
+    }
+    tables = {name: result.to_pandas() for name, result in results.items() if result is not None}
+    if "orders" in study.choices:
+        tables["orders"] = pd.concat(
+            [sweep.to_pandas().assign(order=order) for order, sweep in study.sweeps.items()]
+        )
+    if study.attribution is not None:
+        bases = study.attribution.bases.items()
+        tables["attributions"] = pd.concat([own.to_pandas().assign(basis=b) for b, own in bases])
+    if "texts" in study.choices:
+        tables["texts"] = _texts(study)
+    return tables
 
 
 def _tables_of_cards(cards: DirectionCards | None) -> dict[str, Any]:
@@ -143,14 +158,16 @@ def _tables_together(comparison: Comparison) -> dict[str, Any]:
         for (first, second), radians in comparison.angles.items()
         for place, angle in enumerate(radians.tolist())
     ]
-    return {
-        "held_out": comparison.held_out.to_pandas().assign(
-            task=lambda table: table["task"].map(names)
-        ),
-        "held_out_lasting_ranks": comparison.held_out.summary(),
-        "random_texts": comparison.random_texts.to_pandas(),
+    parts = {
+        "held_out_lasting_ranks": comparison.held_out and comparison.held_out.summary(),
+        "random_texts": comparison.random_texts and comparison.random_texts.to_pandas(),
+        "overlap_anchors": comparison.anchors and comparison.anchors.to_pandas(),
+    }
+    if comparison.held_out:
+        held_out = comparison.held_out.to_pandas()
+        parts["held_out"] = held_out.assign(task=held_out["task"].map(names))
+    return {name: table for name, table in parts.items() if table is not None} | {
         "overlap": pairs,
-        "overlap_anchors": comparison.anchors.to_pandas(),
         "pool": comparison.pool.to_pandas(),
         "principal_angles": pd.DataFrame(angles),
     }
