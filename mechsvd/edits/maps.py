@@ -26,7 +26,12 @@ class Stack(Protocol):
 
 
 def shift(vector: Float[Tensor, " d_model"]) -> Edit:
-    """Add one vector to every write, as activation steering does."""
+    """Add one vector to every write, as activation steering does.
+
+    Example:
+        >>> ms.shift(torch.tensor([1.0, -1.0]))(torch.tensor([[4.0, 4.0]]))
+        tensor([[5., 3.]])
+    """
     if vector.ndim != 1 or not vector.isfinite().all():
         what = "holds NaN or inf" if vector.ndim == 1 else f"has shape {list(vector.shape)}"
         raise ValueError(f"`vector` must be finite and of shape [d_model], but {what}.")
@@ -42,7 +47,12 @@ def shift(vector: Float[Tensor, " d_model"]) -> Edit:
 
 
 def chain(*edits: Edit) -> Edit:
-    """Apply edits one after the other, in the order given; an empty chain changes nothing."""
+    """Apply edits one after the other, in the order given; an empty chain changes nothing.
+
+    Example:
+        >>> ms.chain(ms.keep(torch.eye(2), 1), ms.shift(torch.ones(2)))(torch.tensor([[4.0, 5.0]]))
+        tensor([[5., 1.]])
+    """
     return Chain(edits)
 
 

@@ -56,6 +56,10 @@ class SelfCheck(Result):
         beginning_error: the same error for rows that go on from the keys and values of the first
             half of their text; see `Beginning`. If it is larger than `fused_tolerance`, rows
             run whole.
+
+    Example:
+        >>> check.to_pandas().columns.tolist()
+        ['layer', 'block_error']
     """
 
     block_error: Float[Tensor, " layer"]
@@ -158,6 +162,11 @@ def self_check(model: Model) -> SelfCheck:
     Raises:
         KeyError: the model lacks the hooks of the residual stream.
         RuntimeError: a hook does not fire exactly once.
+
+    Example:
+        >>> check = ms.self_check(model)
+        >>> check.failure is None, float(check.block_error.max()) < check.tolerance
+        (True, True)
     """
     require_model(model)
     state = (

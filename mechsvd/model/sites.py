@@ -51,6 +51,11 @@ class Site:
         layer: None outside of the blocks.
         component: "attn" or "mlp"; elsewhere, the hook's name within its block.
         head: None where there are no heads, as for writes.
+
+    Example:
+        >>> site = ms.find_sites(model)[1]
+        >>> site.hook_name, str(site), site.is_write
+        ('blocks.0.hook_mlp_out', '0 mlp', True)
     """
 
     layer: int | None
@@ -125,6 +130,10 @@ def find_sites(
     Raises:
         KeyError: a layer or component is unknown, or a layer lacks a hook.
         ValueError: no sites are left.
+
+    Example:
+        >>> [site.name for site in ms.find_sites(model, layers=[0])]
+        ['blocks.0.hook_attn_out', 'blocks.0.hook_mlp_out']
     """
     require_model(model)
     if missing not in ("error", "skip"):
