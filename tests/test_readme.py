@@ -55,8 +55,8 @@ def run_the_table(names):
     table = README.split("| I have | I write |")[1].split("\n\n")[0]
     rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
     heads = [row for row in rows if row[0].startswith("**")]
-    calls = [row[1].strip("`") for row in rows if len(row) == 2 and row[1].count("`") == 2]
-    other = [row[0] for row in rows if len(row) == 2 and row[1].count("`") != 2]
+    calls = [code[1] for row in rows if (code := re.fullmatch(r"`([^`]+)`", row[-1]))]
+    other = [row[0] for row in rows if len(row) == 2 and not re.fullmatch(r"`[^`]+`", row[1])]
     assert len(heads) == 6
     assert len(calls) > 35
     assert [text.split("(")[0].strip() for text in other] == ELSEWHERE
