@@ -41,8 +41,8 @@ def public(name: str) -> Any:
 def docstrings_of_values() -> dict[str, str]:
     """The docstrings under assignments, by name: help() does not show them, but the page does."""
     found = {}
-    for module in modules():
-        body = ast.parse(inspect.getsource(module)).body
+    for file in (ROOT / "mechsvd").rglob("*.py"):
+        body = ast.parse(file.read_text(encoding="utf-8")).body
         for before, after in pairwise(body):
             if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
                 target = before.targets[0] if isinstance(before, ast.Assign) else before.target

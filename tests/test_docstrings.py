@@ -10,7 +10,16 @@ import pytest
 
 import mechsvd as ms
 
-from .reference import ROOT, docstring, docstrings_of_values, llms, modules, public, stages
+from .reference import (
+    ROOT,
+    docstring,
+    docstrings_of_values,
+    llms,
+    modules,
+    public,
+    stages,
+    write_page,
+)
 
 NAMES = [name for names in stages().values() for name in names]
 NEEDS_CHROME = {"figures.save_image"}  # the one example that is not run
@@ -74,3 +83,13 @@ def test_the_text_for_language_models_is_that_of_the_docstrings():
 def test_the_stages_are_all_public_names_in_their_order():
     assert [*ms.__all__, *(f"figures.{name}" for name in ms.figures.__all__)] == NAMES
     assert set(docstrings_of_values()) >= {"log_prob", "same_greedy_text", "SHORTFORM_PROMPTS"}
+
+
+def test_the_api_page_has_all_public_names_in_their_order(tmp_path):
+    pytest.importorskip("pdoc")
+    write_page(tmp_path)
+    page = (tmp_path / "mechsvd.html").read_text(encoding="utf-8")
+    functions = [name for name in ms.__all__ if name != "figures"]
+    assert re.findall(r'<section id="(\w+)">', page) == functions
+    assert "The natural-log probability of the whole continuation" in page
+    assert 'id="surprise"' in (tmp_path / "mechsvd" / "figures.html").read_text(encoding="utf-8")
