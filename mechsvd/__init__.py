@@ -1,21 +1,27 @@
 """Decompose, clip and measure what a transformer writes to its residual stream.
 
-A worked example:
+A worked example. The examples of all docstrings use its names, and go on from each other in the
+order of `mechsvd.__all__`, which is that of the pipeline:
 
     import mechsvd as ms
+    import torch
 
     # the embedded model; or a name ("gpt2"), a directory, or a TransformerLens model
     model = ms.load_model()
     # the continuation is greedy text, unless you pass one
-    task = ms.Task.from_text(model, "I believe the meaning of life is")
+    task = ms.Task.from_text(model, "I believe the meaning of life is", max_new_tokens=12)
     writes = ms.collect_writes(model, task)  # what attention and MLPs add to the residual stream
     svd = ms.decompose(writes)  # singular values, directions, and who writes them
     sweep = ms.sweep_rank(model, task, svd)  # keep the first k directions of every write, per k
-    ms.figures.surprise(sweep).show()
-
-    first = svd.subspace(32)
-    hooks = ms.fwd_hooks(model, ms.keep(first))  # plain TransformerLens hooks, next to yours
+    ranking = ms.rank_directions(model, task, svd)  # remove one direction at a time
+    mine = svd.subspace(32)
+    clipped = ms.measure(model, task, [ms.keep(mine)])  # any edits, in few forward passes
+    hooks = ms.fwd_hooks(model, ms.keep(mine))  # plain TransformerLens hooks, next to yours
     logits = model.run_with_hooks(task.tokens[None], fwd_hooks=hooks)
+
+    # calls that take a task take a list of tasks, and give intervals by `.summary()`
+    texts = [f"{who} {verb}" for who in ("I", "We") for verb in ("believe", "hope", "think", "say")]
+    tasks = ms.tasks_from(model, texts, max_new_tokens=3)
 """
 
 from importlib import import_module
@@ -141,47 +147,45 @@ from mechsvd.version import __version__ as __version__
 if TYPE_CHECKING:
     from mechsvd import figures
 
-__all__ = [  # noqa: RUF022 (grouped by purpose)
+__all__ = [  # noqa: RUF022 (in the order of the pipeline)
     # models and tasks
-    "load_model", "self_check", "SelfCheck", "find_sites", "Site", "Task", "tasks_from",
-    "SHORTFORM_PROMPTS",
+    "load_model", "self_check", "SelfCheck", "find_sites", "Site", "Task", "tasks_from", "SHORTFORM_PROMPTS",
     # writes and their directions
     "collect_writes", "Writes", "decompose", "Decomposition", "weight_svd",
     "stream_writes", "WriteStream", "merge", "Checkpoint", "span", "union", "Subspace",
     # edits and hooks
-    "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks",
-    "fold", "folded", "FoldReport",
-    "Baseline", "mean_baseline", "resample_baseline", "donor_baseline",
+    "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks", "fold", "FoldReport", "folded",
+    "mean_baseline", "Baseline", "resample_baseline", "donor_baseline",
     "optimal_baseline", "OptimalBaseline", "compare_baselines", "BaselineComparison",
     # metrics
     "Metric", "log_prob", "logit_difference", "kl_divergence", "absolute_change",
     "cross_entropy", "greedy_share",
     # measurements
-    "measure", "Measurement", "Measurements", "estimate_seconds", "sweep_rank", "RankSweep",
-    "RankSweeps", "Rankings", "RidgeSweeps", "CriticalRanks",
-    "rank_directions", "Ranking", "order_by_singular_value", "order_by_effect",
-    "order_by_compromise", "order_at_random", "order_by_elimination",
-    "estimate_ranking", "refine_ranking", "RankingEstimate", "RankingEstimates",
-    "sweep_ridge", "RidgeSweep",
+    "measure", "Measurement", "Measurements", "estimate_seconds",
+    "sweep_rank", "RankSweep", "RankSweeps", "sweep_adaptively", "AdaptiveSweep", "sweep_ridge", "RidgeSweep", "RidgeSweeps",
+    "dose_response", "DoseResponse", "areas",
+    # the critical rank, and text from inside a subspace
+    "critical_rank", "critical_rank_of", "CriticalRank", "CriticalRanks", "ranks_without_each_token",
+    "drop_at_most", "kl_at_most", "change_at_most", "same_greedy_text", "generate", "generate_tasks",
+    # rankings and orders of directions
+    "rank_directions", "Ranking", "Rankings", "estimate_ranking", "refine_ranking", "RankingEstimate", "RankingEstimates",
+    "order_by_singular_value", "order_by_effect", "order_by_compromise", "order_at_random", "order_by_elimination",
     "collect_reads", "Reads", "balanced_directions", "read_write_angles", "ReadWriteAngles",
     "learn_subspace", "LearnedSubspace", "compare_orders", "OrderComparison",
-    "dose_response", "DoseResponse", "fit_and_measure", "HeldOut", "Fit",
-    "describe", "DirectionCards", "measure_faithfulness", "worst_gains", "WorstGains", "Faithfulness", "areas",
-    # the critical rank, and text from inside a subspace
-    "critical_rank", "critical_rank_of", "CriticalRank", "ranks_without_each_token", "drop_at_most", "kl_at_most",
-    "change_at_most", "same_greedy_text",
-    "generate", "generate_tasks",
+    # what directions do, and whether they are faithful
+    "describe", "DirectionCards", "measure_faithfulness", "Faithfulness", "worst_gains", "WorstGains",
+    "fit_and_measure", "HeldOut", "Fit",
     # attribution in a Hessian eigenbasis, and in other bases
-    "hessian_attribution", "hessian_attribution_of", "Attribution", "Attributions", "collect_gradients",
-    "Gradients", "gradient_basis", "GradientBasis", "interactions", "interactions_of",
-    "Interactions", "shrink_by_curvature", "CurvatureRidge",
+    "hessian_attribution", "hessian_attribution_of", "Attribution", "Attributions",
+    "collect_gradients", "Gradients", "gradient_basis", "GradientBasis",
+    "interactions", "interactions_of", "Interactions", "shrink_by_curvature", "CurvatureRidge",
     # comparison of subspaces
     "overlap", "Overlap", "pool", "Pool", "principal_angles", "random_subspace",
-    "to_transformer_lens", "from_transformer_lens",
-    "sweep_adaptively", "AdaptiveSweep", "overlap_anchors", "OverlapAnchors", "compare_with_random_texts",
-    "RandomTextComparison", "compare_with_literature", "Literature", "null", "random_tokens", "reinitialised",
-    "another_text", "covariance_matched", "equal_energy",
+    "to_transformer_lens", "from_transformer_lens", "overlap_anchors", "OverlapAnchors",
     "contrast", "Contrast", "contrast_sweep", "ContrastSweep",
+    # comparison with chance, and with what others found
+    "null", "random_tokens", "reinitialised", "another_text", "covariance_matched", "equal_energy",
+    "compare_with_random_texts", "RandomTextComparison", "compare_with_literature", "Literature",
     # provenance and figures
     "load", "Provenance", "figures",
 ]  # fmt: skip

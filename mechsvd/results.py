@@ -103,7 +103,12 @@ class OverTexts(Result):
 
 @result
 class Provenance:
-    """Which model, in which state, produced a result."""
+    """Which model, in which state, produced a result.
+
+    Example:
+        >>> svd.source.model, svd.source.processing
+        ('mechsvd embedded', 'raw')
+    """
 
     model: str
     weights: str  # a fingerprint of the parameters, not of the name
@@ -221,6 +226,11 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         ValueError, FileNotFoundError: as the `load` of a result.
+
+    Example:
+        >>> svd.save("svd.safetensors")
+        >>> ms.load("svd.safetensors").rank
+        128
     """
     return load_result(object, path)
 

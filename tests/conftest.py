@@ -99,6 +99,17 @@ def meaning_svd():
     return load_real("embedded").svd
 
 
+@pytest.fixture
+def plain():
+    """The embedded model as transformers loads it, without TransformerLens."""
+    from transformers import AutoModelForCausalLM
+
+    from mechsvd.demo import WEIGHTS
+
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(WEIGHTS, **options).requires_grad_(False)
+
+
 class Reference:
     """A Llama in float64 whose attention and MLP outputs are seen, and replaced, at their output projections."""
 

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import torch
 
+import mechsvd as ms
+
 from .conftest import tiny_task
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_of_the_readme_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
+def test_the_python_of_the_readme_runs_and_prints_what_it_says(
+    embedded, plain, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ms, "load_model", lambda: embedded)  # loaded once for all tests
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, names)
@@ -22,7 +27,11 @@ def test_the_python_of_the_readme_runs_and_prints_what_it_says(tmp_path, monkeyp
     assert re.sub(numbers, "#", expected) == re.sub(numbers, "#", printed[-len(expected) :])
     pairs = zip(re.findall(numbers, expected), re.findall(numbers, printed), strict=True)
     assert all(abs(float(mine) - float(theirs)) < 2e-3 for mine, theirs in pairs)
-    run_the_table(names)
+    run_the_table(names | {"plain": plain})
+
+
+# rows that say what to write in other software; see test_elsewhere, test_dictionaries, test_processes
+ELSEWHERE = ["nnsight", "a dictionary spliced in by SAELens", "several processes, machines or GPUs"]
 
 
 def tiny_tasks(seed):
@@ -32,11 +41,11 @@ def tiny_tasks(seed):
 def run_the_table(names):
     """Run each line of "I have … → I write …", with what the left column has."""
     names |= {
-        "ids": names["task"].tokens,
+        "torch": torch,
         "vectors": torch.eye(128)[:, :3],
         "vector": torch.ones(128),
         "kinds": [tiny_tasks(0), tiny_tasks(1)],
-        "models": [names["model"]],
+        "decoder": torch.eye(128),
     }
     names |= {
         "gains": torch.linspace(0, 1, 128),
@@ -44,8 +53,13 @@ def run_the_table(names):
         "my_hook": ("blocks.0.hook_attn_out", lambda x, hook: x),
     }
     table = README.split("| I have | I write |")[1].split("\n\n")[0]
-    calls = re.findall(r"^\| [^|]+ \| `(.+)` \|$", table, re.MULTILINE)
-    assert len(calls) == table.count("\n") - 1 > 12
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    heads = [row for row in rows if row[0].startswith("**")]
+    calls = [code[1] for row in rows if (code := re.fullmatch(r"`([^`]+)`", row[-1]))]
+    other = [row[0] for row in rows if len(row) == 2 and not re.fullmatch(r"`[^`]+`", row[1])]
+    assert len(heads) == 6
+    assert len(calls) > 35
+    assert [text.split("(")[0].strip() for text in other] == ELSEWHERE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a sweep of some layers, tokens without BOS
         for call in calls:

@@ -48,6 +48,10 @@ class CurvatureRidge(Result):
         rest: gain of the part of w outside the directions.
         noise_floor: rounding noise of f(w).
         objective, over: what f and w are.
+
+    Example:
+        >>> shrunk.to_pandas().columns.tolist()[:3]
+        ['kind', 'alpha', 'effective_directions']
     """
 
     alphas: Float[Tensor, " strength"]
@@ -193,6 +197,11 @@ def shrink_by_curvature(
 
     Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed.,
         eq. 3.44, for a general Gram matrix.
+
+    Example:
+        >>> shrunk = ms.shrink_by_curvature(model, task, svd, attribution, [0.0, 1.0])
+        >>> shrunk.ridge_values.shape
+        torch.Size([1, 2])
     """
     require_kind(attribution, Attribution)
     require_one_function(objective, metric)

@@ -37,6 +37,10 @@ class RankingEstimate(Result):
         seed: of the sample.
         bases, sizes: as in `Ranking`.
         source: the model and the text.
+
+    Example:
+        >>> estimate.to_pandas().columns.tolist()[:4]
+        ['direction', 'singular_value', 'derivative', 'estimate']
     """
 
     singular_values: Float[Tensor, " rank"]
@@ -255,7 +259,12 @@ def _share(hits: Tensor, confidence: float) -> tuple[float, float, float]:
 
 @result
 class RankingEstimates(OverTexts):
-    """The estimates of several texts, of the same directions."""
+    """The estimates of several texts, of the same directions.
+
+    Example:
+        >>> len(ms.estimate_ranking(model, tasks[:2], svd, verify=0.0))
+        2
+    """
 
     parts: tuple[RankingEstimate, ...]
 

@@ -108,6 +108,11 @@ def estimate_ranking(
     Reference: Nanda, Attribution patching, 2023; Syed et al., arXiv:2310.10348 (order 1).
         Sundararajan, Taly, Yan, arXiv:1703.01365 (path). Bekas, Kokiopoulou, Saad, An estimator for
         the diagonal of a matrix, 2007, doi:10.1016/j.apnum.2007.01.003 (`products`).
+
+    Example:
+        >>> estimate = ms.estimate_ranking(model, task, svd, verify=0.1)
+        >>> estimate.estimate.shape, int(estimate.is_exact.sum())
+        (torch.Size([128]), 13)
     """
     require_model(model)
     bases, chosen = require_directions(svd), as_tasks(tasks)
@@ -159,6 +164,12 @@ def refine_ranking(
 
     Raises:
         TypeError, ValueError: an estimate of other texts, directions or another metric, or model.
+
+    Example:
+        >>> estimate = ms.estimate_ranking(model, task, svd, verify=0.0)
+        >>> refined = ms.refine_ranking(model, task, svd, estimate, budget=0.1)
+        >>> int(refined.is_exact.sum()) > int(estimate.is_exact.sum())
+        True
     """
     require_model(model)
     bases, chosen = require_directions(svd), as_tasks(tasks)

@@ -31,6 +31,10 @@ class Gradients(Result):
         tokens: the token that each row scores.
         over: one line that says what w is.
         parts: name and shape of each piece of w, in order.
+
+    Example:
+        >>> gradients.to_pandas().columns.tolist()
+        ['task', 'token', 'norm']
     """
 
     values: Float[Tensor, "sample entry"]
@@ -90,6 +94,11 @@ def collect_gradients(
     Raises:
         TypeError, KeyError, ValueError: as `hessian_attribution`, or the shapes of w differ
             between tasks.
+
+    Example:
+        >>> gradients = ms.collect_gradients(model, task, svd)
+        >>> gradients.values.shape
+        torch.Size([12, 128])
     """
     chosen = as_tasks(tasks)
     parts: list[tuple[Part, ...]] = []
@@ -126,6 +135,10 @@ class GradientBasis(Result):
         directions: the eigenvectors as columns.
         left: left singular vectors, with orthonormal columns; one row per gradient.
         over, parts: what w is, as in `Gradients`.
+
+    Example:
+        >>> basis.to_pandas().columns.tolist()
+        ['direction', 'singular_value', 'eigenvalue']
     """
 
     singular_values: Float[Tensor, " rank"]
@@ -194,6 +207,11 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> GradientBasis:
     Raises:
         TypeError: `gradients` are no `Gradients`.
         ValueError: the list is empty, all gradients are zero, or they differ in w.
+
+    Example:
+        >>> basis = ms.gradient_basis(gradients)
+        >>> basis.rank
+        12
     """
     collected = (
         [gradients]

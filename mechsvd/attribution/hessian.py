@@ -39,7 +39,12 @@ CONTROLS = 128  # at most so many random directions
 
 @result
 class Attributions(OverTexts):
-    """The attributions of several texts over the same kind of w, each with its own directions."""
+    """The attributions of several texts over the same kind of w, each with its own directions.
+
+    Example:
+        >>> len(ms.hessian_attribution(model, tasks[:2], over=svd, pairs=1))
+        2
+    """
 
     parts: tuple[Attribution, ...]
 
@@ -142,6 +147,11 @@ def hessian_attribution(
         KeyError: a pattern matches no weight.
         ValueError: there are more pairs than entries, a basis has another size, the probability
             underflows, f is not finite, or Lanczos should start from a zero vector.
+
+    Example:
+        >>> attribution = ms.hessian_attribution(model, task, over=svd, pairs=4)
+        >>> attribution.to_pandas().columns.tolist()[:2]
+        ['eigenvalue', 'projection']
     """
     require_one_function(objective, metric)
     choices = _Choices(basis, pairs, bases, tolerance, max_products, path_steps, seed)
@@ -199,7 +209,7 @@ def hessian_attribution_of(
             not finite; as `hessian_attribution`.
 
     Example:
-        >>> hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]).double()).quadratic
+        >>> ms.hessian_attribution_of(torch.prod, torch.tensor([3.0, 2.0]).double()).quadratic
         tensor([ 6.2500, -0.2500], dtype=torch.float64)
     """
     choices = _Choices(basis, pairs, bases, tolerance, max_products, path_steps, seed)

@@ -36,6 +36,10 @@ class Interactions(Result):
         noise_floor: rounding noise of f(w).
         objective, over: what f and w are.
         seed: of the random bases.
+
+    Example:
+        >>> pairs.to_pandas().columns.tolist()[:5]
+        ['basis', 'first', 'second', 'first_score', 'second_score']
     """
 
     names: tuple[str, ...]

@@ -68,6 +68,11 @@ def interactions(
         TypeError, KeyError: as `hessian_attribution`.
         ValueError: the attribution is of another w or model, a basis has fewer than 2 directions,
             or a number of `rows` is out of range.
+
+    Example:
+        >>> pairs = ms.interactions(model, task, svd, {"first": svd.subspace(3)})
+        >>> pairs.summary().columns.tolist()[:5]
+        ['basis', 'pairs', 'held', 'whole', 'median']
     """
     require_one_function(objective, metric)
     texts = as_tasks(task)
@@ -106,9 +111,9 @@ def interactions_of(
         TypeError, ValueError: as `hessian_attribution_of` and `interactions`.
 
     Example:
-        >>> axes = {"axes": torch.eye(2)}
-        >>> found = interactions_of(torch.prod, torch.tensor([3.0, 2.0]), axes)
-        >>> found.interaction[0, 0]  # without either factor nothing is left
+        >>> w, axes = torch.tensor([3.0, 2.0]), {"axes": torch.eye(2)}
+        >>> product = ms.interactions_of(torch.prod, w, axes)
+        >>> product.interaction[0, 0]  # without either factor nothing is left
         tensor([6.], dtype=torch.float64)
     """
     f = function_of(function, w, batch_size)

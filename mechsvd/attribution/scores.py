@@ -48,6 +48,10 @@ class Attribution(Result):
         norm: ‖w‖; None in a file of an older version.
         beside: attributions of the same function in other bases, by name: the given bases and
             random directions.
+
+    Example:
+        >>> attribution.eigenvalues.shape, bool(attribution.converged.all())
+        (torch.Size([4]), True)
     """
 
     objective: str

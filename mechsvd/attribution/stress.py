@@ -38,6 +38,10 @@ class WorstGains(Result):
         path: the worst effect up to each step.
         metric, unit: of the effects.
         source: the model and the texts.
+
+    Example:
+        >>> worst.to_pandas().columns.tolist()
+        ['task', 'effect', 'dropped']
     """
 
     kept: Int[Tensor, " direction"]
@@ -105,6 +109,11 @@ def worst_gains(
         ValueError: directions out of range or repeated, or none or all of them.
 
     Reference: Jaggi, Revisiting Frank–Wolfe, ICML 2013.
+
+    Example:
+        >>> worst = ms.worst_gains(model, task, svd, range(64))
+        >>> worst.gains.shape
+        torch.Size([1, 128])
     """
     require_decomposition(svd)
     chosen, steps = kept_directions(svd, kept), require_whole("steps", steps, 1)

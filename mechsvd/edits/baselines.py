@@ -25,6 +25,10 @@ class Baseline(Result):
         texts: token ids of the texts that the first axis belongs to; empty if all share it.
         kind: what the baseline is, in words.
         source: the model and texts that it was made from.
+
+    Example:
+        >>> baseline.values.shape, baseline.kind
+        (torch.Size([1, 12, 1, 128]), 'mean of each site')
     """
 
     values: Float[Tensor, "text site pos d_model"]

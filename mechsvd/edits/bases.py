@@ -56,7 +56,7 @@ def gate(
             bases that do not say to which sites they belong.
 
     Example:
-        >>> gate(torch.eye(2), torch.tensor([1.0, 0.5]))(torch.tensor([[4.0, 4.0]]))
+        >>> ms.gate(torch.eye(2), torch.tensor([1.0, 0.5]))(torch.tensor([[4.0, 4.0]]))
         tensor([[4., 2.]])
     """
     if not is_several(basis):
@@ -88,6 +88,10 @@ def keep(
         rank: keep the first directions only; of each basis, if there are several. A basis with
             fewer keeps all that it has.
         baseline: what the rest is replaced by, 0 by default; see `gate`.
+
+    Example:
+        >>> ms.keep(torch.eye(3), 2)(torch.tensor([[4.0, 5.0, 6.0]]))
+        tensor([[4., 5., 0.]])
     """
     if is_several(subspace):
         bases = first_of(subspace, rank)
@@ -114,6 +118,10 @@ def ablate(
         subspace: a basis, or one per site (`decompose(writes, per="site")`).
         rank: ablate the first directions only; of each basis, if there are several.
         baseline: see `gate`; 0 by default, x → x − VVᵀx.
+
+    Example:
+        >>> ms.ablate(torch.eye(3), 2)(torch.tensor([[4.0, 5.0, 6.0]]))
+        tensor([[0., 0., 6.]])
     """
     if is_several(subspace):
         bases = first_of(subspace, rank)
@@ -148,6 +156,11 @@ def shrink(
 
     Reference: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 2nd ed.,
         eq. 3.47.
+
+    Example:
+        >>> plane = ms.decompose(torch.diag(torch.tensor([2.0, 1.0]))[None])
+        >>> ms.shrink(plane, alpha=1.0)(torch.tensor([[5.0, 5.0]])).round(decimals=4)
+        tensor([[4.0000, 2.5000]])
     """
     if not math.isfinite(alpha) or alpha < 0:
         raise ValueError(f"`alpha` is {alpha}, but must be finite and at least 0.")

@@ -23,6 +23,10 @@ def to_transformer_lens(subspace: Subspace) -> Any:
         ValueError: a subspace without directions, or less orthonormal than TransformerLens
             requires (about 10 · d_model · ε).
         ImportError: this version of TransformerLens has no `SubspaceBasis`.
+
+    Example:
+        >>> ms.to_transformer_lens(mine).basis.shape
+        torch.Size([128, 32])
     """
     require_kind(subspace, Subspace)
     return to_subspace_basis(subspace.basis)
@@ -48,5 +52,9 @@ def from_transformer_lens(basis: Any, source: Provenance | None = None) -> Subsp
         ValueError: a basis that is complex, not finite, not orthonormal, or of another shape than
             its other fields say.
         ImportError: this version of TransformerLens has no `SubspaceBasis`.
+
+    Example:
+        >>> ms.from_transformer_lens(ms.to_transformer_lens(mine)).rank
+        32
     """
     return Subspace(directions_of_subspace_basis(basis), source)

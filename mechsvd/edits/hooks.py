@@ -67,6 +67,13 @@ def fwd_hooks(
         TypeError: an edit that cannot be called, or positions that are not whole numbers.
         ValueError: an edit over another `d_model` or of another model, or a position below 0; when
             it runs, a stack with another number of edits than the batch has rows.
+
+    Example:
+        >>> hooks = ms.fwd_hooks(model, ms.keep(mine), layers=[0])
+        >>> [name for name, hook in hooks]
+        ['blocks.0.hook_attn_out', 'blocks.0.hook_mlp_out']
+        >>> model.run_with_hooks(task.tokens[None], fwd_hooks=hooks).shape
+        torch.Size([1, 21, 1024])
     """
     where = where_of(options)
     sites = sites_of(model, where)

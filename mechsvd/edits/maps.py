@@ -34,6 +34,10 @@ def shift(vector: Float[Tensor, " d_model"]) -> Edit:
     Raises:
         TypeError: not a tensor, such as a subspace; its directions are columns of `subspace.basis`.
         ValueError: NaN or inf, or not one axis.
+
+    Example:
+        >>> ms.shift(torch.tensor([1.0, -1.0]))(torch.tensor([[4.0, 4.0]]))
+        tensor([[5., 3.]])
     """
     if not isinstance(vector, Tensor):
         raise TypeError(
@@ -59,6 +63,10 @@ def chain(*edits: Edit) -> Edit:
 
     Raises:
         TypeError: an edit is not a function, such as a list of edits.
+
+    Example:
+        >>> ms.chain(ms.keep(torch.eye(2), 1), ms.shift(torch.ones(2)))(torch.tensor([[4.0, 5.0]]))
+        tensor([[5., 1.]])
     """
     for edit in edits:
         if not callable(edit):

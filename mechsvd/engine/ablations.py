@@ -32,6 +32,12 @@ def mean_baseline(writes: Writes, by: Literal["site", "position"] = "site") -> B
     Raises:
         TypeError: not writes.
         ValueError: another `by`; or by position, but positions were left out.
+
+    Example:
+        >>> baseline = ms.mean_baseline(writes)
+        >>> measured = ms.measure(model, task, [ms.ablate(mine, baseline=baseline)])
+        >>> bool(measured.kl_divergence > 0)
+        True
     """
     require_kind(writes, Writes)
     if by == "site":
@@ -63,6 +69,11 @@ def resample_baseline(writes: Writes, seed: int = 0) -> Baseline:
         ValueError: a text has no other one of its length, or positions were left out.
 
     Reference: Chan et al., Causal scrubbing, 2022.
+
+    Example:
+        >>> others = ms.resample_baseline(ms.collect_writes(model, tasks[:2]))
+        >>> ms.measure(model, tasks[:2], [ms.ablate(mine, baseline=others)]).value.shape
+        torch.Size([2, 1])
     """
     require_kind(writes, Writes)
     seed = require_whole("seed", seed)
@@ -113,6 +124,11 @@ def donor_baseline(
             that is there twice, or one that is longer than its donor.
 
     Reference: Geiger et al., Causal abstractions of neural networks, 2021, arXiv:2106.02997.
+
+    Example:
+        >>> itself = ms.ablate(mine, baseline=ms.donor_baseline(model, task))  # its own donor
+        >>> bool(ms.measure(model, task, [itself]).kl_divergence < 1e-6)
+        True
     """
     if options.get("positions") is not None:
         raise ValueError(

@@ -31,6 +31,11 @@ class Checkpoint(Result):
         source: the model and the sites.
         state: what the call needs to go on; None before the first one.
         is_finished: whether the state is the whole result.
+
+    Example:
+        >>> ranking = ms.rank_directions(model, task, svd, checkpoint="ranking.run")
+        >>> ms.load("ranking.run").call
+        'rank_directions'
     """
 
     call: str

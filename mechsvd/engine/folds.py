@@ -106,6 +106,14 @@ def folded(
 
     Raises:
         TypeError, KeyError, ValueError: as `fold`, before any weight is changed.
+
+    Example:
+        >>> hooks = ms.fwd_hooks(model, ms.keep(mine))
+        >>> with ms.folded(model, ms.keep(mine)):
+        ...     logits = model(task.tokens[None])
+        >>> hooked = model.run_with_hooks(task.tokens[None], fwd_hooks=hooks)
+        >>> torch.allclose(logits, hooked, atol=1e-3)
+        True
     """
     with open_session(model, check=check, **options) as session:
         weights = fold_weights(session, edit)

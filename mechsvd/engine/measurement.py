@@ -40,6 +40,10 @@ class Measurement(Result):
         metric, unit: the metric's name and its unit.
         better: whether "more" or "less" of the metric is better.
         profiles: further numbers of each edit, where the metric has a `profile`.
+
+    Example:
+        >>> measured.to_pandas().columns.tolist()[:5]
+        ['log_prob', 'probability', 'surprise', 'orig_delta', 'kept_delta']
     """
 
     log_probs: Float[Tensor, "edit scored"]
@@ -257,6 +261,11 @@ class Measurements(OverTexts):
 
     Attributes:
         parts: one per text, in the order given.
+
+    Example:
+        >>> of_texts = ms.measure(model, tasks[:2], [ms.keep(mine), ms.ablate(mine)])
+        >>> of_texts.effect.shape, of_texts[0].log_probs.shape
+        (torch.Size([2, 2]), torch.Size([2, 3]))
     """
 
     parts: tuple[Measurement, ...]

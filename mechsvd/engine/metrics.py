@@ -45,6 +45,11 @@ class Metric:
         fit: makes the function for a model and task, where it depends on them.
         profile: further numbers of each edit, "edit item", which a measurement keeps as
             `profiles`; of the log-probabilities of all tokens, edited and clean. None for none.
+
+    Example:
+        >>> largest = ms.Metric("largest", "logits", lambda logits, clean, task: logits.amax((1, 2)))
+        >>> ms.measure(model, task, [ms.keep(mine)], metric=largest).unit
+        'logits'
     """
 
     name: str
@@ -245,15 +250,51 @@ def _greedy_share(logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " e
 
 
 log_prob = Metric("log_prob", "nats", _log_prob, column="log_prob")
-# Mean over the scored positions of the KL divergence of clean ‖ edited; never negative.
+"""The natural-log probability of the whole continuation, in nats: the metric by default.
+
+Example:
+    >>> measured = ms.measure(model, task, [ms.keep(mine)], metric=ms.log_prob)
+    >>> torch.equal(measured.value, measured.log_prob)
+    True
+"""
+
 kl_divergence = Metric(
     "kl_divergence", "nats per token", _kl_divergence, "less", column="kl_divergence"
 )
-# Sum over tokens of the size of the change of their log-probability; tokens do not cancel.
+"""Mean over the scored positions of the KL divergence of clean ‖ edited; tokens do not cancel.
+
+Example:
+    >>> measured = ms.measure(model, task, [ms.chain()], metric=ms.kl_divergence)  # no edit
+    >>> bool(measured.effect.abs() < 1e-6)
+    True
+"""
+
 absolute_change = Metric("absolute_change", "nats", _absolute_change, "less", "absolute_change")
+"""Sum over tokens of the size of the change of their log-probability; tokens do not cancel.
+
+Example:
+    >>> measured = ms.measure(model, task, [ms.keep(mine)], metric=ms.absolute_change)
+    >>> bool(measured.value >= (measured.log_prob - measured.clean_run.log_prob).abs())
+    True
+"""
+
 cross_entropy = Metric("cross_entropy", "nats per token", _cross_entropy, "less", "cross_entropy")
-# The share of continuation tokens that are the most probable ones; it has no slope.
+"""Minus the mean log-probability of the continuation's tokens: the loss.
+
+Example:
+    >>> measured = ms.measure(model, task, [ms.keep(mine)], metric=ms.cross_entropy)
+    >>> torch.allclose(measured.value, -measured.log_prob / len(task.continuation))
+    True
+"""
+
 greedy_share = Metric("greedy_share", "of the tokens", _greedy_share, column="greedy_share")
+"""The share of continuation tokens that are the most probable ones; it has no slope.
+
+Example:
+    >>> ms.measure(model, task, [ms.chain()], metric=ms.greedy_share).value.tolist()  # no edit
+    [1.0]
+"""
+
 READY = {m.name: m for m in (log_prob, kl_divergence, absolute_change, cross_entropy, greedy_share)}
 
 
@@ -272,6 +313,11 @@ def logit_difference(right: Tokens | None = None, wrong: Tokens | None = None) -
             model does not have, or a task without a choice.
 
     Reference: Wang et al., Interpretability in the wild, 2022, arXiv:2211.00593.
+
+    Example:
+        >>> choice = ms.Task.from_choice(model, "The meaning of life is", " to", " a")
+        >>> ms.measure(model, choice, [ms.keep(mine)], metric=ms.logit_difference()).unit
+        'logits'
     """
     if (right is None) != (wrong is None):
         raise ValueError(

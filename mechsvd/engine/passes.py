@@ -101,6 +101,12 @@ def measure(
         ValueError: a task that does not fit the model, a basis of another `d_model` or model, an
             edit that changes shapes, a metric that returns anything but one finite number per edit.
         MemoryError: one edit alone does not fit.
+
+    Example:
+        >>> edits = [ms.keep(mine), ms.ablate(mine), ms.shift(torch.ones(128))]
+        >>> measured = ms.measure(model, task, edits, layers=[0, 1])
+        >>> measured.effect.shape
+        torch.Size([3])
     """
     require_model(model)
     tasks = as_tasks(task)
@@ -126,7 +132,12 @@ def measure(
 
 
 def estimate_seconds(model: Model, task: Task, edits: int) -> float:
-    """Estimate the run time for `edits` edits from two short runs."""
+    """Estimate the run time for `edits` edits from two short runs.
+
+    Example:
+        >>> ms.estimate_seconds(model, task, 100) > 0
+        True
+    """
     few = min(8, rows_per_pass(model, task))
 
     def seconds(count: int) -> float:

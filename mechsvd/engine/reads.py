@@ -40,6 +40,10 @@ class Reads(Result):
             write, and number of the random output.
         draws: random outputs per text.
         seed: of the random outputs.
+
+    Example:
+        >>> reads.to_pandas().columns.tolist()
+        ['layer', 'component', 'rms_norm']
     """
 
     values: Float[Tensor, "site read d_model"]
@@ -118,6 +122,11 @@ def collect_reads(
     Reference: Otto, Padovan and Rowley, Model reduction for nonlinear systems by balanced
         truncation of state and gradient covariance, 2023, arXiv:2207.14387, who take gradients of
         random outputs of a trajectory.
+
+    Example:
+        >>> reads = ms.collect_reads(model, task, draws=2, layers=[0])
+        >>> reads.values.shape
+        torch.Size([2, 42, 128])
     """
     chosen = as_tasks(tasks)
     draws, seed = require_whole("draws", draws, 1), require_whole("seed", seed)

@@ -25,6 +25,7 @@ from mechsvd.model.sites import (
     Site,
     SiteOptions,
     Where,
+    dictionaries,
     where_of,
 )
 from mechsvd.model.tasks import APART, Task, require_fitting
@@ -186,6 +187,8 @@ def open_session(
     if where.at is not None:
         check, notes = _elsewhere(check, where, sites)
         warn_norm_inputs(model, sites)
+    if spliced := dictionaries(model):
+        notes = (*notes, f"dictionaries spliced in: {', '.join(spliced)}")
     if not options.get("same_model", True):
         notes = (*notes, "directions of another model were let through (same_model=False)")
     batched = options.get("batched_hooks", False)

@@ -77,6 +77,11 @@ def stream_writes(
         FileNotFoundError: no such file, or no folder for the checkpoint.
         RuntimeError: another run uses the checkpoint.
         KeyError: an unknown layer or component.
+
+    Example:
+        >>> stream = ms.stream_writes(model, ["I believe it.", "We think so."], layers=[0])
+        >>> stream.documents, stream.decompose().d_model
+        (2, 128)
     """
     require_model(model)
     start, size = _own_place(first_place(shard)), size_in_bytes(texts)

@@ -29,6 +29,10 @@ class WriteStream(Result):
         layout: how documents became rows, and which positions count.
         places: how far each shard was read.
         tokens_per_pass: tokens that shared a forward pass, kept after an interruption.
+
+    Example:
+        >>> stream.tokens, [site.name for site in stream.sites]
+        (12, ['blocks.0.hook_attn_out', 'blocks.0.hook_mlp_out'])
     """
 
     moments: Moments
@@ -158,6 +162,11 @@ def merge(streams: Sequence[WriteStream]) -> WriteStream:
     Raises:
         TypeError: something is not a stream.
         ValueError: none are given, they differ in what must be the same, or one is there twice.
+
+    Example:
+        >>> more = ms.stream_writes(model, ["They say so."], layers=[0])
+        >>> ms.merge([stream, more]).documents
+        3
     """
     parts = [streams] if isinstance(streams, WriteStream) else list(streams)
     if not parts:

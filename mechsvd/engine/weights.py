@@ -41,6 +41,10 @@ def weight_svd(model: Model, pattern: str | Sequence[str]) -> Decomposition:
 
     Reference: Millidge and Black, The Singular Value Decompositions of Transformer Weight Matrices
         are Highly Interpretable, Alignment Forum (2022).
+
+    Example:
+        >>> ms.weight_svd(model, "blocks.*.mlp.out.weight").rank
+        128
     """
     weights = written_vectors(model, pattern)
     device = next(iter(weights.values())).device  # of a model on several devices, the first

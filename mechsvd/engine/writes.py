@@ -32,6 +32,10 @@ class Writes(Result):
             of the text.
         pieces: the text of each token; `[id]` for tokens of a task without texts, and empty if
             no task has them.
+
+    Example:
+        >>> writes.select(layers=[2], components=["mlp"]).values.shape
+        torch.Size([1, 21, 128])
     """
 
     values: Float[Tensor, "site pos d_model"]
@@ -165,6 +169,10 @@ def collect_writes(
         ValueError: no tasks, nothing left to collect, a model that fails the self-check, or NaN
             or inf in the writes.
         KeyError: an unknown layer or component.
+
+    Example:
+        >>> ms.collect_writes(model, task, layers=[0, 1], skip_bos=True).values.shape
+        torch.Size([4, 20, 128])
     """
     chosen = as_tasks(_read(model, tasks))
     with open_session(model, chosen, **options) as session:

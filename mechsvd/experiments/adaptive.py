@@ -33,6 +33,10 @@ class AdaptiveSweep(Result):
         checked: random ranks that were left out at first, and measured at the end.
         predicted: their KL divergence from the curve before, in nats per token.
         measured: their KL divergence.
+
+    Example:
+        >>> few.interpolated([50]).shape
+        torch.Size([1])
     """
 
     sweep: RankSweep
@@ -106,6 +110,11 @@ def sweep_adaptively(
 
     Raises:
         ValueError: as `sweep_rank`; fewer than three ranks.
+
+    Example:
+        >>> few = ms.sweep_adaptively(model, task, svd, count=9, checks=2)
+        >>> len(few.sweep.ranks) < len(sweep.ranks), few.errors.shape
+        (True, torch.Size([2]))
     """
     require_kind(task, Task)
     count, checks = require_whole("count", count, 3), require_whole("checks", checks, 0)

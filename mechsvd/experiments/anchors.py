@@ -46,6 +46,10 @@ class OverlapAnchors(Result):
         low, high: 95 % interval of the chance-corrected mean.
         pairs: number of pairs per kind; 0 where nothing is measured.
         texts: their number.
+
+    Example:
+        >>> anchors.to_pandas().columns.tolist()[:4]
+        ['rank', 'kind', 'shared', 'chance_corrected']
     """
 
     kinds: tuple[str, ...]
@@ -130,6 +134,11 @@ def overlap_anchors(
     Raises:
         KeyError: an unknown null.
         ValueError: fewer than two texts, a rank that is too large, or as `collect_writes`.
+
+    Example:
+        >>> anchors = ms.overlap_anchors(model, tasks[:2], ranks=[8, 16], nulls=["random tokens"])
+        >>> anchors.kinds
+        ('texts', 'halves of a text', 'halves of two texts', 'random tokens', 'haar', 'forced')
     """
     require_same_positions(options)
     chosen, seed = as_tasks(tasks), require_whole("seed", seed)

@@ -86,6 +86,10 @@ def balanced_directions(
     Reference: Moore 1981 (see `balanced_basis`); Otto, Padovan and Rowley, 2023, arXiv:2207.14387,
         for gradients; Hsu et al., Language model compression with weighted low-rank factorization,
         2022, arXiv:2207.00112, weigh by Fisher information too.
+
+    Example:
+        >>> ms.balanced_directions(model, task, svd, draws=2).directions.shape
+        torch.Size([128, 128])
     """
     chosen = as_tasks(tasks)
     if svd is None:

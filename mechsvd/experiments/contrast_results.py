@@ -33,6 +33,10 @@ class Contrast(Result):
         directions: what was removed; one basis, or one per site.
         damping, per: as given.
         noise_floor: the largest over the held-out texts of the first split; see `measure`.
+
+    Example:
+        >>> special.subspace("We").rank, special.matrix().shape
+        (2, torch.Size([2, 2]))
     """
 
     groups: tuple[str, ...]
@@ -227,6 +231,10 @@ class ContrastSweep(Result):
 
     Attributes:
         parts: one contrast per rank and damping.
+
+    Example:
+        >>> several.to_pandas().columns.tolist()[:3]
+        ['k', 'damping', 'method']
     """
 
     parts: tuple[Contrast, ...]

@@ -187,7 +187,7 @@ class Run:
 
 
 def _fit_basis(
-    samples: Sequence[Sequence[Float[Tensor, "sample d_model"]]],
+    samples: Sequence[Sequence[Float[Tensor, "_ d_model"]]],
     rank: int,
     dampings: Sequence[float],
     random: Float[Tensor, "group d_model rank"],

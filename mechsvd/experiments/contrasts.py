@@ -63,6 +63,11 @@ def contrast(
         TypeError: not groups of tasks.
         ValueError: fewer than two groups, a group with too few texts or with a text twice, more
             directions than dimensions or training writes, or an option out of range.
+
+    Example:
+        >>> special = ms.contrast(model, {"I": tasks[:4], "We": tasks[4:]}, k=2, seeds=1)
+        >>> special.summary().columns.tolist()[:4]
+        ['method', 'group', 'own', 'others']
     """
     (found,) = _contrasts(model, groups, [(k, damping)], per, train_share, seeds, seed, options)
     return found
@@ -90,6 +95,12 @@ def contrast_sweep(
 
     Raises:
         TypeError, ValueError: as `contrast`; no ranks or no dampings.
+
+    Example:
+        >>> groups = {"I": tasks[:4], "We": tasks[4:]}
+        >>> several = ms.contrast_sweep(model, groups, ranks=[1, 2], dampings=[0.05], seeds=1)
+        >>> [part.k for part in several.parts]
+        [1, 2]
     """
     chosen = whole_numbers("ranks", ranks).tolist(), [*dampings]
     if not chosen[1]:

@@ -49,6 +49,12 @@ def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
 
     Raises:
         ValueError: a drop below 0, or not finite.
+
+    Example:
+        >>> ms.drop_at_most(0.1, each_token=True).name
+        'a drop of at most 0.1 nats at each token'
+        >>> ms.critical_rank_of(sweep, criterion=ms.drop_at_most(1.0)).rank
+        48
     """
     _require_amount("A drop of {} nats", nats, "drop_at_most")
     name = f"a drop of at most {nats:g} nats" + (" at each token" if each_token else "")
@@ -71,6 +77,10 @@ def kl_at_most(nats: float) -> Criterion:
 
     Raises:
         ValueError: a divergence below 0, or not finite.
+
+    Example:
+        >>> ms.kl_at_most(0.05)(sweep.measurement).shape  # one margin per rank
+        torch.Size([129])
     """
     _require_amount("A divergence of {} nats", nats, "kl_at_most")
     name = f"a KL divergence of at most {nats:g} nats per token"
@@ -84,6 +94,10 @@ def change_at_most(nats: float) -> Criterion:
 
     Raises:
         ValueError: a change below 0, or not finite.
+
+    Example:
+        >>> ms.critical_rank_of(sweep, criterion=ms.change_at_most(1.0)).rank
+        48
     """
     _require_amount("A change of {} nats", nats, "change_at_most")
     name = f"an absolute change of at most {nats:g} nats"
@@ -117,5 +131,12 @@ def _greedy_margin(measurement: Measurement) -> Float[Tensor, " edit"]:
     return -(~measurement.is_greedy).sum(dim=-1).to(measurement.log_probs)
 
 
-# The margin is minus the number of continuation tokens that the model would not write greedily.
 same_greedy_text = Criterion("same_greedy_text", "tokens", _greedy_margin)
+"""The threshold that the model would write the same text, greedily.
+
+The margin is minus the number of continuation tokens that it would not write.
+
+Example:
+    >>> bool(ms.same_greedy_text(sweep.measurement)[-1] == 0)  # all directions: the same text
+    True
+"""

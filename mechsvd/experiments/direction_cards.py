@@ -35,6 +35,10 @@ class DirectionCards(Result):
         tokens, writers, values, dose: the parts.
         examples: positions, by their places in `writers.positions`: those that write the direction
             most, the least (most of the opposite) and a uniform sample, equally many of each.
+
+    Example:
+        >>> cards.tokens.summary().columns.tolist()[:2]
+        ['first', 'second']
     """
 
     directions: Int[Tensor, " direction"]

@@ -68,6 +68,11 @@ def describe(
             model whose final norm and unembedding cannot be read.
 
     Reference: arXiv:2604.02608 (decoding a direction often says nothing of what it does).
+
+    Example:
+        >>> cards = ms.describe(model, svd, [0, 1], task)
+        >>> cards.to_pandas().columns.tolist()[:4]
+        ['direction', 'singular_value', 'effect', 'kl_divergence']
     """
     require_decomposition(svd)
     chosen, tasks = valid_directions(svd, directions), as_tasks(tasks)

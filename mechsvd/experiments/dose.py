@@ -38,6 +38,10 @@ class DoseResponse(Result):
         random_effects: of random directions with changes of equal energy; direction i has its own.
         noise_floor: the largest over the texts; see `measure`.
         seed: of the random directions.
+
+    Example:
+        >>> response.summary().columns.tolist()[:4]
+        ['direction', 'singular_value', 'slope', 'r_squared']
     """
 
     directions: Int[Tensor, " direction"]
@@ -158,6 +162,11 @@ def dose_response(
     Raises:
         TypeError, ValueError: as `measure`; directions out of range or repeated; gains that are
             not finite, or only 1.
+
+    Example:
+        >>> response = ms.dose_response(model, task, svd, [0, 1], gains=[0.0, 1.0, 2.0])
+        >>> response.effects.shape
+        torch.Size([1, 2, 3])
     """
     require_decomposition(svd)
     chosen, tasks = valid_directions(svd, directions), as_tasks(tasks)

@@ -49,6 +49,10 @@ def order_by_elimination(
 
     Raises:
         TypeError, ValueError: as `rank_directions`; or a share outside 0 to below 1.
+
+    Example:
+        >>> ms.order_by_elimination(model, tasks[0], svd, share=0.5).shape
+        torch.Size([128])
     """
     require_decomposition(svd)
     if not is_number(share, 0) or share >= 1:

@@ -57,6 +57,10 @@ class FoldReport(Result):
         files: names of the files of the checkpoint.
         sha256: of each.
         source: the unedited model and the texts.
+
+    Example:
+        >>> report.to_pandas().columns.tolist()[:3]
+        ['task', 'difference', 'saved_difference']
     """
 
     sites: tuple[Site, ...]
@@ -139,6 +143,11 @@ def fold(
 
     Reference: Arditi et al., Refusal in language models is mediated by a single direction, 2024,
         arXiv:2406.11717 (appendix E: weight orthogonalisation).
+
+    Example:
+        >>> report = ms.fold(model, ms.keep(mine), "edited-model", task)
+        >>> bool(report.saved_difference < 1e-2)
+        True
     """
     require_model(model)
     target = _free_folder(out)

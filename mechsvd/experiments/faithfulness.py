@@ -44,6 +44,10 @@ def areas(sweeps: RankSweep | RankSweeps) -> Any:
 
     Reference: Mueller et al., MIB: a mechanistic interpretability benchmark, 2025,
         arXiv:2504.13151.
+
+    Example:
+        >>> ms.areas(sweep).columns.tolist()
+        ['task', 'cpr', 'cmd', 'cpr_log', 'cmd_log']
     """
     import pandas as pd
 
@@ -82,6 +86,10 @@ class Faithfulness(Result):
         single, joint: what the removed directions cost one at a time, summed, and all together.
         stress: with random gains from 0 to 1 on the removed directions.
         seed: of the random gains.
+
+    Example:
+        >>> faithfulness.divergences.shape
+        torch.Size([1])
     """
 
     kept: Int[Tensor, " direction"]
@@ -174,6 +182,11 @@ def measure_faithfulness(
 
     Raises:
         ValueError: directions out of range or repeated, or none or all of them.
+
+    Example:
+        >>> faithfulness = ms.measure_faithfulness(model, task, svd, range(64))
+        >>> faithfulness.to_pandas().columns.tolist()[:4]
+        ['task', 'effect', 'mean_abs_change', 'abs_mean_change']
     """
     require_decomposition(svd)
     require_baseline(baseline, svd.d_model, svd.source)

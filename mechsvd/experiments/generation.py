@@ -71,6 +71,10 @@ def generate(
 
     Raises:
         TypeError, ValueError: as `generate_tasks`.
+
+    Example:
+        >>> ms.generate(model, "I believe", edit=ms.keep(svd), max_new_tokens=3)
+        'I believe the secrets of'
     """
     if isinstance(prompt, list):
         with open_session(model, **{k: v for k, v in options.items() if k in RUN}):  # type: ignore[arg-type]
@@ -115,6 +119,11 @@ def generate_tasks(
         TypeError: a prompt that is not a string, or edits that are not edits.
         ValueError: a prompt that does not fit, no BOS to start from, a basis of another model, or
             a temperature below 0.
+
+    Example:
+        >>> written = ms.generate_tasks(model, "I believe", [None, ms.keep(mine)], max_new_tokens=3)
+        >>> [one.prompt_length for one in written]
+        [3, 3]
     """
     _require_options(max_new_tokens, temperature, seed)
     start = fit_context(model, _start(model, prompt, prepend_bos), max_new_tokens, truncate)

@@ -42,6 +42,10 @@ class Fit(Result):
         fitted: on which texts.
         basis, order: of the directions.
         d_model: dimension of the residual stream.
+
+    Example:
+        >>> held_out.fits[0].fitted, held_out.fits[0].basis
+        ('other texts', 'pooled')
     """
 
     fitted: str
@@ -86,6 +90,10 @@ class HeldOut(Result):
     Attributes:
         fits: one per way of fitting, basis and order; all of the same texts.
         fold: of each text; the directions of "other texts" come from the other folds.
+
+    Example:
+        >>> held_out.fit("own text", "pooled").lasting_ranks().shape
+        torch.Size([2])
     """
 
     fits: tuple[Fit, ...]
@@ -175,6 +183,11 @@ def fit_and_measure(
 
     Raises:
         ValueError: fewer than two texts or groups, more folds than groups, or an unknown order.
+
+    Example:
+        >>> held_out = ms.fit_and_measure(model, tasks[:2], folds=2, ranks=[0, 64, 128])
+        >>> held_out.summary().columns.tolist()[:4]
+        ['fitted', 'basis', 'order', 'mean']
     """
     require_same_positions(options)
     texts = as_tasks(tasks)

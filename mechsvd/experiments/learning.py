@@ -33,6 +33,10 @@ class LearnedSubspace(Result):
             texts. The first is that of the start.
         divergences: the same for each text with these bases, which are the best that were met.
         seed: of a random start.
+
+    Example:
+        >>> learned.rank, learned.to_pandas().columns.tolist()
+        (24, ['step', 'kl_divergence'])
     """
 
     bases: tuple[Subspace, ...]
@@ -117,6 +121,11 @@ def learn_subspace(
 
     Reference: Lezcano-Casado, Trivializations for gradient-based optimization on manifolds, 2019,
         arXiv:1909.09501.
+
+    Example:
+        >>> learned = ms.learn_subspace(model, task, 24, start=svd, steps=2)
+        >>> learned.subspace.rank, learned.losses.shape
+        (24, torch.Size([3]))
     """
     chosen = as_tasks(tasks)
     steps, seed = require_whole("steps", steps), require_whole("seed", seed)

@@ -118,6 +118,10 @@ class Literature(Result):
         difference: ours − null, text by text, with its 95 % interval: what the claim rests on.
         texts: how many independent texts, pairs or folds each interval is over.
         seed: of everything random.
+
+    Example:
+        >>> published.names, published.ours.shape
+        (('together',), torch.Size([1, 3]))
     """
 
     names: tuple[str, ...]
@@ -209,6 +213,11 @@ def compare_with_literature(
     Raises:
         KeyError: an unknown claim.
         ValueError: fewer than six texts, or no two that can be a pair.
+
+    Example:
+        >>> published = ms.compare_with_literature(model, tasks, "together")
+        >>> published.to_pandas().columns.tolist()[:4]
+        ['name', 'what', 'source', 'theirs']
     """
     require_same_positions(options)
     texts, seed = as_tasks(tasks), require_whole("seed", seed)

@@ -39,6 +39,10 @@ def random_tokens(model: Model, task: Task, seed: int = 0) -> Task:
 
     Raises:
         TypeError, ValueError: a task that does not fit the model, or no tokens to draw from.
+
+    Example:
+        >>> len(ms.random_tokens(model, task).tokens) == len(task.tokens)
+        True
     """
     require_fitting(model, task)
     allowed = _ordinary_tokens(model)
@@ -78,6 +82,11 @@ def reinitialised(model: Model, seed: int = 0) -> Model:
 
     Raises:
         ValueError: quantised weights, which have no normal distribution to draw from.
+
+    Example:
+        >>> redrawn = ms.reinitialised(model)
+        >>> ms.collect_writes(redrawn, task).source.weights == writes.source.weights
+        False
     """
     require_model(model)
     generator, modules = _generator(seed), torch.nn.Module.modules(cast(torch.nn.Module, model))
@@ -110,6 +119,11 @@ def another_text(svds: Sequence[Decomposition], i: int, seed: int = 0) -> Decomp
 
     Raises:
         TypeError, ValueError: no list of at least two decompositions, or no text `i`.
+
+    Example:
+        >>> svds = [ms.decompose(ms.collect_writes(model, one)) for one in tasks[:2]]
+        >>> ms.another_text(svds, 0) is svds[1]
+        True
     """
     if not isinstance(svds, Sequence):
         raise TypeError(
@@ -138,6 +152,10 @@ def covariance_matched(
 
     Raises:
         ValueError: `rank` is not from 0 to the rank of the writes.
+
+    Example:
+        >>> ms.covariance_matched(svd, 8, seed=1).rank
+        8
     """
     svd = _svd_of(writes_or_svd)
     return Subspace(_basis(_gaussian(svd, _rank_of(svd, rank), seed)), svd.source)
@@ -166,6 +184,10 @@ def equal_energy(
 
     Raises:
         ValueError: `rank` is not from 0 to the rank of the writes.
+
+    Example:
+        >>> ms.equal_energy(svd, 1).rank > 1
+        True
     """
     svd = _svd_of(writes_or_svd)
     squares = svd.singular_values.cpu().double().square()
@@ -214,8 +236,8 @@ def null(kind: str, *, like: Any, seed: int = 0) -> Any:
         TypeError: `like` does not have as many parts as the kind takes.
 
     Example:
-        >>> null("haar", like=Subspace(torch.eye(4)[:, :2]), seed=1).rank
-        2
+        >>> ms.null("haar", like=svd.subspace(8), seed=1).rank
+        8
     """
     chosen = require_null(kind, tuple(NULLS))
     draw, takes = NULLS[chosen]

@@ -42,6 +42,10 @@ class OptimalBaseline(Baseline):
         sample: directions with a fine line search.
         excess: what the chosen shift costs more than the best point of the search, at each.
         unit: of the costs.
+
+    Example:
+        >>> optimal.kind
+        'optimal constant of each direction'
     """
 
     steps: Float[Tensor, "site rank"] = torch.zeros(0, 0)
@@ -91,6 +95,11 @@ def optimal_baseline(
 
     Reference: Li and Janson, Optimal ablation for interpretability, 2024, arXiv:2409.09951. They
         train the constants.
+
+    Example:
+        >>> optimal = ms.optimal_baseline(model, task, svd, layers=[0])
+        >>> optimal.shifts.shape
+        torch.Size([128])
     """
     require_decomposition(svd)
     chosen = as_tasks(tasks)
@@ -139,6 +148,10 @@ class BaselineComparison(Result):
         names: of the baselines.
         effects: of removing each direction, in the mean over the texts, in `unit`.
         texts: number of texts.
+
+    Example:
+        >>> baselines.to_pandas().columns.tolist()
+        ['baseline', 'mean_effect', 'largest_effect', 'correlation with zero', 'correlation with mean']
     """
 
     names: tuple[str, ...]
@@ -209,6 +222,11 @@ def compare_baselines(
 
     Raises:
         TypeError, ValueError: as `rank_directions`.
+
+    Example:
+        >>> baselines = ms.compare_baselines(model, task, svd, {"zero": None, "mean": baseline})
+        >>> baselines.correlation.shape
+        torch.Size([2, 2])
     """
     require_decomposition(svd)
     chosen = as_tasks(tasks)

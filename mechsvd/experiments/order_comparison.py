@@ -28,6 +28,10 @@ class OrderComparison(Result):
         fold: of each text.
         steps: of the learned subspaces.
         seed: of all that is random.
+
+    Example:
+        >>> race.of("singular value").shape
+        torch.Size([1, 4])
     """
 
     orders: tuple[str, ...]

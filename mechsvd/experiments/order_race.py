@@ -71,6 +71,11 @@ def compare_orders(
     Raises:
         ValueError: fewer than two texts or groups, more folds than groups, ranks out of range, or
             an unknown order.
+
+    Example:
+        >>> race = ms.compare_orders(model, tasks[:4], [64], orders=["singular value"])
+        >>> race.summary().columns.tolist()[:5]
+        ['order', 'basis', 'fitted', 'rank', 'mean']
     """
     require_same_positions(options)
     texts, seed = as_tasks(tasks), require_whole("seed", seed)

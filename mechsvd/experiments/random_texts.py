@@ -52,6 +52,10 @@ class RandomTextComparison(Result):
         p_family: corrected for all questions.
         alpha: a difference is told from chance if `p_family` is at most this.
         seed: of the random tokens.
+
+    Example:
+        >>> compared.smallest_p, compared.to_pandas().columns.tolist()[:2]
+        (0.5, ['question', 'unit'])
     """
 
     questions: tuple[str, ...]
@@ -152,6 +156,11 @@ def compare_with_random_texts(
         ValueError: fewer than two texts, or `nats` or `alpha` out of range.
 
     References: Westfall and Young, Resampling-Based Multiple Testing (1993).
+
+    Example:
+        >>> compared = ms.compare_with_random_texts(model, tasks[:2])
+        >>> compared.questions[0], compared.effects.shape
+        ('lasting rank, own directions', torch.Size([2, 5]))
     """
     require_same_positions(options)
     texts = as_tasks(tasks)

@@ -58,6 +58,10 @@ class Ranking(Result):
         bases: with one basis per site or layer, the name of each; a direction is then removed at
             the sites of its basis only. Empty for a single basis.
         sizes: number of directions of each of these bases.
+
+    Example:
+        >>> ranking.effect.shape, ranking.noise_floor < 1e-3
+        (torch.Size([128]), True)
     """
 
     singular_values: Float[Tensor, " rank"]
@@ -183,7 +187,13 @@ class Ranking(Result):
 
 @result
 class Rankings(OverTexts):
-    """The rankings of several texts, of the same directions."""
+    """The rankings of several texts, of the same directions.
+
+    Example:
+        >>> rankings = ms.rank_directions(model, tasks[:2], svd)
+        >>> rankings.effect.shape, rankings.summary().columns.tolist()[2:5]
+        (torch.Size([2, 128]), ['mean', 'low', 'high'])
+    """
 
     parts: tuple[Ranking, ...]
 
@@ -292,6 +302,10 @@ def rank_directions(
 
     Raises:
         TypeError, KeyError, ValueError: as `measure`; or a decomposition without directions.
+
+    Example:
+        >>> ms.rank_directions(model, task, svd).to_pandas().columns.tolist()[:4]
+        ['direction', 'singular_value', 'log_prob', 'effect']
     """
     bases = require_directions(svd)
     require_baseline(baseline, bases[0].d_model, bases[0].source)
@@ -327,6 +341,10 @@ def order_by_singular_value(
     """Order directions by falling singular value, as in the decomposition.
 
     The directions of several bases are numbered one after the other.
+
+    Example:
+        >>> ms.order_by_singular_value(svd)[:3]
+        tensor([0, 1, 2])
     """
     values = torch.cat([one.singular_values for one in require_decompositions(svd)]).cpu()
     return values.argsort(descending=True, stable=True)
@@ -349,6 +367,11 @@ def order_by_effect(ranking: Ranking | Rankings, by: By = "effect") -> Int[Tenso
 
     Raises:
         ValueError: another name, or a ranking of an older version that lacks the divergence.
+
+    Example:
+        >>> order = ms.order_by_effect(ranking, by="kl_divergence")
+        >>> bool(order[0] == ranking.measurement.kl_divergence.argmax())
+        True
     """
     if isinstance(ranking, Rankings):
         return ranking.mean(by).argsort(descending=True, stable=True)
@@ -386,6 +409,10 @@ def order_by_compromise(
 
     Raises:
         ValueError: a weight outside 0 to 1, or a ranking of other directions.
+
+    Example:
+        >>> ms.order_by_compromise(svd, ranking, weight=0.5).shape
+        torch.Size([128])
     """
     require_kind(ranking, Ranking)
     if not 0 <= weight <= 1:
@@ -413,6 +440,11 @@ def order_by_compromise(
 def order_at_random(
     svd: Decomposition | Sequence[Decomposition], seed: int = 0
 ) -> Int[Tensor, " rank"]:
-    """A seeded random order, as a baseline for the others."""
+    """A seeded random order, as a baseline for the others.
+
+    Example:
+        >>> sorted(ms.order_at_random(svd, seed=1).tolist()) == list(range(128))
+        True
+    """
     count = sum(one.rank for one in require_decompositions(svd))
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

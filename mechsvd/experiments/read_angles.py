@@ -33,6 +33,10 @@ class ReadWriteAngles(Result):
         sites: the first axis.
         d_model: dimension of the residual stream.
         seed: of the gradients and the random subspaces.
+
+    Example:
+        >>> angles.to_pandas().columns.tolist()[2:4]
+        ['smallest_angle', 'random_smallest']
     """
 
     angles: Float[Tensor, "site rank"]
@@ -123,6 +127,11 @@ def read_write_angles(
 
     Raises:
         ValueError: a site with fewer than `rank` directions.
+
+    Example:
+        >>> angles = ms.read_write_angles(model, task, 4, draws=2, null_draws=9)
+        >>> angles.angles.shape
+        torch.Size([12, 4])
     """
     chosen = as_tasks(tasks)
     rank, null_draws = require_whole("rank", rank, 1), require_whole("null_draws", null_draws, 1)

@@ -43,6 +43,10 @@ class RidgeSweep(Result):
         directions_left: number of directions whose gain is above 0.1; None in a file of an older
             version. Few effective directions may be many with small gains.
         basis_source: the writes that the directions come from.
+
+    Example:
+        >>> ridge.effective_directions[0]
+        tensor(128., dtype=torch.float64)
     """
 
     alphas: Float[Tensor, " edit"]
@@ -88,7 +92,12 @@ class RidgeSweep(Result):
 
 @result
 class RidgeSweeps(OverTexts):
-    """The ridge sweeps of several texts over the same strengths."""
+    """The ridge sweeps of several texts over the same strengths.
+
+    Example:
+        >>> ms.sweep_ridge(model, tasks[:2], svd, [0.0, 10.0]).summary().shape
+        (2, 6)
+    """
 
     parts: tuple[RidgeSweep, ...]
 
@@ -148,6 +157,11 @@ def sweep_ridge(
     Raises:
         TypeError: strengths that are not numbers.
         ValueError: a strength below 0, NaN or inf, or no strengths.
+
+    Example:
+        >>> ridge = ms.sweep_ridge(model, task, svd, [0.0, 10.0])
+        >>> ridge.to_pandas().columns.tolist()[:3]
+        ['alpha', 'effective_directions', 'directions_left']
     """
     require_decomposition(svd)
     strengths = (

@@ -54,6 +54,10 @@ class CriticalRank(Result):
             the noise floor.
         criterion: the threshold's name.
         unit: of the margins; nats by default.
+
+    Example:
+        >>> found.rank, found.lasting_rank, found.is_certain
+        (48, 48, False)
     """
 
     sweep: RankSweep
@@ -180,7 +184,12 @@ class CriticalRank(Result):
 
 @result
 class CriticalRanks(OverTexts):
-    """The critical ranks of several texts."""
+    """The critical ranks of several texts.
+
+    Example:
+        >>> ms.critical_rank(model, tasks[:2], svd).summary()["which"].tolist()
+        ['critical', 'lasting']
+    """
 
     parts: tuple[CriticalRank, ...]
 
@@ -269,6 +278,11 @@ def critical_rank(
     Raises:
         TypeError, ValueError: as `sweep_rank`; two thresholds; a threshold that the clean model
             does not reach.
+
+    Example:
+        >>> found = ms.critical_rank(model, task, svd, criterion=ms.kl_at_most(0.05))
+        >>> found.rank, found.subspace(svd).rank
+        (48, 48)
     """
     require_model(model)
     bases = require_decompositions(svd)
@@ -336,6 +350,10 @@ def critical_rank_of(
 
     Raises:
         ValueError: two thresholds; a threshold that the clean model itself does not reach.
+
+    Example:
+        >>> ms.critical_rank_of(sweep, criterion=ms.kl_at_most(0.05)).rank
+        48
     """
     require_kind(sweep, RankSweep)
     measured = sweep.measurement
@@ -383,6 +401,10 @@ def ranks_without_each_token(
 
     Raises:
         ValueError: a single scored token, or another metric than those that a measurement carries.
+
+    Example:
+        >>> ms.ranks_without_each_token(sweep).columns.tolist()
+        ['token', 'critical', 'lasting']
     """
     import pandas as pd
 

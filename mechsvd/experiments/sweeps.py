@@ -38,6 +38,10 @@ class RankSweep(Result):
         measurement: one row per rank, and the clean run.
         basis_source: the writes that the directions come from.
         sizes: number of directions of each basis; empty for a single one.
+
+    Example:
+        >>> sweep.full_rank, len(sweep.ranks)
+        (128, 129)
     """
 
     ranks: Int[Tensor, " edit"]
@@ -101,7 +105,12 @@ class RankSweep(Result):
 
 @result
 class RankSweeps(OverTexts):
-    """The sweeps of several texts."""
+    """The sweeps of several texts.
+
+    Example:
+        >>> ms.sweep_rank(model, tasks[:2], svd, ranks=[0, 64, 128]).summary().columns.tolist()
+        ['rank', 'mean', 'low', 'high', 'n']
+    """
 
     parts: tuple[RankSweep, ...]
 
@@ -172,6 +181,11 @@ def sweep_rank(
         KeyError: a site without a basis or a baseline.
         ValueError: a rank below 0 or above the number of directions, or an order that is not a
             permutation.
+
+    Example:
+        >>> few = ms.sweep_rank(model, task, svd, ranks=[0, 64, 128])
+        >>> few.to_pandas().columns.tolist()[:4]
+        ['rank', 'log_prob', 'probability', 'surprise']
     """
     bases = require_directions(svd)
     sizes = tuple(one.rank for one in bases)

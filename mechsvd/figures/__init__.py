@@ -1,6 +1,10 @@
 """Plotly figures of results, one function per figure.
 
 No function shows a figure, sets global state or runs a model.
+
+Example:
+    >>> ms.figures.data(ms.figures.surprise(sweep)).columns.tolist()
+    ['trace', 'x', 'y']
 """
 
 from mechsvd.figures.attribution import (

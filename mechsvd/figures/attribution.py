@@ -27,6 +27,10 @@ def hessian_spectrum(attribution: Attribution, order: Order = "eigenvalue") -> g
 
     Args:
         order: see `Attribution.order`.
+
+    Example:
+        >>> ms.figures.hessian_spectrum(attribution).layout.yaxis.title.text
+        'eigenvalue (of the probability)'
     """
     require_kind(attribution, Attribution)
     rows = attribution.order(order)
@@ -65,6 +69,10 @@ def estimate_errors(attribution: Attribution) -> go.Figure:
 
     Scores within the noise floor are left out. The dashed line is at 10 %.
     The larger the step, the less an estimate at w says about it.
+
+    Example:
+        >>> ms.figures.estimate_errors(attribution).layout.yaxis.title.text
+        'relative error of the estimate'
     """
     require_kind(attribution, Attribution)
     loud = ~attribution.is_noise
@@ -106,6 +114,10 @@ def accumulated_scores(bases: Mapping[str, Attribution], order: Order = "measure
 
     Raises:
         ValueError: there are no attributions, or they are of different functions or models.
+
+    Example:
+        >>> len(ms.figures.accumulated_scores({"largest eigenvalues": attribution}).data)
+        1
     """
     figure = empty_figure(
         "How fast the scores accumulate",
@@ -136,6 +148,10 @@ def accumulated_shares(bases: Mapping[str, Attribution], order: Order = "project
 
     Raises:
         ValueError: there are no attributions, or they are of different functions or models.
+
+    Example:
+        >>> len(ms.figures.accumulated_shares({"largest eigenvalues": attribution}).data)
+        1
     """
     figure = empty_figure(
         "How much of w the directions hold",

@@ -18,6 +18,10 @@ def contrast_map(contrast: Contrast, method: str = "special") -> go.Figure:
 
     Raises:
         ValueError: another method.
+
+    Example:
+        >>> ms.figures.contrast_map(special).data[0].z.shape
+        (2, 2)
     """
     require_kind(contrast, Contrast)
     costs = contrast.matrix(method)

@@ -13,6 +13,10 @@ def estimated_effects(estimate: RankingEstimate) -> go.Figure:
 
     The random sample is blue, what was run besides is orange. Directions that were not run lie on
     the line, hollow. The title has the rank correlation in the sample, with its interval.
+
+    Example:
+        >>> ms.figures.estimated_effects(estimate).layout.xaxis.title.text
+        'estimate on the log-probability (nats)'
     """
     require_kind(estimate, RankingEstimate)
     row = estimate.agreement(1).iloc[0]

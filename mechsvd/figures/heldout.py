@@ -20,6 +20,10 @@ def held_out(found: HeldOut, order: str = "singular value") -> go.Figure:
     """KL divergence against the number of kept directions, by what the directions are fitted on.
 
     Lines are means over the texts, bands 95 % intervals of the means. Bases per site are dashed.
+
+    Example:
+        >>> ms.figures.held_out(held_out).layout.xaxis.title.text
+        'kept directions'
     """
     require_kind(found, HeldOut)
     figure = empty_figure(

@@ -36,6 +36,10 @@ def interactions(found: Interactions, of: Amount = "interaction", task: int = 0)
 
     Raises:
         ValueError: `of` is none of these, or there is no such text.
+
+    Example:
+        >>> ms.figures.interactions(pairs).layout.yaxis.title.text
+        'share of the pairs with at most this'
     """
     require_kind(found, Interactions)
     _require_text(task, found.values)
@@ -77,6 +81,10 @@ def curvature_ridge(found: CurvatureRidge, task: int = 0) -> go.Figure:
 
     Raises:
         ValueError: there is no such text.
+
+    Example:
+        >>> ms.figures.curvature_ridge(shrunk).layout.yaxis.title.text
+        'probability without the rest'
     """
     require_kind(found, CurvatureRidge)
     _require_text(task, found.values)

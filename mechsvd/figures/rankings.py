@@ -35,6 +35,10 @@ def direction_effects(ranking: Ranking, by: str = "effect") -> go.Figure:
         by: "effect" draws the size of the signed effect: gains in another colour, effects within
             the noise floor grey, and a line at the floor. "kl_divergence" and "absolute_change" do
             not cancel over tokens.
+
+    Example:
+        >>> ms.figures.direction_effects(ranking, by="kl_divergence").layout.xaxis.title.text
+        'singular value (residual-stream units)'
     """
     require_kind(ranking, Ranking)
     signed, unit = by == "effect", ranking.measurement.unit
@@ -85,6 +89,10 @@ def dose_response(response: DoseResponse) -> go.Figure:
     """Effect against the gain of each direction, in the mean over the texts.
 
     Random directions with changes of equal energy are dotted.
+
+    Example:
+        >>> ms.figures.dose_response(response).layout.xaxis.title.text
+        'gain of the direction'
     """
     require_kind(response, DoseResponse)
     metric = label(response.metric).replace("log_prob", "log-probability")
@@ -110,7 +118,12 @@ def dose_response(response: DoseResponse) -> go.Figure:
 
 
 def baseline_correlations(comparison: BaselineComparison) -> go.Figure:
-    """Spearman's correlation between the rankings of directions under several baselines."""
+    """Spearman's correlation between the rankings of directions under several baselines.
+
+    Example:
+        >>> ms.figures.baseline_correlations(baselines).data[0].z.shape
+        (2, 2)
+    """
     require_kind(comparison, BaselineComparison)
     names = [label(name) for name in comparison.names]
     hover = "%{y} and %{x}<br>%{z:.3f}<extra></extra>"

@@ -26,6 +26,10 @@ def singular_values(
 
     Args:
         svd: one, or several by name.
+
+    Example:
+        >>> ms.figures.singular_values(svd, log=True).layout.yaxis.type
+        'log'
     """
     svds = by_name(svd, Decomposition, "σ")
     figure = empty_figure(
@@ -45,6 +49,10 @@ def cumulative_singular_values(svd: Decomposition | Mapping[str, Decomposition])
 
     Args:
         svd: one, or several by name.
+
+    Example:
+        >>> ms.figures.cumulative_singular_values(svd).layout.xaxis.type
+        'log'
     """
     svds = by_name(svd, Decomposition, "Σσ")
     figure = empty_figure(
@@ -66,6 +74,10 @@ def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
     """Singular values of every layer's writes, on a logarithmic axis.
 
     Early layers are dark, late layers are bright.
+
+    Example:
+        >>> len(ms.figures.layer_spectra(ms.decompose(writes, per="layer")).data)
+        6
     """
     figure = empty_figure(
         "Singular values, layer by layer", "direction", f"singular value ({UNITS})", log_y=True
@@ -79,7 +91,12 @@ def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
 
 
 def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Figure:
-    """Share of each site and token in a direction: the squared left singular vector."""
+    """Share of each site and token in a direction: the squared left singular vector.
+
+    Example:
+        >>> ms.figures.writer_map(svd, writes, direction=0).data[0].z.shape
+        (12, 21)
+    """
     require_kind(svd, Decomposition)
     if svd.is_streamed:
         raise ValueError(

@@ -179,6 +179,10 @@ def data(figure: go.Figure) -> Any:
 
     Returns:
         One row per point: trace (its name), x, y, and z for heat maps.
+
+    Example:
+        >>> ms.figures.data(ms.figures.singular_values(svd)).shape
+        (128, 3)
     """
     import pandas as pd
 
@@ -226,6 +230,10 @@ def save_image(
 
     Raises:
         RuntimeError: one of them is missing. The message says how to install it.
+
+    Example:
+        >>> figure = ms.figures.surprise(sweep)
+        >>> ms.figures.save_image(figure, "surprise.png")  # doctest: +SKIP
     """
     try:
         figure.write_image(Path(path).expanduser(), width=width, height=height, scale=scale)

@@ -19,6 +19,10 @@ def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figu
 
     Raises:
         ValueError: the numbers of names and subspaces differ.
+
+    Example:
+        >>> ms.figures.overlap_map(overlaps).data[0].z.shape
+        (2, 2)
     """
     require_kind(overlap, Overlap)
     ranks = [round(rank) for rank in overlap.values.diagonal().tolist()]
@@ -57,6 +61,10 @@ def pooled_spectrum(pool: Pool) -> go.Figure:
     """Singular values of the concatenated bases, with the band of random subspaces.
 
     95 % of random spectra lie in the band as a whole.
+
+    Example:
+        >>> ms.figures.pooled_spectrum(ms.pool([svd.subspace(8), mine])).layout.yaxis.title.text
+        'singular value'
     """
     require_kind(pool, Pool)
     figure = empty_figure(
@@ -102,6 +110,10 @@ def overlap_anchors(anchors: OverlapAnchors) -> go.Figure:
 
     0 is the mean of random subspaces, and 1 is the same subspace. What is computed and not measured
     is grey: dotted for random subspaces, dashed for what is forced.
+
+    Example:
+        >>> ms.figures.overlap_anchors(anchors).layout.xaxis.title.text
+        'rank k'
     """
     require_kind(anchors, OverlapAnchors)
     figure = empty_figure(

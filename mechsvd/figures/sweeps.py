@@ -47,6 +47,10 @@ def probability(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
 
     Raises:
         TypeError, ValueError: no sweep.
+
+    Example:
+        >>> ms.figures.probability(sweep).layout.yaxis.title.text
+        'probability of the continuation'
     """
     figure = empty_figure(
         "Generation probability", "kept directions", "probability of the continuation"
@@ -62,6 +66,10 @@ def surprise(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
 
     Raises:
         TypeError, ValueError: no sweep.
+
+    Example:
+        >>> ms.figures.surprise({"this text": sweep}).layout.yaxis.title.text
+        '−log-probability of the continuation (nats)'
     """
     figure = empty_figure(
         "Surprise", "kept directions", "−log-probability of the continuation (nats)", log_y=True
@@ -97,6 +105,10 @@ def deltas(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
 
     Args:
         sweep: see `probability`; of several sweeps, attempted writes are dotted.
+
+    Example:
+        >>> [line.name for line in ms.figures.deltas(sweep).data]
+        ['orig_delta', 'kept_delta']
     """
     sweeps = by_name(sweep, RankSweep, "")
     figure = empty_figure(
@@ -126,7 +138,12 @@ def deltas(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
 
 
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
-    """Sizes of every site's writes by number of kept directions, relative to the clean run."""
+    """Sizes of every site's writes by number of kept directions, relative to the clean run.
+
+    Example:
+        >>> ms.figures.delta_map(sweep, kept=True).data[0].z.shape
+        (12, 129)
+    """
     require_kind(sweep, RankSweep)
     measured, clean = sweep.measurement, sweep.measurement.clean_run
     edited = measured.kept_deltas if kept else measured.orig_deltas
@@ -152,6 +169,10 @@ def metric(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
 
     Raises:
         TypeError, ValueError: no sweep, or sweeps of different metrics.
+
+    Example:
+        >>> ms.figures.metric(sweep).layout.yaxis.title.text
+        'log_prob (nats)'
     """
     sweeps = [*by_name(sweep, RankSweep, "clipped").values()]
     if len(metrics := {one.measurement.metric for one in sweeps}) > 1:
@@ -179,6 +200,10 @@ def race_of_orders(
 
     Raises:
         ValueError: there are no sweeps, they are of different models, or `by` is not known.
+
+    Example:
+        >>> [line.name for line in ms.figures.race_of_orders({"singular value": sweep}).data]
+        ['singular value']
     """
     if isinstance(sweeps, OrderComparison):
         return orders_on_texts(sweeps)
@@ -214,6 +239,10 @@ def margins(critical_rank: CriticalRank) -> go.Figure:
     """Margin of each tried rank above or below the threshold, near the crossings.
 
     A vertical line marks the critical rank; its label also gives the lasting one.
+
+    Example:
+        >>> ms.figures.margins(ms.critical_rank_of(sweep)).layout.yaxis.title.text
+        'above the threshold (nats)'
     """
     require_kind(critical_rank, CriticalRank)
     figure = empty_figure(
@@ -254,6 +283,10 @@ def clip_and_ridge(clip: RankSweep, ridge: RidgeSweep) -> go.Figure:
 
     Raises:
         ValueError: the sweeps are of different models or texts.
+
+    Example:
+        >>> [line.name for line in ms.figures.clip_and_ridge(sweep, ridge).data]
+        ['clipped', 'ridge']
     """
     require_kind(clip, RankSweep)
     require_kind(ridge, RidgeSweep)

@@ -35,6 +35,11 @@ class Overlap(Result):
     Attributes:
         values: the overlaps; on the diagonal, the ranks.
         expected, deviation: mean and standard deviation for random subspaces of the same ranks.
+
+    Example:
+        >>> overlaps = ms.overlap([svd.subspace(8), ms.random_subspace(128, 8)])
+        >>> float(overlaps.expected[0, 1]), overlaps.chance_corrected.shape
+        (0.5, torch.Size([2, 2]))
     """
 
     values: Float[Tensor, "n n"]
@@ -132,9 +137,10 @@ def overlap(subspaces: Sequence[Subspace]) -> Overlap:
         ValueError: fewer than two subspaces, or different `d_model` or models.
 
     Example:
-        >>> e = torch.eye(4)
-        >>> float(overlap([Subspace(e[:, :2]), Subspace(e[:, 1:3])]).values[0, 1])
-        1.0
+        >>> axes = torch.eye(4)
+        >>> ms.overlap([ms.Subspace(axes[:, :2]), ms.Subspace(axes[:, 1:3])]).values
+        tensor([[2., 1.],
+                [1., 2.]], dtype=torch.float64)
     """
     d_model = _common_dimension(subspaces)
     bases = [subspace.basis.cpu().double() for subspace in subspaces]
@@ -159,6 +165,10 @@ def principal_angles(first: Subspace, second: Subspace) -> Float[Tensor, " small
 
     Reference: Björck and Golub, Numerical methods for computing angles between linear subspaces,
     Math. Comp. 27 (1973).
+
+    Example:
+        >>> bool(ms.principal_angles(svd.subspace(3), svd.subspace(8)).max() < 1e-3)
+        True
     """
     _common_dimension([first, second])
     a, b = sorted(
@@ -174,6 +184,10 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
 
     Raises:
         ValueError: the rank is below 0 or above `d_model`.
+
+    Example:
+        >>> ms.random_subspace(128, 8, seed=1).basis.dtype
+        torch.float64
     """
     if not is_whole(rank, 0, d_model):
         raise ValueError(f"`rank` is {rank}, but must be from 0 to `d_model` = {d_model}.")
@@ -197,6 +211,11 @@ class Pool(Result):
             places at once, so one value outside is a finding at the level of 5 %.
         draws: 0 in a file of an older version. Its band is the smallest and largest value of a
             few draws, and many random spectra leave it.
+
+    Example:
+        >>> both = ms.pool([svd.subspace(2), svd.subspace(2)])  # each direction twice: √2
+        >>> both.singular_values[:2].round(decimals=4)
+        tensor([1.4142, 1.4142], dtype=torch.float64)
     """
 
     singular_values: Float[Tensor, " rank"]
@@ -272,6 +291,10 @@ def pool(subspaces: Sequence[Subspace], *, draws: int | None = None, seed: int =
 
     Raises:
         ValueError: fewer than two subspaces, different `d_model` or models, or too few draws.
+
+    Example:
+        >>> ms.pool([svd.subspace(8), ms.random_subspace(128, 8)]).singular_values.shape
+        torch.Size([16])
     """
     d_model = _common_dimension(subspaces)
     ranks = [subspace.rank for subspace in subspaces]

@@ -37,6 +37,12 @@ class Decomposition(Result):
         site_shares: of streamed writes: the share of each site in writing each direction, which
             is the sum of its squared left singular vectors. They sum to 1 over the sites.
         n_positions: of streamed writes: how many positions there were.
+
+    Example:
+        >>> svd.directions.shape, svd.subspace(8).rank
+        (torch.Size([128, 128]), 8)
+        >>> svd.to_pandas().columns.tolist()
+        ['direction', 'singular_value', 'cumulative_share']
     """
 
     singular_values: Float[Tensor, " rank"]
@@ -242,7 +248,9 @@ def decompose(
             where layers must be known.
 
     Example:
-        >>> decompose(torch.diag(torch.tensor([3.0, 2.0]))[None]).singular_values
+        >>> ms.decompose(writes).rank, len(ms.decompose(writes, per="site"))
+        (128, 12)
+        >>> ms.decompose(torch.diag(torch.tensor([3.0, 2.0]))[None]).singular_values
         tensor([3., 2.])
     """
     values: Any = writes if isinstance(writes, Tensor) else getattr(writes, "values", None)

@@ -15,13 +15,14 @@ from mechsvd.results import Provenance, Result, require_kind, require_same_model
 class Subspace(Result):
     """A subspace of the residual stream, with an orthonormal basis as columns.
 
-    Example:
-        >>> Subspace(torch.eye(3)[:, :2]).rank
-        2
-
     Raises:
         ValueError: the columns are not orthonormal, not finite, or more than `d_model`. `span`
             builds a good basis.
+
+    Example:
+        >>> line = ms.Subspace(torch.eye(3)[:, :1])
+        >>> line.rank, line.complement().rank
+        (1, 2)
     """
 
     basis: Float[Tensor, "d_model rank"]
@@ -84,16 +85,16 @@ def span(
         rows: the vectors are rows "n d_model", as in the decoder of a dictionary or in `W_out`. A
             square matrix does not show which they are.
 
-    Example:
-        >>> span(torch.tensor([[3.0, 0.0, 0.0]]), rows=True).basis.flatten().abs().tolist()
-        [1.0, 0.0, 0.0]
-
     Returns:
         A subspace in the dtype of the vectors (at least float32). Its `.rank` is their numerical
         rank: left singular vectors above `max(d_model, n) · eps · σ₁`.
 
     Raises:
         ValueError: the vectors are not a finite matrix, or are all zero.
+
+    Example:
+        >>> ms.span(torch.tensor([[3.0, 0.0, 0.0]]), rows=True).basis.flatten().abs().tolist()
+        [1.0, 0.0, 0.0]
     """
     require_matrix(vectors)
     vectors = vectors.T if rows else vectors
@@ -121,9 +122,8 @@ def union(subspaces: Sequence[Subspace]) -> Subspace:
         ValueError: none, or of other dimensions or models.
 
     Example:
-        >>> a, b = Subspace(torch.eye(3)[:, :2]), Subspace(torch.eye(3)[:, 1:])
-        >>> union([a, b]).rank
-        3
+        >>> ms.union([svd.subspace(3), ms.Subspace(torch.eye(128)[:, :2])]).rank
+        5
     """
     if not isinstance(subspaces, Sequence) or not subspaces:
         raise TypeError("`subspaces` must be a list of at least one Subspace.")

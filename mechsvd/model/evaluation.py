@@ -21,6 +21,7 @@ _LIBRARIES = (
     "transformer_lens.model_bridge.",
     "transformer_lens.hook_points",
     "transformers.",
+    "sae_lens.",
     "accelerate.",
     "torch.",
 )

@@ -48,6 +48,10 @@ def load_model(
             the code is not trusted.
         OSError: the hub model is unknown, gated or out of reach.
         ImportError: TransformerLens is missing, or its version is not supported.
+
+    Example:
+        >>> ms.load_model().cfg.n_layers
+        6
     """
     if hasattr(model, "run_with_hooks"):
         if options or device is not None or dtype is not None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from mechsvd.checks import is_whole, warn
 from mechsvd.model.evaluation import evaluation, without_hook_points
 from mechsvd.model.sites import COMPONENTS, Model, Site, Where, find_sites
 
-# what a short run saw at hook points: [batch, pos, …], in the order in which they fired
-_SEEN: "WeakKeyDictionary[Any, dict[str, tuple[int, ...]]]" = WeakKeyDictionary()
+# what a short run saw at hook points: the point and [batch, pos, …], in the order of firing
+_SEEN: "WeakKeyDictionary[Any, dict[str, tuple[Any, tuple[int, ...]]]]" = WeakKeyDictionary()
 
 
 def sites_of(model: Model, where: Where) -> tuple[Site, ...]:
@@ -52,9 +52,9 @@ def sites_of(model: Model, where: Where) -> tuple[Site, ...]:
 
 def width_of(model: Model, sites: Sequence[Site]) -> int:
     """The length of the vectors at some sites: `d_model` for writes."""
-    if sites and sites[0].hook_name in _SEEN.get(model, {}) and not sites[0].is_write:
-        return _SEEN[model][sites[0].hook_name][-1]
-    return int(model.cfg.d_model)
+    seen = _seen(model) if sites and not sites[0].is_write else {}
+    shape = seen.get(sites[0].hook_name) if seen else None
+    return shape[-1] if shape else int(model.cfg.d_model)
 
 
 def warn_norm_inputs(model: Model, sites: Sequence[Site]) -> None:
@@ -96,9 +96,19 @@ def _matching(model: Model, at: str | Sequence[str], layers: Any) -> list[str]:
     return list(names.values())
 
 
+def _seen(model: Model) -> dict[str, tuple[int, ...]]:
+    """The known shapes at hook points that the model still has: SAELens replaces some."""
+    points = model.hook_dict
+    return {
+        name: shape
+        for name, (point, shape) in _SEEN.get(model, {}).items()
+        if name in points and points[name] is point()
+    }
+
+
 def _shapes(model: Model, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The shapes at hook points, from a short run; a point's first axes are batch and position."""
-    seen = _SEEN.setdefault(model, {})
+    seen = _seen(model)
     if not set(names) <= seen.keys():
         found: dict[str, list[tuple[int, ...]]] = {}
         counts = {getattr(model.cfg, name, None) for name in ("n_heads", "n_key_value_heads")}
@@ -119,7 +129,9 @@ def _shapes(model: Model, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
             model.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits")
         for name in names:
             _require_vectors(name, found.get(name, []), length)
-        _SEEN[model] = seen = {name: shapes[0] for name, shapes in found.items()}
+        seen = {name: shapes[0] for name, shapes in found.items()}
+        points = model.hook_dict
+        _SEEN[model] = {name: (ref(points[name]), shape) for name, shape in seen.items()}
     return seen
 
 

@@ -4,7 +4,7 @@ A few tokens are enough.
 """
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,15 @@ from mechsvd.fields import require_between
 from mechsvd.model.beginnings import read_beginning
 from mechsvd.model.evaluation import evaluation, torch_hooks, without_hook_points
 from mechsvd.model.runs import run_model
-from mechsvd.model.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
+from mechsvd.model.sites import (
+    COMPONENTS,
+    Model,
+    Site,
+    dictionaries,
+    find_sites,
+    require_model,
+    stream_names,
+)
 from mechsvd.results import Result, result
 
 _CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
@@ -48,6 +56,10 @@ class SelfCheck(Result):
         beginning_error: the same error for rows that go on from the keys and values of the first
             half of their text; see `Beginning`. If it is larger than `fused_tolerance`, rows
             run whole.
+
+    Example:
+        >>> check.to_pandas().columns.tolist()
+        ['layer', 'block_error']
     """
 
     block_error: Float[Tensor, " layer"]
@@ -137,7 +149,8 @@ class SelfCheck(Result):
 def self_check(model: Model) -> SelfCheck:
     """Measure on six tokens whether the model's hooks are its writes.
 
-    The answer is kept per model, dtype, processing mode and torch hooks. In a clean run,
+    The answer is kept per model, dtype, processing mode, torch hooks and spliced
+    dictionaries. In a clean run,
     `resid_pre + writes == resid_post` must hold in every block, and every hook must fire once. In a
     run with all writes zeroed, the stream must stay constant and the output must change. Short runs
     test what the engine does for speed: it unembeds only some positions, splits the rows of a batch
@@ -149,12 +162,18 @@ def self_check(model: Model) -> SelfCheck:
     Raises:
         KeyError: the model lacks the hooks of the residual stream.
         RuntimeError: a hook does not fire exactly once.
+
+    Example:
+        >>> check = ms.self_check(model)
+        >>> check.failure is None, float(check.block_error.max()) < check.tolerance
+        (True, True)
     """
     require_model(model)
     state = (
         next(model.parameters()).dtype,
         getattr(model, "compatibility_mode", False),
         *torch_hooks(model),
+        *map(ref, dictionaries(model).values()),
     )
     checks = _CHECKED.setdefault(model, {})
     if state not in checks:
@@ -175,7 +194,7 @@ def require_sound(
     """
     outcome = self_check(model)
     if outcome.failure and check:
-        hooks = torch_hooks(model)
+        hooks = [*torch_hooks(model), *dictionaries(model)]
         cause = f", perhaps because of what is on it at {', '.join(hooks)}" if hooks else ""
         raise ValueError(
             f"mechsvd cannot use this model: {outcome.failure}{cause}. Results would be wrong "

@@ -15,6 +15,7 @@ from mechsvd.model.positions import Positions
 from mechsvd.results import result
 
 COMPONENTS = ("attn", "mlp")
+_SPLICED = ".hook_sae_output"  # SAELens's name for the output of a dictionary
 Hook = tuple[str, Callable[..., Tensor | None]]
 
 
@@ -50,6 +51,11 @@ class Site:
         layer: None outside of the blocks.
         component: "attn" or "mlp"; elsewhere, the hook's name within its block.
         head: None where there are no heads, as for writes.
+
+    Example:
+        >>> site = ms.find_sites(model)[1]
+        >>> site.hook_name, str(site), site.is_write
+        ('blocks.0.hook_mlp_out', '0 mlp', True)
     """
 
     layer: int | None
@@ -124,6 +130,10 @@ def find_sites(
     Raises:
         KeyError: a layer or component is unknown, or a layer lacks a hook.
         ValueError: no sites are left.
+
+    Example:
+        >>> [site.name for site in ms.find_sites(model, layers=[0])]
+        ['blocks.0.hook_attn_out', 'blocks.0.hook_mlp_out']
     """
     require_model(model)
     if missing not in ("error", "skip"):
@@ -134,7 +144,7 @@ def find_sites(
     attention_only = getattr(model.cfg, "attn_only", False)
     for layer in chosen_layers:
         for component in chosen_components:
-            name = f"blocks.{layer}.hook_{component}_out"
+            name = passed_on(model, f"blocks.{layer}.hook_{component}_out")
             if name in hook_names and not (attention_only and component == "mlp"):
                 sites.append(Site(layer, component, name))
             elif missing == "error":
@@ -198,9 +208,26 @@ def find_weights(model: Any, patterns: str | Sequence[str]) -> dict[str, tuple[l
 def stream_names(model: Model) -> list[tuple[str, str]]:
     """The hook names of the residual stream before and after each block."""
     return [
-        (f"blocks.{i}.hook_resid_pre", f"blocks.{i}.hook_resid_post")
+        (
+            passed_on(model, f"blocks.{i}.hook_resid_pre"),
+            passed_on(model, f"blocks.{i}.hook_resid_post"),
+        )
         for i in range(model.cfg.n_layers)
     ]
+
+
+def passed_on(model: Model, name: str) -> str:
+    """The hook point of a value as it goes on in the model.
+
+    SAELens replaces a hook point by a dictionary, whose own hook points are named after it: what
+    goes on is then the dictionary's output.
+    """
+    return f"{name}{_SPLICED}" if f"{name}{_SPLICED}" in model.hook_dict else name
+
+
+def dictionaries(model: Model) -> dict[str, Any]:
+    """The outputs of the dictionaries that SAELens has spliced in, by name."""
+    return {name: p for name, p in model.hook_dict.items() if name.endswith(_SPLICED)}
 
 
 def before_unembedding(model: Model) -> str:

@@ -32,6 +32,12 @@ SHORTFORM_PROMPTS: dict[str, str] = {
         "peppermint => menthe poivrée\nplush giraffe => girafe peluche\ncheese =>"
     ),
 }
+"""The shortform's four prompts, by name.
+
+Example:
+    >>> list(ms.SHORTFORM_PROMPTS)
+    ['meaning', 'relativity', 'launch', 'translation']
+"""
 
 APART = "targets apart from the tokens"  # a note for the provenance
 
@@ -51,14 +57,15 @@ class Task(Result):
             targets are predicted at the last positions, so
             `prompt_length = len(tokens) - len(targets) + 1`. None if the tokens hold them.
 
-    Example:
-        >>> sum_of = Task(torch.tensor([3, 4, 113]), prompt_length=3, targets=torch.tensor([7]))
-        >>> sum_of.continuation.tolist(), sum_of.scored
-        ([7], slice(2, 3, None))
-
     Raises:
         TypeError: the tokens are not whole numbers.
         ValueError: wrong number of axes, no prompt, or nothing to score.
+
+    Example:
+        >>> ms.Task.from_text(model, "I believe", " in life").tokens.tolist()
+        [0, 42, 498, 386, 767]
+        >>> ms.Task(tokens=torch.tensor([0, 33, 117, 5]), prompt_length=3).continuation
+        tensor([5])
     """
 
     tokens: Int[Tensor, " pos"]

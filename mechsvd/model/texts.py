@@ -61,6 +61,10 @@ def tasks_from(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError, TypeError: a bad text, named by its number and line; or no texts.
+
+    Example:
+        >>> [len(one.tokens) for one in ms.tasks_from(model, ["I believe", "We"], max_new_tokens=3)]
+        [6, 6]
     """
     require_model(model)
     if on_bad not in ("error", "skip"):
