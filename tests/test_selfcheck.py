@@ -48,6 +48,20 @@ def test_a_model_with_a_write_that_no_hook_sees_is_refused_with_block_and_error(
     assert "in block 1" in repr(self_check(model))
 
 
+def test_a_change_between_the_last_block_and_the_final_norm_is_refused_too(silent):
+    model = tiny("Llama")
+    model.original_model.model.layers[1].register_forward_hook(
+        lambda module, inputs, output: (
+            1.05 * output if isinstance(output, torch.Tensor) else (1.05 * output[0], *output[1:])
+        )
+    )
+    assert self_check(model).block_error.tolist() == pytest.approx([0, 0.025], abs=0.01)
+    with pytest.raises(
+        ValueError, match=r"block 1, .* perhaps because of what is on it at blocks.1"
+    ):
+        ms.collect_writes(model, tiny_task())
+
+
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.float64, 1e-5)]
 )

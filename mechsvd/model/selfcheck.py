@@ -14,7 +14,15 @@ from mechsvd.fields import require_between
 from mechsvd.model.beginnings import read_beginning
 from mechsvd.model.evaluation import evaluation, torch_hooks, without_hook_points
 from mechsvd.model.runs import run_model
-from mechsvd.model.sites import COMPONENTS, Model, Site, find_sites, require_model, stream_names
+from mechsvd.model.sites import (
+    COMPONENTS,
+    Model,
+    Site,
+    end_of_stream,
+    find_sites,
+    require_model,
+    stream_names,
+)
 from mechsvd.results import Result, result
 
 _CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
@@ -27,7 +35,8 @@ class SelfCheck(Result):
     Attributes:
         block_error: of resid_pre + writes = resid_post in each block, the largest over entries of
             |difference| ÷ sum of the sizes of the entry's terms. Rounding alone keeps it near the
-            precision of the dtype, even with huge entries nearby.
+            precision of the dtype, even with huge entries nearby. After the last block it is what
+            the final norm gets, where there is a hook point for it.
         stream_error: the same for resid_pre of the first block = resid_post of the last one, with
             all writes zeroed.
         unchecked: layers that lack a hook (`missing="skip"`), where the identity need not hold.
@@ -192,6 +201,7 @@ def require_sound(
 def _measure(model: Model) -> SelfCheck:
     tokens = probe_tokens(model)
     sites, names = find_sites(model, missing="skip"), stream_names(model)
+    names[-1] = (names[-1][0], end_of_stream(model))
     stored: dict[str, Tensor] = {}
 
     def store(name: str) -> Any:

@@ -203,6 +203,13 @@ def stream_names(model: Model) -> list[tuple[str, str]]:
     ]
 
 
+def end_of_stream(model: Model) -> str:
+    """The last hook point of the residual stream: of a bridge, where its final norm begins."""
+    return (
+        "ln_final.hook_in" if "ln_final.hook_in" in model.hook_dict else stream_names(model)[-1][1]
+    )
+
+
 def before_unembedding(model: Model) -> str:
     """The last hook point before the unembedding.
 

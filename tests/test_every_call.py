@@ -1,0 +1,122 @@
+"""What every call that runs a model does with a fault: refused at the door, or nothing is left behind."""
+
+import re
+import warnings
+from contextlib import contextmanager, nullcontext
+
+import pandas as pd
+import pytest
+import torch
+
+import mechsvd as ms
+from mechsvd.engine.checkpoint import describe, open_checkpoint
+from mechsvd.model.identity import fingerprint
+from tests.calls import CALLS, running, small
+from tests.conftest import tiny_task
+from tests.test_fields import SOURCE
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ONE_TEXT = {"donor_baseline", "generate", "generate_tasks", "sweep_adaptively"}
+ONLY_TOKENS = {"generate", "generate_tasks"}  # go on from them; need no task
+OF_A_RUN = {"refine_ranking"}  # takes the texts of its estimate, which was refused then
+NO_DIRECTIONS = {  # of the user's
+    "collect_writes", "stream_writes", "donor_baseline", "collect_reads", "read_write_angles",
+    "compare_orders", "fit_and_measure", "overlap_anchors", "compare_with_random_texts",
+    "compare_with_literature", "contrast", "contrast_sweep",
+}  # fmt: skip
+
+
+def test_the_table_has_every_call_that_runs_a_model():
+    assert set(CALLS) == running()
+
+
+def refusals(message, error, tasks=None, svd=None, but=(), **options):
+    """What the calls do instead of refusing in these words."""
+    model, texts, own = small()
+    wrong = {}
+    for name in sorted(set(CALLS) - set(but)):
+        try:
+            CALLS[name](model, texts if tasks is None else tasks, svd or own, **options)
+            wrong[name] = "no error"
+        except Exception as raised:
+            words = str(raised.args[0])
+            if not isinstance(raised, error) or not re.search(message, words):
+                wrong[name] = f"{type(raised).__name__}: {words[:200]}"
+    return wrong
+
+
+def test_an_empty_list_of_texts_is_refused():
+    assert not refusals(
+        "list is empty|no texts|needs? at least|at least two|takes two",
+        ValueError,
+        [],
+        but=ONE_TEXT,
+    )
+
+
+def test_a_text_longer_than_the_context_is_refused_with_both_lengths():
+    long = [tiny_task(65, seed=seed) for seed in range(4)]
+    words = "has 65 tokens, but the model's context holds 64; shorten it"
+    assert not refusals(words, ValueError, long, but={"stream_writes", *ONLY_TOKENS, *OF_A_RUN})
+
+
+def test_token_ids_that_the_model_does_not_have_are_refused():
+    foreign = [ms.Task(torch.tensor([0, 9, 300, seed]), 1) for seed in range(4)]
+    assert not refusals(
+        "Token ids run from 0 to 300, but the model has 0 to 255", ValueError, foreign, but=OF_A_RUN
+    )
+
+
+def test_a_layer_that_is_not_there_is_refused_with_those_that_are():
+    assert not refusals(r"No layers \[2\]: the model has layers 0–1", KeyError, layers=[2])
+
+
+def test_no_position_at_all_is_refused():
+    assert not refusals("positions", ValueError, positions=[], but={"fold"})
+
+
+def test_a_model_that_writes_where_no_hook_sees_it_is_refused_with_the_block():
+    layer = small()[0].original_model.model.layers[1]
+    handle = layer.register_forward_hook(
+        lambda m, args, out: 2 * out if isinstance(out, torch.Tensor) else (2 * out[0], *out[1:])
+    )
+    try:
+        assert not refusals(r"cannot use this model: .*block 1.*\d", ValueError)
+    finally:
+        handle.remove()
+
+
+def test_directions_of_another_model_are_refused():
+    model, texts, _ = small()
+    other = ms.reinitialised(model, 1)
+    svd = ms.decompose(ms.collect_writes(other, texts))
+    assert not refusals(
+        "come from different models.*weights: ", ValueError, svd=svd, but=NO_DIRECTIONS
+    )
+
+
+def test_the_checkpoint_of_another_call_is_refused(tmp_path):
+    with open_checkpoint(tmp_path / "run") as file:
+        file.resume(describe("count", {"n": 3}, SOURCE))
+        file.save(ms.Subspace(torch.eye(3)))
+    assert not refusals(
+        "checkpoint of another call: .*but was `count`", ValueError, checkpoint=tmp_path / "run"
+    )
+
+
+def test_a_checkpoint_that_another_run_holds_is_refused(tmp_path):
+    with open_checkpoint(tmp_path / "run"):
+        assert not refusals("in use by another run", RuntimeError, checkpoint=tmp_path / "run")
+
+
+def test_a_checkpoint_without_a_folder_is_refused(tmp_path):
+    path = tmp_path / "none" / "run"
+    assert not refusals(
+        "folder .*none does not exist; create it first", FileNotFoundError, checkpoint=path
+    )
+
+
+def test_an_unknown_option_is_refused_with_the_closest():
+    assert not refusals(
+        "has no option `batchsize`: did you mean `batch_size`", TypeError, batchsize=3
+    )
