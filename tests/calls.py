@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import tempfile
 import warnings
+from itertools import islice
 
 import torch
 
@@ -24,32 +26,32 @@ def small():
 
 
 @functools.cache
-def _attribution():
+def earlier():
+    """The results that some calls go on from: an attribution and an estimate."""
     model, texts, svd = small()
-    return ms.hessian_attribution(model, texts[0], svd, pairs=2, path_steps=1)
+    attribution = ms.hessian_attribution(model, texts[0], svd, pairs=2, path_steps=1)
+    return attribution, ms.estimate_ranking(model, texts, svd)
 
 
 @functools.cache
-def _estimate():
-    model, texts, svd = small()
-    return ms.estimate_ranking(model, texts, svd)
+def _folder():
+    return tempfile.TemporaryDirectory()
 
 
-def _fold(model, texts, svd, **options):
-    """In a folder that is new each time, so that only the call itself is stopped or refused."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        return ms.fold(model, ms.keep(svd, 9), f"{folder}/out", texts, **options)
+def _few(tasks, count):
+    """The first texts, of a list or of an iterable that can be read once."""
+    return tasks[:count] if isinstance(tasks, list) else islice(tasks, count)
 
 
 CALLS = {  # by the name of the call; t are tasks, and o its options
     "collect_writes": lambda m, t, svd, **o: ms.collect_writes(m, t, **o),
     "stream_writes": lambda m, t, svd, **o: ms.stream_writes(m, t, **o),
-    "fold": _fold,
+    "fold": lambda m, t, svd, **o: ms.fold(
+        m, ms.keep(svd, 9), f"{_folder().name}/out", t, **o
+    ),
     "donor_baseline": lambda m, t, svd, **o: ms.donor_baseline(m, t[0], **o),
-    "optimal_baseline": lambda m, t, svd, **o: ms.optimal_baseline(m, t, svd, **o),
-    "compare_baselines": lambda m, t, svd, **o: ms.compare_baselines(m, t, svd, **o),
+    "optimal_baseline": lambda m, t, svd, **o: ms.optimal_baseline(m, _few(t, 2), svd, **o),
+    "compare_baselines": lambda m, t, svd, **o: ms.compare_baselines(m, _few(t, 2), svd, **o),
     "measure": lambda m, t, svd, **o: ms.measure(m, t, [ms.keep(svd, 1), ms.keep(svd, 20)], **o),
     "sweep_rank": lambda m, t, svd, **o: ms.sweep_rank(m, t, svd, [0, 9, 20], **o),
     "rank_directions": lambda m, t, svd, **o: ms.rank_directions(m, t, svd, **o),
@@ -57,21 +59,21 @@ CALLS = {  # by the name of the call; t are tasks, and o its options
         m, t, svd, share=0.8, **o
     ),
     "estimate_ranking": lambda m, t, svd, **o: ms.estimate_ranking(m, t, svd, **o),
-    "refine_ranking": lambda m, t, svd, **o: ms.refine_ranking(m, t, svd, _estimate(), top=2, **o),
+    "refine_ranking": lambda m, t, svd, **o: ms.refine_ranking(m, t, svd, earlier()[1], top=2, **o),
     "sweep_ridge": lambda m, t, svd, **o: ms.sweep_ridge(m, t, svd, [0.1, 1.0], **o),
     "collect_reads": lambda m, t, svd, **o: ms.collect_reads(m, t, **FEW, **o),
     "balanced_directions": lambda m, t, svd, **o: ms.balanced_directions(m, t, svd, **FEW, **o),
     "read_write_angles": lambda m, t, svd, **o: ms.read_write_angles(m, t, 4, **FEW, **o),
     "learn_subspace": lambda m, t, svd, **o: ms.learn_subspace(m, t, 5, start=svd, steps=1, **o),
     "compare_orders": lambda m, t, svd, **o: ms.compare_orders(
-        m, t, [9], orders=["singular value"], **o
+        m, _few(t, 2), [9], orders=["singular value"], **o
     ),
-    "dose_response": lambda m, t, svd, **o: ms.dose_response(m, t, svd, [0, 1], **o),
-    "fit_and_measure": lambda m, t, svd, **o: ms.fit_and_measure(m, t, 2, ranks=[0, 9], **o),
-    "describe": lambda m, t, svd, **o: ms.describe(m, svd, [0], t, **o),
+    "dose_response": lambda m, t, svd, **o: ms.dose_response(m, _few(t, 2), svd, [0, 1], **o),
+    "fit_and_measure": lambda m, t, svd, **o: ms.fit_and_measure(m, _few(t, 2), 2, ranks=[0, 9], **o),
+    "describe": lambda m, t, svd, **o: ms.describe(m, svd, [0], _few(t, 1), **o),
     "measure_faithfulness": lambda m, t, svd, **o: ms.measure_faithfulness(m, t, svd, 3, **o),
-    "worst_gains": lambda m, t, svd, **o: ms.worst_gains(m, t, svd, 3, steps=1, **o),
-    "critical_rank": lambda m, t, svd, **o: ms.critical_rank(m, t, svd, 1e3, **o),
+    "worst_gains": lambda m, t, svd, **o: ms.worst_gains(m, _few(t, 2), svd, 3, steps=1, **o),
+    "critical_rank": lambda m, t, svd, **o: ms.critical_rank(m, _few(t, 2), svd, 1e3, **o),
     "generate": lambda m, t, svd, **o: ms.generate(
         m, t[0].tokens[:5], ms.keep(svd, 9), max_new_tokens=2, **o
     ),
@@ -79,20 +81,20 @@ CALLS = {  # by the name of the call; t are tasks, and o its options
         m, t[0].tokens[:5], [None, ms.keep(svd, 9)], max_new_tokens=2, **o
     ),
     "hessian_attribution": lambda m, t, svd, **o: ms.hessian_attribution(
-        m, t, svd, pairs=1, path_steps=1, **o
+        m, _few(t, 1), svd, pairs=1, path_steps=1, **o
     ),
     "collect_gradients": lambda m, t, svd, **o: ms.collect_gradients(m, t, svd, **o),
     "interactions": lambda m, t, svd, **o: ms.interactions(
         m, t, svd, {"axes": torch.eye(svd.rank)}, rows=2, draws=1, **o
     ),
     "shrink_by_curvature": lambda m, t, svd, **o: ms.shrink_by_curvature(
-        m, t, svd, _attribution(), [1.0], **o
+        m, t, svd, earlier()[0], [1.0], **o
     ),
     "sweep_adaptively": lambda m, t, svd, **o: ms.sweep_adaptively(m, t[0], svd, 5, checks=1, **o),
     "overlap_anchors": lambda m, t, svd, **o: ms.overlap_anchors(
         m, t, (2,), nulls=["random tokens"], **o
     ),
-    "compare_with_random_texts": lambda m, t, svd, **o: ms.compare_with_random_texts(m, t, **o),
+    "compare_with_random_texts": lambda m, t, svd, **o: ms.compare_with_random_texts(m, _few(t, 2), **o),
     "compare_with_literature": lambda m, t, svd, **o: ms.compare_with_literature(
         m, [*t, *t], "together", **o
     ),

@@ -1,17 +1,19 @@
 """What every call that runs a model does with a fault: refused at the door, or nothing is left behind."""
 
+import functools
+import random
 import re
-import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
-import pandas as pd
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import mechsvd as ms
 from mechsvd.engine.checkpoint import describe, open_checkpoint
 from mechsvd.model.identity import fingerprint
-from tests.calls import CALLS, running, small
+from tests.calls import CALLS, earlier, running, small
 from tests.conftest import tiny_task
 from tests.test_fields import SOURCE
 
@@ -120,3 +122,100 @@ def test_an_unknown_option_is_refused_with_the_closest():
     assert not refusals(
         "has no option `batchsize`: did you mean `batch_size`", TypeError, batchsize=3
     )
+
+
+@functools.cache
+def uninterrupted(name):
+    """What a call gives, and how many linear maps the model runs for it."""
+    earlier()
+    with linear_maps() as seen:
+        return CALLS[name](*small()), len(seen)
+
+
+@contextmanager
+def linear_maps(stop=None, most_rows=None, times=None):
+    """See every linear map that runs: stop at one of them, or let memory run out at many rows."""
+    linear, seen, failed = functional.linear, [], []
+
+    def seeing(x, *args):
+        seen.append(x.shape[0] if x.ndim == 3 else 1)
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        if most_rows is not None and seen[-1] > most_rows and len(failed) != times:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return linear(x, *args)
+
+    functional.linear = seeing
+    try:
+        yield seen
+    finally:
+        functional.linear = linear
+
+
+def state_of(model):
+    """All that a call must leave as it was."""
+    modules = [*model.modules(), *model.original_model.modules()]
+    return (
+        fingerprint(model),
+        model.cfg.dtype,
+        model.original_model.config._attn_implementation,
+        torch.is_grad_enabled(),
+        [p.requires_grad for p in model.parameters()],
+        [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules],
+        [(len(p.fwd_hooks), len(p.bwd_hooks)) for p in model.hook_dict.values()],
+        [("forward" in vars(m)) for m in modules],
+    )
+
+
+def alike(first, second, **tolerance):
+    """Whether two results are the same in all fields but their source."""
+    if isinstance(first, torch.Tensor):
+        exact = {"rtol": 0, "atol": 0}
+        return torch.allclose(first, second, equal_nan=True, **(tolerance or exact))
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(
+            alike(a, b, **tolerance) for a, b in zip(first, second, strict=True)
+        )
+    if hasattr(first, "__dataclass_fields__"):
+        return type(first) is type(second) and all(
+            alike(getattr(first, n), getattr(second, n), **tolerance)
+            for n in first.__dataclass_fields__
+            if n not in ("source", "files", "sha256")
+        )
+    if isinstance(first, float):
+        return first == second or bool(
+            np.isclose(first, second, **(tolerance or {"rtol": 0, "atol": 0}), equal_nan=True)
+        )
+    return first == second
+
+
+@pytest.fixture
+def in_training():
+    """The small model in train mode, with dropout."""
+    model = small()[0]
+    attention = [layer.self_attn for layer in model.original_model.model.layers]
+    for one in attention:
+        one.attention_dropout = 0.5
+    model.train()
+    yield model
+    model.eval()
+    for one in attention:
+        one.attention_dropout = 0.0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ctrl_c_leaves_the_model_as_it_was_and_the_same_call_goes_on(name, tmp_path, in_training):
+    in_training.eval()
+    whole, count = uninterrupted(name)
+    in_training.train()
+    before, options = state_of(in_training), {"checkpoint": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt), linear_maps(random.Random(name).randint(1, count)):
+        CALLS[name](*small(), **options)
+    assert state_of(in_training) == before
+    with pytest.warns(
+        UserWarning, match="The model is in train mode: it is evaluated in eval mode"
+    ):
+        resumed = CALLS[name](*small(), **options)
+    assert alike(resumed, whole)
+    assert state_of(in_training) == before
