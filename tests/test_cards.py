@@ -128,6 +128,7 @@ def test_the_verdict_follows_the_agreement_and_its_null(cards):
     assert f"share {shared} of the 10 tokens on top" in card
 
 
+@pytest.mark.fault(50)
 def test_texts_from_outside_stay_text():
     model, task = tiny("Llama"), tiny_task()
     svd = ms.decompose(ms.collect_writes(model, task))

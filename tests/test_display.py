@@ -93,6 +93,7 @@ class Tags(HTMLParser):
             self.text += data
 
 
+@pytest.mark.fault(50)
 def test_a_page_of_hostile_texts_has_the_tags_of_a_plain_one(pages):
     plain, hostile = (
         Tags((pages[kind] / "report.html").read_text()) for kind in ("plain", "hostile")
@@ -103,6 +104,7 @@ def test_a_page_of_hostile_texts_has_the_tags_of_a_plain_one(pages):
         assert text in hostile.text
 
 
+@pytest.mark.fault(50)
 def test_controls_are_shown_and_do_not_work(pages):
     page = (pages["hostile"] / "report.html").read_bytes().decode()
     own = page[page.rindex("</style>") :]
@@ -114,6 +116,7 @@ def test_controls_are_shown_and_do_not_work(pages):
     assert r"\u0000\u0007\u001b[31m\u0085\u2028" in own
 
 
+@pytest.mark.fault(50)
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_nothing_runs_in_a_browser_and_the_figures_show_the_text(pages, tmp_path):
     dom = re.sub(
@@ -145,6 +148,7 @@ def opened(page, profile):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.fault(50)
 def test_text_in_tables_is_no_formula_and_numbers_stay_numbers(pages):
     (run,) = (pages["hostile"] / "report-data").iterdir()
     minus = 0
@@ -164,6 +168,7 @@ def test_text_in_tables_is_no_formula_and_numbers_stay_numbers(pages):
     assert texts == [f"'{piece}" if piece[0] in "=+-@\t\r" else piece for piece in pieces]
 
 
+@pytest.mark.fault(50)
 def test_a_name_is_one_folder_and_another_name_another_folder(pages):
     (run,) = (pages["hostile"] / "report-data").iterdir()
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == sorted(
@@ -191,6 +196,7 @@ def test_a_name_is_one_folder_and_another_name_another_folder(pages):
     assert [file_name(name) for name in ("a-b_2", "ä", "prompt-1")] == ["a-b_2", "ä", "prompt-1"]
 
 
+@pytest.mark.fault(50)
 def test_figures_show_names_as_they_are(embedded, meaning, meaning_svd):
     sweep = ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[1, 2])
     name = '<a href="x">%{y}</a>\u202e & "it"'

@@ -47,6 +47,7 @@ def refusals(message, error, tasks=None, svd=None, but=(), **options):
     return wrong
 
 
+@pytest.mark.fault(6)
 def test_an_empty_list_of_texts_is_refused():
     assert not refusals(
         "list is empty|no texts|needs? at least|at least two|takes two",
@@ -56,12 +57,14 @@ def test_an_empty_list_of_texts_is_refused():
     )
 
 
+@pytest.mark.fault(7)
 def test_a_text_longer_than_the_context_is_refused_with_both_lengths():
     long = [tiny_task(65, seed=seed) for seed in range(4)]
     words = "has 65 tokens, but the model's context holds 64; shorten it"
     assert not refusals(words, ValueError, long, but={"stream_writes", *ONLY_TOKENS, *OF_A_RUN})
 
 
+@pytest.mark.fault(11)
 def test_token_ids_that_the_model_does_not_have_are_refused():
     foreign = [ms.Task(torch.tensor([0, 9, 300, seed]), 1) for seed in range(4)]
     assert not refusals(
@@ -69,14 +72,17 @@ def test_token_ids_that_the_model_does_not_have_are_refused():
     )
 
 
+@pytest.mark.fault(13)
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are():
     assert not refusals(r"No layers \[2\]: the model has layers 0–1", KeyError, layers=[2])
 
 
+@pytest.mark.fault(5)
 def test_no_position_at_all_is_refused():
     assert not refusals("positions", ValueError, positions=[], but={"fold"})
 
 
+@pytest.mark.fault(16)
 def test_a_model_that_writes_where_no_hook_sees_it_is_refused_with_the_block():
     layer = small()[0].original_model.model.layers[1]
     handle = layer.register_forward_hook(
@@ -88,6 +94,7 @@ def test_a_model_that_writes_where_no_hook_sees_it_is_refused_with_the_block():
         handle.remove()
 
 
+@pytest.mark.fault(18)
 def test_directions_of_another_model_are_refused():
     model, texts, _ = small()
     other = ms.reinitialised(model, 1)
@@ -97,6 +104,7 @@ def test_directions_of_another_model_are_refused():
     )
 
 
+@pytest.mark.fault(28)
 def test_the_checkpoint_of_another_call_is_refused(tmp_path):
     with open_checkpoint(tmp_path / "run") as file:
         file.resume(describe("count", {"n": 3}, SOURCE))
@@ -106,11 +114,13 @@ def test_the_checkpoint_of_another_call_is_refused(tmp_path):
     )
 
 
+@pytest.mark.fault(29)
 def test_a_checkpoint_that_another_run_holds_is_refused(tmp_path):
     with open_checkpoint(tmp_path / "run"):
         assert not refusals("in use by another run", RuntimeError, checkpoint=tmp_path / "run")
 
 
+@pytest.mark.fault(30)
 def test_a_checkpoint_without_a_folder_is_refused(tmp_path):
     path = tmp_path / "none" / "run"
     assert not refusals(
@@ -204,6 +214,7 @@ def in_training():
         one.attention_dropout = 0.0
 
 
+@pytest.mark.fault(22, 24, 27)
 @pytest.mark.parametrize("name", CALLS)
 def test_ctrl_c_leaves_the_model_as_it_was_and_the_same_call_goes_on(name, tmp_path, in_training):
     in_training.eval()

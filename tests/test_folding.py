@@ -148,6 +148,7 @@ def test_only_the_weights_that_write_change_and_the_configuration_stays(real, tm
     assert configs[0] == configs[1]
 
 
+@pytest.mark.fault(22)
 def test_an_edit_in_place_is_the_hooks_and_leaves_every_weight_as_it_was(real):
     edit, tokens = ms.keep(real.svd, 32), real.task.tokens
     before = {n: p.clone() for n, p in nn.Module.named_parameters(real.model)}
@@ -372,6 +373,7 @@ def test_a_checkpoint_that_differs_from_the_hooks_is_not_put_in_place(
 # the folder
 
 
+@pytest.mark.fault(49, 30)
 def test_an_earlier_fold_is_replaced_whole_and_nothing_else_is(
     embedded, meaning, meaning_svd, tmp_path, monkeypatch
 ):

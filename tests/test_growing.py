@@ -68,6 +68,7 @@ def whole(model, tmp_path_factory):
     return out, len(counted)
 
 
+@pytest.mark.fault(27)
 def test_a_stopped_report_goes_on_and_has_the_tables_of_one_that_was_not(
     model, whole, tmp_path, monkeypatch
 ):
@@ -93,6 +94,7 @@ def test_a_stopped_report_goes_on_and_has_the_tables_of_one_that_was_not(
     assert "earlier" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.fault(28)
 def test_another_command_begins_anew_and_leaves_the_first_ones_work(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stopping(patch, 3)
@@ -106,6 +108,7 @@ def test_another_command_begins_anew_and_leaves_the_first_ones_work(model, tmp_p
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.fault(27)
 def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     from mechsvd import cli
 

@@ -109,6 +109,7 @@ def stop_after(monkeypatch, batches):
     return counted
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_was_stopped_goes_on_bit_for_bit(name, small, tmp_path, monkeypatch):
     path, call = tmp_path / "run", CALLS[name]
@@ -148,6 +149,7 @@ def test_another_free_memory_gives_no_other_batches(small, tmp_path, monkeypatch
     assert same(ms.sweep_rank(model, texts[0], svd, checkpoint=tmp_path / "run"), whole)
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,6 +168,7 @@ def test_another_call_is_refused_and_shown(small, tmp_path, change, message):
     assert message in str(error.value)
 
 
+@pytest.mark.fault(28)
 def test_another_model_or_function_is_refused(small, tmp_path):
     model, texts, svd = small
     path = tmp_path / "run"
@@ -177,6 +180,7 @@ def test_another_model_or_function_is_refused(small, tmp_path):
         ms.sweep_rank(ms.reinitialised(model, 1), texts[0], bare, [0, 1], checkpoint=path)
 
 
+@pytest.mark.fault(29, 30)
 def test_a_second_process_is_refused_and_a_missing_folder_named(small, tmp_path):
     model, texts, svd = small
     refused = []
@@ -195,6 +199,7 @@ def test_a_second_process_is_refused_and_a_missing_folder_named(small, tmp_path)
         ms.sweep_rank(model, texts[0], svd, checkpoint=tmp_path / "none" / "run")
 
 
+@pytest.mark.fault(31)
 def test_a_damaged_checkpoint_is_refused_and_named(small, tmp_path):
     model, texts, svd = small
     path = tmp_path / "run"
@@ -235,6 +240,7 @@ found.to_pandas().to_json(sys.argv[2])
 """
 
 
+@pytest.mark.fault(27)
 def test_killed_by_the_system_the_table_is_the_same(small, tmp_path):
     def start(path, out):
         return subprocess.Popen(
@@ -265,6 +271,7 @@ def test_killed_by_the_system_the_table_is_the_same(small, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run", "run.json"}
 
 
+@pytest.mark.fault(28)
 def test_arguments_are_described_so_that_they_differ():
     values = [
         None, True, 1.5, "a", [1, 2], {"a": 1}, torch.ones(2), torch.ones(2).double(),

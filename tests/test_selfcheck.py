@@ -38,6 +38,7 @@ def third_write(strength):
     return tiny("Llama", hf_model)
 
 
+@pytest.mark.fault(16)
 def test_a_model_with_a_write_that_no_hook_sees_is_refused_with_block_and_error():
     model = third_write(0.05)
     with pytest.raises(
@@ -48,6 +49,7 @@ def test_a_model_with_a_write_that_no_hook_sees_is_refused_with_block_and_error(
     assert "in block 1" in repr(self_check(model))
 
 
+@pytest.mark.fault(16)
 def test_a_change_between_the_last_block_and_the_final_norm_is_refused_too(silent):
     model = tiny("Llama")
     model.original_model.model.layers[1].register_forward_hook(
@@ -74,6 +76,7 @@ def test_the_tolerance_is_a_few_roundings_of_the_dtype(dtype, precision):
     assert refused.tolerance == pytest.approx(precision, rel=0.1)
 
 
+@pytest.mark.fault(16)
 def test_a_refused_model_runs_on_request_and_every_result_records_it(silent):
     model, task = third_write(0.05), tiny_task()
     writes = ms.collect_writes(model, task, check=False)
@@ -142,6 +145,7 @@ def test_it_is_measured_again_in_another_dtype():
     assert self_check(model.to(torch.bfloat16)).tolerance > single.tolerance
 
 
+@pytest.mark.fault(16)
 def test_a_small_hidden_write_is_noticed_beside_a_huge_entry_of_the_stream():
     hf_model = tiny_hf("Llama")
     with torch.no_grad():
@@ -155,6 +159,7 @@ def test_a_small_hidden_write_is_noticed_beside_a_huge_entry_of_the_stream():
         require_sound(tiny("Llama", hf_model))
 
 
+@pytest.mark.fault(14)
 def test_a_hybrid_is_refused_and_accepted_without_its_other_layers_on_request(silent):
     model, task = tiny("Lfm2"), tiny_task()
     with pytest.raises(KeyError, match=r"No hook point `blocks\.0\.hook_attn_out`"):
