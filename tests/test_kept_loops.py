@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -171,6 +173,10 @@ def test_another_call_is_refused_and_shown(small, tmp_path, change, message):
 @pytest.mark.fault(28)
 def test_another_model_or_function_is_refused(small, tmp_path):
     model, texts, svd = small
+    shifts = [ms.shift(torch.full((32,), size)) for size in (0.1, 0.2)]
+    ms.measure(model, texts[0], shifts[:1], checkpoint=tmp_path / "shift")
+    with pytest.raises(ValueError, match=r"`edits` is \[.shift.*shifted .*\], but was"):
+        ms.measure(model, texts[0], shifts[1:], checkpoint=tmp_path / "shift")
     path = tmp_path / "run"
     bare = dataclasses.replace(svd, source=None)
     ms.sweep_rank(model, texts[0], bare, [0, 1], checkpoint=path)
@@ -271,13 +277,41 @@ def test_killed_by_the_system_the_table_is_the_same(small, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run", "run.json"}
 
 
+DESCRIBED = """
+import torch, mechsvd as ms
+from mechsvd.engine.resuming import describe_value
+print(describe_value([lambda x: x in {"a", "b"}, ms.shift(torch.ones(3)), ms.kl_at_most(1), object(), {"a", "b"}]))
+"""
+
+
+@pytest.mark.fault(28)
+def test_arguments_are_described_alike_in_every_process():
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", DESCRIBED], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12"
+    ]  # fmt: skip
+    assert runs[0] == runs[1] != ""
+
+
 @pytest.mark.fault(28)
 def test_arguments_are_described_so_that_they_differ():
     values = [
         None, True, 1.5, "a", [1, 2], {"a": 1}, torch.ones(2), torch.ones(2).double(),
         torch.zeros(2), list(range(500)), list(range(501)), ms.kl_divergence, ms.log_prob, tiny_task(),
         tiny_task(seed=1), ms.Subspace(torch.eye(3)[:, :1]), ms.Subspace(torch.eye(3)[:, 1:2]),
+        lambda x, hook: 0.5 * x, lambda x, hook: 0.7 * x, lambda x, hook: x.relu(), torch.float16, torch.float64,
+        *(ms.shift(torch.ones(3) * factor) for factor in (1, 2)), {1, 2}, {1, 3}, np.float32(2.5),
+        *(ms.logit_difference(5, wrong) for wrong in (7, 8)), *(torch.nn.Linear(2, 2) for _ in range(2)),
+        *(ms.kl_at_most(nats) for nats in (0.1, 0.2)), *(partial(max, number) for number in (3, 4)),
+        *(Order(order).to_pandas for order in (torch.arange(2), torch.arange(3))), Order, torch,
     ]  # fmt: skip
     described = [json.dumps(resuming.describe_value(value)) for value in values]
     assert len(set(described)) == len(values)
+    assert described[17:22] == [
+        json.dumps(resuming.describe_value(value)) for value in values[17:22]
+    ]
+    assert not any(" at 0x" in text for text in described)  # no address, which differs in each run
     assert max(map(len, described)) < 400
