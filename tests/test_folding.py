@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -371,6 +373,89 @@ def test_a_checkpoint_that_differs_from_the_hooks_is_not_put_in_place(
 
 
 # the folder
+
+
+def put(target, content):
+    """Put a small checkpoint in place, as `fold` does."""
+
+    def write(folder):
+        (folder / "model.safetensors").write_bytes(content)
+        numbers = [torch.zeros(1).double()] * 6
+        digest = hashlib.sha256(content).hexdigest()
+        report = ms.FoldReport((SITE,), ("w",), *numbers, ("model.safetensors",), (digest,))
+        report.save(folder / exports.REPORT)
+        return report
+
+    with exports._held(target):
+        return exports._replace_folder(target, write)
+
+
+def is_done(event, target, exchange):
+    """Put another checkpoint there in a process that is killed before its n-th change of a folder."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(event))
+        changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlsym"}
+
+        def count(name, _):
+            if name in changes and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        if not exchange:
+            exports._exchange = lambda *_: False
+        put(target, b"new")
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.fault(49)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="takes a fork")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_fold_killed_at_any_step_leaves_the_old_one_whole_or_the_new_one(exchange, tmp_path):
+    target, event, was_done = tmp_path / "out", 0, False
+    while not was_done:
+        put(target, b"old")
+        was_done = is_done(event, target, exchange)
+        if exchange and sys.platform == "linux":
+            assert exports._is_fold(target)
+        with exports._held(target):  # as the next fold does
+            assert exports._is_fold(target)
+            assert (target / "model.safetensors").read_bytes() in (b"old", b"new")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        event += 1
+    assert event > 4
+    assert (target / "model.safetensors").read_bytes() == b"new"
+
+
+@pytest.mark.fault(29)
+def test_a_second_process_cannot_fold_into_the_same_folder(
+    embedded, meaning, meaning_svd, tmp_path
+):
+    target = tmp_path / "out"
+    with exports._held(target), pytest.raises(RuntimeError, match="out is in use by another run"):
+        ms.fold(embedded, ms.keep(meaning_svd, 9), target, meaning)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.fault(30)
+def test_a_full_disk_leaves_the_earlier_fold_whole_and_nothing_else(
+    embedded, meaning, meaning_svd, tmp_path
+):
+    resource = pytest.importorskip("resource")  # not on Windows
+    target, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    put(target, b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match="Cannot write a checkpoint to .*: .*File too large.* choose another"
+        ):
+            ms.fold(embedded, ms.keep(meaning_svd, 9), target, meaning)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exports._is_fold(target)
+    assert (target / "model.safetensors").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.fault(49, 30)

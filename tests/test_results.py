@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_saved_result_whole_and_no_other_file(saved, resu
     before, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=f"File too large: '{saved}'"):
             results[4].save(saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
