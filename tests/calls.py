@@ -4,7 +4,7 @@ import functools
 import inspect
 import tempfile
 import warnings
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -96,7 +96,7 @@ CALLS = {  # by the name of the call; t are tasks, and o its options
     ),
     "compare_with_random_texts": lambda m, t, svd, **o: ms.compare_with_random_texts(m, _few(t, 2), **o),
     "compare_with_literature": lambda m, t, svd, **o: ms.compare_with_literature(
-        m, [*t, *t], "together", **o
+        m, chain(t, OTHERS), "together", **o
     ),
     "contrast": lambda m, t, svd, **o: ms.contrast(
         m, {"a": t, "b": OTHERS}, 1, seeds=1, **o

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mechsvd.checks import once, with_options
 from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
+from mechsvd.engine.memory import memory_in_words
 from mechsvd.engine.processes import one_voice, own_file
 from mechsvd.model.identity import provenance_of
 from mechsvd.packing import pack
@@ -153,6 +154,8 @@ def kept_loop(rows: Tensor, size: int) -> Kept | None:
 def runs_model(kind: type) -> Callable[[Call], Call]:
     """Make a function a call that runs a model: it knows its options, and may have a checkpoint.
 
+    Arguments that can be read once, such as generators, become tuples.
+
     With `checkpoint=path`, the outermost call keeps the finished batches of all loops in a file.
     The same call later takes them from there and goes on. Within it, others need no file. Each of
     several processes has its own.
@@ -167,12 +170,12 @@ def runs_model(kind: type) -> Callable[[Call], Call]:
         @functools.wraps(call)
         def run(*args: Any, **options: Any) -> Any:
             path = options.pop("checkpoint", None)
-            with one_voice():
+            args = tuple(map(once, args))
+            options = {name: once(value) for name, value in options.items()}
+            with one_voice(), memory_in_words(call.__name__):
                 if path is None or _JOURNAL.get() is not None:
                     return call(*args, **options)
-                bound = signature.bind(*args, **options)
-                bound.arguments = {k: once(value) for k, value in bound.arguments.items()}
-                return _run_with(path, call, bound)
+                return _run_with(path, call, signature.bind(*args, **options))
 
         return with_options(kind)(cast(Call, run))
 
