@@ -3,6 +3,7 @@
 import functools
 import random
 import re
+import warnings
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -14,7 +15,7 @@ import mechsvd as ms
 from mechsvd.engine.checkpoint import describe, open_checkpoint
 from mechsvd.model.identity import fingerprint
 from tests.calls import CALLS, earlier, running, small
-from tests.conftest import tiny_task
+from tests.conftest import tiny, tiny_task
 from tests.test_fields import SOURCE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -32,9 +33,10 @@ def test_the_table_has_every_call_that_runs_a_model():
     assert set(CALLS) == running()
 
 
-def refusals(message, error, tasks=None, svd=None, but=(), **options):
+def refusals(message, error, tasks=None, svd=None, but=(), model=None, **options):
     """What the calls do instead of refusing in these words."""
-    model, texts, own = small()
+    _, texts, own = small()
+    model = model or small()[0]
     wrong = {}
     for name in sorted(set(CALLS) - set(but)):
         try:
@@ -75,6 +77,26 @@ def test_token_ids_that_the_model_does_not_have_are_refused():
 @pytest.mark.fault(13)
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are():
     assert not refusals(r"No layers \[2\]: the model has layers 0–1", KeyError, layers=[2])
+
+
+@pytest.mark.fault(14)
+def test_a_layer_without_its_hook_is_refused_with_the_way_on():
+    words = "`missing=.skip.`"
+    assert not refusals(words, KeyError, model=tiny("Lfm2"))
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("start", [[5, 9], [0, 0]])
+def test_no_bos_and_two_are_warned_of(start):
+    texts = [ms.Task(torch.tensor([*start, *range(7 + n, 12 + n)]), 3) for n in range(4)]
+    silent = []
+    for name in sorted(set(CALLS) - OF_A_RUN):
+        with warnings.catch_warnings(record=True) as said, linear_maps(stop=1):
+            warnings.simplefilter("always")
+            with suppress(KeyboardInterrupt):
+                CALLS[name](small()[0], texts, small()[2])
+        silent += [] if any("BOS" in str(warning.message) for warning in said) else [name]
+    assert not silent
 
 
 @pytest.mark.fault(5)
@@ -125,12 +147,6 @@ def test_a_checkpoint_without_a_folder_is_refused(tmp_path):
     path = tmp_path / "none" / "run"
     assert not refusals(
         "folder .*none does not exist; create it first", FileNotFoundError, checkpoint=path
-    )
-
-
-def test_an_unknown_option_is_refused_with_the_closest():
-    assert not refusals(
-        "has no option `batchsize`: did you mean `batch_size`", TypeError, batchsize=3
     )
 
 

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ import mechsvd as ms
 from mechsvd.edits.folding import fold_map
 from mechsvd.experiments import exports
 from mechsvd.model.identity import fingerprint
-from tests.conftest import ACCEPTED, _configurations, known, tiny, tiny_hf, tiny_task
+from tests.conftest import ACCEPTED, _configurations, finishes, known, tiny, tiny_hf, tiny_task
 
 pytestmark = pytest.mark.older
 
@@ -390,33 +390,19 @@ def put(target, content):
         return exports._replace_folder(target, write)
 
 
-def is_done(event, target, exchange):
-    """Put another checkpoint there in a process that is killed before its n-th change of a folder."""
-    child = os.fork()
-    if child == 0:
-        left = iter(range(event))
-        changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlsym"}
-
-        def count(name, _):
-            if name in changes and next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        if not exchange:
-            exports._exchange = lambda *_: False
-        put(target, b"new")
-        os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
-
-
 @pytest.mark.fault(49)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="takes a fork")
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_fold_killed_at_any_step_leaves_the_old_one_whole_or_the_new_one(exchange, tmp_path):
+def test_a_fold_killed_at_any_step_leaves_the_old_one_whole_or_the_new_one(
+    exchange, tmp_path, monkeypatch
+):
+    if not exchange:
+        monkeypatch.setattr(exports, "_exchange", lambda *_: False)
+    steps = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlsym"}
     target, event, was_done = tmp_path / "out", 0, False
     while not was_done:
         put(target, b"old")
-        was_done = is_done(event, target, exchange)
+        was_done = finishes(partial(put, target, b"new"), event, steps)
         if exchange and sys.platform == "linux":
             assert exports._is_fold(target)
         with exports._held(target):  # as the next fold does

@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import mechsvd as ms
 from mechsvd.results import Provenance, require_same_model, write_atomically
+from tests.conftest import finishes
 
 
 def same(first, second):
@@ -166,6 +168,19 @@ def test_a_full_disk_leaves_the_saved_result_whole_and_no_other_file(saved, resu
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+@pytest.mark.fault(30, 31)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="takes a fork")
+def test_a_save_that_is_killed_at_any_step_leaves_the_old_result_whole_or_the_new_one(tmp_path):
+    path, event, was_done = tmp_path / "kept", 0, False
+    old, new = (ms.Subspace(torch.eye(3)[:, :rank]) for rank in (1, 2))
+    while not was_done:
+        old.save(path)
+        was_done = finishes(partial(new.save, path), event, {"open", "os.chmod", "os.rename"})
+        assert ms.Subspace.load(path).rank in ((2,) if was_done else (1, 2))
+        event += 1
+    assert event > 3
 
 
 @pytest.mark.fault(30)
