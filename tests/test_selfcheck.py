@@ -64,6 +64,14 @@ def test_a_change_between_the_last_block_and_the_final_norm_is_refused_too(silen
         ms.collect_writes(model, tiny_task())
 
 
+def test_a_model_that_does_not_pass_its_final_norm_is_checked_to_its_last_block(monkeypatch):
+    monkeypatch.setattr(
+        "mechsvd.model.selfcheck.end_of_stream", lambda model: "blocks.0.attn.hook_hidden_states"
+    )  # which never fires
+    assert self_check(tiny("Llama")).failure is None
+    assert "in block 1" in self_check(third_write(0.05)).failure
+
+
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.float64, 1e-5)]
 )

@@ -201,13 +201,14 @@ def require_sound(
 def _measure(model: Model) -> SelfCheck:
     tokens = probe_tokens(model)
     sites, names = find_sites(model, missing="skip"), stream_names(model)
-    names[-1] = (names[-1][0], end_of_stream(model))
     stored: dict[str, Tensor] = {}
 
     def store(name: str) -> Any:
         return name, lambda x, hook=None: stored.__setitem__(name, x.detach().cpu().double())
 
     with without_hook_points(model), evaluation(model, quiet=True):
+        if _passes(model, tokens, end_of_stream(model)):
+            names[-1] = (names[-1][0], end_of_stream(model))
         logits = run_model(
             model, tokens, [store(n) for n in [*(s.hook_name for s in sites), *sum(names, ())]]
         )
@@ -248,6 +249,15 @@ def _measure(model: Model) -> SelfCheck:
         fused_tolerance=fused_tolerance,
         beginning_error=beginning_error,
     )
+
+
+def _passes(model: Model, tokens: Tensor, name: str) -> bool:
+    """Whether a run passes a hook point once."""
+    try:
+        run_model(model, tokens, [(name, lambda x, hook=None: None)])
+    except RuntimeError:
+        return False
+    return True
 
 
 def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> float:
