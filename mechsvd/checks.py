@@ -149,5 +149,10 @@ def with_options(kind: type) -> Callable[[Call], Call]:
 
 
 def once(values: Any) -> Any:
-    """Keep the values of a one-shot iterable, such as a generator, for a second pass."""
+    """Keep the values of a one-shot iterable, such as a generator, for a second pass.
+
+    So it does where a dict holds some.
+    """
+    if isinstance(values, dict) and any(isinstance(value, Iterator) for value in values.values()):
+        return {name: once(value) for name, value in values.items()}
     return tuple(values) if isinstance(values, Iterator) else values

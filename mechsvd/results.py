@@ -247,7 +247,11 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write the whole file or nothing: temporary name, fsync, replace."""
+    """Write the whole file or nothing: temporary name, fsync, replace.
+
+    Raises:
+        FileNotFoundError, OSError: the folder is missing, read-only or full; the message names it.
+    """
     target = Path(path).expanduser()
     if not target.parent.is_dir():
         raise FileNotFoundError(
@@ -262,8 +266,10 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             os.fsync(file.fileno())
             give_usual_rights(Path(file.name))
             os.replace(file.name, target)
-        except BaseException:
+        except BaseException as error:
             Path(file.name).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                error.filename = str(target)  # so that its message says where
             raise
 
 

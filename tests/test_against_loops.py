@@ -899,6 +899,7 @@ def test_hooks_of_an_enclosing_block_act_first(real, loop, kept, ours_outside):
         close(real.model(tokens[None])[0], loop.run(tokens, unchanged)[0])
 
 
+@pytest.mark.fault(23)
 def test_measuring_inside_the_users_hooks_keeps_them(real, loop, few):
     point = ms.find_sites(real.model)[3].hook_name
     with real.model.hooks(fwd_hooks=[(point, double_and_shift)]), pytest.warns(match="hooks"):
@@ -1019,6 +1020,7 @@ def padded(real, texts):
     return batch, mask, starts
 
 
+@pytest.mark.fault(12)
 def test_padded_texts_get_what_each_gets_alone(real, loop, kept, texts, padded):
     batch, mask, starts = padded
     hooks, p = kept

@@ -555,6 +555,7 @@ def test_tied_weights_move_together():
     assert float(found.slopes) == pytest.approx(float(gradient @ found.vectors[:, 0]), rel=1e-6)
 
 
+@pytest.mark.fault(34)
 def test_fused_attention_is_set_aside_for_the_call():
     model = tiny("Llama")
     query = torch.randn(1, 2, 4, 8, requires_grad=True)
@@ -576,6 +577,7 @@ def test_fused_attention_is_set_aside_for_the_call():
         second_derivative()
 
 
+@pytest.mark.fault(34)
 def test_a_model_with_fused_attention_gives_what_an_eager_one_gives():
     from transformers import AutoModelForCausalLM
 
@@ -590,6 +592,7 @@ def test_a_model_with_fused_attention_gives_what_an_eager_one_gives():
     torch.testing.assert_close(results[0].eigenvalues, results[1].eigenvalues, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.fault(23, 24)
 def test_the_users_hooks_and_train_mode_take_part_and_stay(exact):
     _, model, task = exact
     frozen = next(model.parameters())
@@ -634,6 +637,7 @@ def test_a_hook_that_hides_the_slope_is_noticed(real):
     assert actual == pytest.approx(2 * estimated, rel=0.05)
 
 
+@pytest.mark.fault(36)
 def test_an_improbable_text_stays_finite_where_float32_would_overflow(real):
     tokens = torch.cat(
         [
@@ -681,6 +685,7 @@ def test_few_products_still_give_as_many_pairs_as_asked(exact, silent):
     assert found.products == 12
 
 
+@pytest.mark.fault(35)
 def test_a_shared_eigenvalue_comes_as_often_as_it_is_there():
     curvatures = torch.cat(
         [torch.full((10,), 3.0), torch.linspace(1, 2, 20), torch.zeros(2970)]
@@ -745,6 +750,7 @@ def test_derivatives_are_there_in_a_mode_without_gradients_too(exact, mode):
     assert gradients.values.any()
 
 
+@pytest.mark.fault(22)
 def test_an_exception_inside_leaves_the_weights_alone(exact, monkeypatch):
     _, model, task = exact
     from mechsvd.attribution import objective
@@ -763,6 +769,7 @@ def test_an_exception_inside_leaves_the_weights_alone(exact, monkeypatch):
     )
 
 
+@pytest.mark.fault(26)
 def test_memory_that_runs_out_halves_the_batch(exact, monkeypatch):
     _, model, task = exact
     from mechsvd.attribution.curvature import Curvature
@@ -781,6 +788,7 @@ def test_memory_that_runs_out_halves_the_batch(exact, monkeypatch):
     torch.testing.assert_close(found.eigenvalues, whole.eigenvalues)
 
 
+@pytest.mark.fault(26)
 def test_more_vectors_than_memory_are_refused_with_the_bytes(exact, monkeypatch):
     _, model, task = exact
     from mechsvd.attribution import curvature
@@ -805,6 +813,7 @@ def test_an_attribution_is_saved_and_loaded(exact, tmp_path):
     assert loaded.source.tokens == (tuple(task.tokens.tolist()),)
 
 
+@pytest.mark.fault(37)
 def test_the_table_says_which_estimate_was_nearer_and_what_is_noise(real):
     found = ms.hessian_attribution(real.model, real.task, real.svd)
     table = found.to_pandas()
@@ -839,6 +848,7 @@ def test_what_does_not_depend_on_w_is_said(exact):
         ms.hessian_attribution_of(lambda w: torch.tensor(2.0), torch.ones(3))
 
 
+@pytest.mark.fault(35)
 def test_pairs_that_do_not_converge_are_marked_and_warned_of(exact):
     _, model, task = exact
     with pytest.warns(
@@ -872,6 +882,7 @@ def test_a_function_that_is_not_finite_is_refused(exact):
         ms.hessian_attribution(model, task, "blocks.0.ln1.weight", check=False)
 
 
+@pytest.mark.fault(36)
 def test_a_probability_that_underflows_is_refused_and_its_logarithm_is_not(exact):
     model, task = tiny("Llama"), tiny_task(length=60, prompt_length=2)
     with torch.no_grad():

@@ -27,6 +27,7 @@ def test_every_row_runs_once_in_order_whatever_fits():
         assert torch.cat(run(forward, 41, 16)).tolist() == list(range(41))
 
 
+@pytest.mark.fault(26)
 def test_when_it_tries_again_nothing_of_the_failed_pass_is_held():
     activations = []
 
@@ -43,6 +44,7 @@ def test_when_it_tries_again_nothing_of_the_failed_pass_is_held():
     assert len(torch.cat(run(forward, 20, 16))) == 20
 
 
+@pytest.mark.fault(46)
 def test_after_memory_ran_out_for_a_moment_the_passes_grow_again():
     sizes = []
 
@@ -58,6 +60,7 @@ def test_after_memory_ran_out_for_a_moment_the_passes_grow_again():
     assert sizes.index(8, 1) + 2 * PATIENCE == sizes.index(16, 1)
 
 
+@pytest.mark.fault(46)
 def test_where_memory_stays_short_few_passes_are_wasted():
     sizes = []
 

@@ -139,6 +139,7 @@ def test_the_verdict_follows_the_agreement_and_its_null(cards):
     assert "on top, measured shares 10 with read" in same_top
 
 
+@pytest.mark.fault(50)
 def test_texts_from_outside_stay_text():
     model, task = tiny("Llama"), tiny_task()
     svd = ms.decompose(ms.collect_writes(model, task))

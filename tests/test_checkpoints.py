@@ -78,6 +78,7 @@ def refused(directory, match, **options):
         ms.load_model(directory, device="cpu", **options)
 
 
+@pytest.mark.fault(48)
 @pytest.mark.older
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_an_index_that_points_to_pickles_is_refused_whatever_the_options(checkpoint, options):
@@ -91,6 +92,7 @@ def test_an_index_that_points_to_pickles_is_refused_whatever_the_options(checkpo
     assert ms.load_model(checkpoint, device="cpu", allow_pickle=True).cfg.n_layers == 2
 
 
+@pytest.mark.fault(32)
 @pytest.mark.older
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_pickle_leaves_no_trace_whatever_the_options(checkpoint, trace, options):
@@ -103,6 +105,7 @@ def test_a_pickle_leaves_no_trace_whatever_the_options(checkpoint, trace, option
     assert not trace.exists()
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize(
     ("places", "message"),
     [
@@ -200,6 +203,7 @@ def boot(directory):
     return TransformerBridge.boot_transformers(str(directory), device="cpu")
 
 
+@pytest.mark.fault(48)
 @pytest.mark.older
 def test_code_that_a_configuration_names_never_runs(checkpoint, trace):
     leave_trace(checkpoint / "modeling_x.py", trace)
@@ -235,6 +239,7 @@ def test_code_is_not_asked_for_on_the_terminal_either(checkpoint, trace, monkeyp
     assert not trace.exists()
 
 
+@pytest.mark.fault(48)
 @pytest.mark.older
 def test_code_that_transformerlens_imports_without_asking_never_runs(checkpoint, trace):
     leave_trace(checkpoint / "modeling_openelm.py", trace)
@@ -272,6 +277,7 @@ def hub(saved, tmp_path, monkeypatch):
     return "somebody/llama"
 
 
+@pytest.mark.fault(48)
 def test_a_hub_model_passes_the_same_gate_at_the_revision_that_is_asked_for(hub):
     assert ms.load_model(hub, device="cpu").cfg.n_layers == 2
     for revision in ("pickled", "indexed"):

@@ -243,6 +243,7 @@ def test_prompts_from_a_file_are_those_of_the_report(
             assert task.text() == ("<s>I think", continuation)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -338,6 +339,7 @@ def test_an_error_is_one_line_and_status_one(arguments, message, capsys, tmp_pat
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.fault(30)
 def test_a_folder_that_cannot_be_written_fails_before_the_model_is_loaded(
     tmp_path, capsys, monkeypatch
 ):
@@ -350,6 +352,7 @@ def test_a_folder_that_cannot_be_written_fails_before_the_model_is_loaded(
     assert "The report cannot be written to" in capsys.readouterr().err
 
 
+@pytest.mark.fault(30)
 def test_a_folder_that_cannot_be_written_fails_before_anything_is_computed(tmp_path, embedded):
     def make():
         raise AssertionError("a task was made first")

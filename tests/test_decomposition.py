@@ -33,6 +33,7 @@ def test_it_recovers_a_prescribed_spectrum_and_its_projectors(n, d_model):
     )
 
 
+@pytest.mark.fault(4)
 def test_fewer_writes_than_dimensions_warn_and_give_as_many_directions(recwarn):
     svd = decompose(torch.randn(2, 5, 30, dtype=torch.float64))
     assert svd.rank == 10
@@ -73,6 +74,7 @@ def test_nothing_is_centred_unless_asked():
     )
 
 
+@pytest.mark.fault(4)
 @pytest.mark.filterwarnings("ignore:.*unseen")
 def test_one_write_and_all_zero_writes_are_never_nan():
     one = decompose(torch.tensor([[[3.0, 4.0]]]))
@@ -86,11 +88,13 @@ def test_one_write_and_all_zero_writes_are_never_nan():
         assert len(zero.to_pandas()) == 0
 
 
+@pytest.mark.fault(4)
 def test_all_zero_writes_warn():
     with pytest.warns(UserWarning, match="all writes are zero"):
         decompose(torch.zeros(2, 10, 3))
 
 
+@pytest.mark.fault(2)
 def test_half_precision_writes_are_decomposed_as_their_exact_values():
     values = torch.randn(2, 40, 6).to(torch.bfloat16)
     svd = decompose(values)
@@ -103,6 +107,7 @@ def test_half_precision_writes_are_decomposed_as_their_exact_values():
     )
 
 
+@pytest.mark.fault(3)
 def test_not_converging_falls_back_to_scipy_and_is_right(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.linalg.LinAlgError("did not converge")
@@ -118,6 +123,7 @@ def test_not_converging_falls_back_to_scipy_and_is_right(monkeypatch):
         torch.testing.assert_close(decompose(values).singular_values, torch.from_numpy(sizes))
 
 
+@pytest.mark.fault(3)
 def test_two_drivers_that_fail_are_an_error_in_words(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.linalg.LinAlgError("no")
@@ -140,6 +146,7 @@ def test_centring_is_noted(embedded, meaning):
     assert "centred" in ms.decompose(ms.collect_writes(embedded, meaning), center=True).source.notes
 
 
+@pytest.mark.fault(1)
 def test_nan_in_a_sample_is_refused_with_its_place():
     values = torch.randn(2, 4, 3)
     values[1, 2, 0] = float("nan")
@@ -151,6 +158,7 @@ def test_nan_in_a_sample_is_refused_with_its_place():
         decompose(torch.randn(2, 9, 3), per_layer=True)
 
 
+@pytest.mark.fault(19)
 def test_a_rank_that_does_not_exist_is_refused():
     svd = decompose(torch.randn(2, 9, 3))
     for rank in (-1, 4, True):

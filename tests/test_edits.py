@@ -93,6 +93,7 @@ def test_an_edit_returns_a_new_tensor_and_leaves_its_input():
         assert torch.equal(X, before)
 
 
+@pytest.mark.fault(2)
 def test_removal_in_half_precision_is_computed_in_single():
     x, basis = X.to(torch.bfloat16), orthonormal(12, 1).float()
     removed = ablate(Subspace(basis))(x)
@@ -143,6 +144,7 @@ def test_gains_that_change_nothing_have_gradients_too(rest, rank):
     torch.testing.assert_close(slope, gains.detach() * (x @ basis).square().sum(dim=1))
 
 
+@pytest.mark.fault(19)
 def test_bad_gains_are_refused():
     basis = orthonormal(12, 3)
     with pytest.raises(ValueError, match=r"\[2\], but the basis has 3 directions"):

@@ -82,6 +82,7 @@ def svd(llama):
     return ms.decompose(ms.collect_writes(llama, [tiny_task(seed=i) for i in range(5)]))
 
 
+@pytest.mark.fault(41)
 def test_every_sweep_and_ranking_equals_the_plain_loop_at_every_batch_size(hooked, svd, silent):
     task, ranks, order = tiny_task(seed=1), [0, 3, 20, 31], torch.randperm(32).tolist()
     few = replace(
@@ -112,6 +113,7 @@ def test_every_sweep_and_ranking_equals_the_plain_loop_at_every_batch_size(hooke
         torch.testing.assert_close(ridge.log_prob, torch.stack(shrunk), **close)
 
 
+@pytest.mark.fault(41)
 def test_every_edit_and_position_equals_the_plain_loop_at_every_batch_size(hooked, svd, silent):
     task = tiny_task(seed=2)
     edits = [
@@ -128,6 +130,7 @@ def test_every_edit_and_position_equals_the_plain_loop_at_every_batch_size(hooke
             assert found.noise_floor < 1e-3
 
 
+@pytest.mark.fault(41)
 def test_critical_ranks_equal_those_of_the_plain_loop(hooked, svd, silent):
     task = tiny_task(seed=3)
     clean = plain(hooked, task, ms.chain())
@@ -155,6 +158,7 @@ def test_writes_of_several_tasks_are_those_of_each_alone(hooked, silent):
         torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)
 
 
+@pytest.mark.fault(41)
 def test_texts_of_several_edits_are_those_of_each_alone(hooked, svd, silent):
     start = tiny_task(length=6, prompt_length=5).tokens
     edits = [None, ms.keep(svd.subspace(20)), ms.keep(svd.subspace(4)), ms.shift(torch.ones(32))]
@@ -173,6 +177,7 @@ def test_texts_of_several_edits_are_those_of_each_alone(hooked, svd, silent):
         assert task.tokens.tolist() == tokens[: len(task.tokens)].tolist()
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("hooked", ["in place on the stream", "torch's own hook"], indirect=True)
 def test_attributions_and_gradients_are_those_of_single_rows(hooked, svd, silent):
     task = tiny_task(seed=1)
@@ -193,6 +198,7 @@ def test_attributions_and_gradients_are_those_of_single_rows(hooked, svd, silent
     torch.testing.assert_close(both.values[: len(alone)], alone.values)
 
 
+@pytest.mark.fault(41)
 def test_hooks_that_act_on_every_row_take_the_fast_way_and_provenance_says_which(
     llama, svd, silent, monkeypatch
 ):
@@ -232,6 +238,7 @@ def test_the_warning_names_the_hook_and_the_line_as_the_user_wrote_them_once_a_c
     assert warning.filename == __file__
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("patched", [False, True])
 def test_torch_hooks_and_patched_forwards_are_noticed_and_recorded(patched, silent):
     model, task = tiny("Llama"), tiny_task()
@@ -252,6 +259,7 @@ def test_torch_hooks_and_patched_forwards_are_noticed_and_recorded(patched, sile
     assert abs(float(after.clean.log_prob - before.clean.log_prob)) > 1e-3
 
 
+@pytest.mark.fault(44, 16)
 def test_a_torch_hook_that_breaks_the_stream_is_refused_with_its_place(silent):
     model = tiny("Llama")
     ms.self_check(model)  # remembered, but for the model without the hook
@@ -270,6 +278,7 @@ def test_what_the_libraries_put_on_a_model_is_not_the_users(architecture):
     assert other_hooks(tiny(architecture)) == []
 
 
+@pytest.mark.fault(24)
 def test_dropout_in_train_mode_is_left_for_the_call_and_restored_with_a_warning(gpt2):
     gpt2.train(True)
     with pytest.warns(UserWarning, match="train mode"), evaluation(gpt2):
@@ -290,6 +299,7 @@ def test_train_mode_without_dropout_is_left_in_silence(llama):
     llama.train(False)
 
 
+@pytest.mark.fault(24)
 def test_the_mode_of_every_module_is_restored_the_wrapped_models_too(llama, silent):
     llama.original_model.train(True)  # which does not show in `llama.training`
     llama.blocks[0].eval()
@@ -300,6 +310,7 @@ def test_the_mode_of_every_module_is_restored_the_wrapped_models_too(llama, sile
     llama.original_model.train(False)
 
 
+@pytest.mark.fault(22)
 def test_an_exception_leaves_no_hook_and_restores_the_mode(llama):
     def fail(x, hook=None):
         raise KeyboardInterrupt
@@ -310,6 +321,7 @@ def test_an_exception_leaves_no_hook_and_restores_the_mode(llama):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.fault(23)
 def test_the_users_hooks_are_kept_take_part_and_are_noted(llama):
     tokens = tiny_task().tokens[None]
     llama.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x * 0)

@@ -162,6 +162,7 @@ def test_another_object_is_refused_by_name(value):
         from_transformer_lens(value)
 
 
+@pytest.mark.fault(40)
 def test_a_transformer_lens_without_the_class_is_named(monkeypatch):
     subspace = ms.Subspace(torch.eye(3)[:, :1])
     monkeypatch.delattr(sys.modules["transformer_lens.tools.analysis"], "SubspaceBasis")

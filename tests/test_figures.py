@@ -209,6 +209,7 @@ def test_a_pooled_spectrum_lies_over_its_random_band(meaning_svd):
     assert len(figure.data[0].x) == len(figure.data[0].y) == 2 * len(found.singular_values)
 
 
+@pytest.mark.fault(40)
 def test_static_images_without_kaleido_or_chrome_say_what_to_install(
     meaning_svd, tmp_path, monkeypatch
 ):
@@ -224,6 +225,7 @@ def test_static_images_without_kaleido_or_chrome_say_what_to_install(
             figures.save_image(figures.singular_values(meaning_svd), tmp_path / "a.png")
 
 
+@pytest.mark.fault(36)
 def test_an_improbable_text_stays_drawable(embedded, meaning, meaning_svd):
     found = ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0])
     (surprise,) = drawn(figures.surprise(found)).y

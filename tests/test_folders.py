@@ -90,6 +90,7 @@ def write(study, check, out, event=None):
     os._exit(0)
 
 
+@pytest.mark.fault(49)
 @forks
 def test_a_report_killed_at_any_moment_leaves_the_old_run_whole_or_the_new_one(
     studies, check, tmp_path
@@ -123,6 +124,7 @@ def test_a_report_killed_at_any_moment_leaves_the_old_run_whole_or_the_new_one(
     assert names(tmp_path / "report-data") == [folder.name]
 
 
+@pytest.mark.fault(49)
 @forks
 def test_every_step_of_taking_over_can_be_the_last(tmp_path):
     """The same with small files, killed before every single step; the next run clears up."""
@@ -184,6 +186,7 @@ def take_over(out, event):
     os._exit(0)
 
 
+@pytest.mark.fault(29)
 @forks
 def test_a_second_run_waits_for_one_that_is_alive_and_then_takes_its_place(tmp_path):
     (tmp_path / "report-data").mkdir()
@@ -218,6 +221,7 @@ def wait_for(condition):
     raise AssertionError("waited in vain")
 
 
+@pytest.mark.fault(30)
 def test_a_run_that_fails_leaves_nothing_and_the_earlier_one(tmp_path):
     replace_run(tmp_path, fill)
     before = names(tmp_path / "report-data")
@@ -231,6 +235,7 @@ def test_a_run_that_fails_leaves_nothing_and_the_earlier_one(tmp_path):
     assert names(tmp_path / "report-data") == before == [(tmp_path / "report.html").read_text()]
 
 
+@pytest.mark.fault(49)
 def test_only_what_a_run_wrote_is_removed(tmp_path):
     data = tmp_path / "report-data"
     replace_run(tmp_path, fill)

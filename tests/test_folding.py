@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import mechsvd as ms
 from mechsvd.edits.folding import fold_map
 from mechsvd.experiments import exports
 from mechsvd.model.identity import fingerprint
-from tests.conftest import ACCEPTED, _configurations, known, tiny, tiny_hf, tiny_task
+from tests.conftest import ACCEPTED, _configurations, finishes, known, tiny, tiny_hf, tiny_task
 
 pytestmark = pytest.mark.older
 
@@ -148,6 +150,7 @@ def test_only_the_weights_that_write_change_and_the_configuration_stays(real, tm
     assert configs[0] == configs[1]
 
 
+@pytest.mark.fault(22)
 def test_an_edit_in_place_is_the_hooks_and_leaves_every_weight_as_it_was(real):
     edit, tokens = ms.keep(real.svd, 32), real.task.tokens
     before = {n: p.clone() for n, p in nn.Module.named_parameters(real.model)}
@@ -372,6 +375,76 @@ def test_a_checkpoint_that_differs_from_the_hooks_is_not_put_in_place(
 # the folder
 
 
+def put(target, content):
+    """Put a small checkpoint in place, as `fold` does."""
+
+    def write(folder):
+        (folder / "model.safetensors").write_bytes(content)
+        numbers = [torch.zeros(1).double()] * 6
+        digest = hashlib.sha256(content).hexdigest()
+        report = ms.FoldReport((SITE,), ("w",), *numbers, ("model.safetensors",), (digest,))
+        report.save(folder / exports.REPORT)
+        return report
+
+    with exports._held(target):
+        return exports._replace_folder(target, write)
+
+
+@pytest.mark.fault(49)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="takes a fork")
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_fold_killed_at_any_step_leaves_the_old_one_whole_or_the_new_one(
+    exchange, tmp_path, monkeypatch
+):
+    if not exchange:
+        monkeypatch.setattr(exports, "_exchange", lambda *_: False)
+    steps = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlsym"}
+    target, event, was_done = tmp_path / "out", 0, False
+    while not was_done:
+        put(target, b"old")
+        was_done = finishes(partial(put, target, b"new"), event, steps)
+        if exchange and sys.platform == "linux":
+            assert exports._is_fold(target)
+        with exports._held(target):  # as the next fold does
+            assert exports._is_fold(target)
+            assert (target / "model.safetensors").read_bytes() in (b"old", b"new")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        event += 1
+    assert event > 4
+    assert (target / "model.safetensors").read_bytes() == b"new"
+
+
+@pytest.mark.fault(29)
+def test_a_second_process_cannot_fold_into_the_same_folder(
+    embedded, meaning, meaning_svd, tmp_path
+):
+    target = tmp_path / "out"
+    with exports._held(target), pytest.raises(RuntimeError, match="out is in use by another run"):
+        ms.fold(embedded, ms.keep(meaning_svd, 9), target, meaning)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.fault(30)
+def test_a_full_disk_leaves_the_earlier_fold_whole_and_nothing_else(
+    embedded, meaning, meaning_svd, tmp_path
+):
+    resource = pytest.importorskip("resource")  # not on Windows
+    target, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    put(target, b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match="Cannot write a checkpoint to .*: .*File too large.* choose another"
+        ):
+            ms.fold(embedded, ms.keep(meaning_svd, 9), target, meaning)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert exports._is_fold(target)
+    assert (target / "model.safetensors").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.fault(49, 30)
 def test_an_earlier_fold_is_replaced_whole_and_nothing_else_is(
     embedded, meaning, meaning_svd, tmp_path, monkeypatch
 ):

@@ -118,6 +118,7 @@ def test_values_elsewhere_and_other_peoples_torch_hooks_take_the_plain_kernels(l
     assert runs == [llama]
 
 
+@pytest.mark.fault(34)
 def test_gradients_and_hessians_take_the_plain_kernels(llama, svd, runs, silent):
     few = ms.decompose(ms.collect_writes(llama, tiny_task(), fast=False))
     for call in (
@@ -128,6 +129,7 @@ def test_gradients_and_hessians_take_the_plain_kernels(llama, svd, runs, silent)
     assert runs == []
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("architecture", ["Llama", "GPT-2"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_the_model_is_restored_when_a_pass_stops_inside_a_hook(architecture, error, silent):

@@ -67,6 +67,7 @@ def test_several_edits_in_one_call_write_what_each_writes_alone(embedded, meanin
     assert ms.generate(embedded, PROMPT, stack, max_new_tokens=10) == together[1:4]
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("prompt", [PROMPT, ""])
 def test_the_cache_changes_nothing_and_positions_are_absolute(embedded, meaning_svd, prompt):
     chosen, drop = [0, 3, 11, 14] if prompt else [0, 3, 8], ms.ablate(meaning_svd.subspace(30))
@@ -167,11 +168,13 @@ def test_an_edit_that_gives_nan_warns(embedded):
         )
 
 
+@pytest.mark.fault(10)
 def test_token_ids_without_bos_warn(embedded, meaning):
     with pytest.warns(UserWarning, match="no BOS token, though the model has one"):
         ms.generate(embedded, meaning.tokens[1:4], max_new_tokens=2)
 
 
+@pytest.mark.fault(6)
 def test_bad_prompts_and_lengths_are_refused(embedded, meaning_svd, monkeypatch):
     with pytest.raises(
         ValueError,
@@ -196,6 +199,7 @@ def test_a_basis_of_another_model_is_refused(meaning_svd):
         )
 
 
+@pytest.mark.fault(22)
 def test_an_exception_leaves_no_hook_and_the_mode(embedded):
     def fail(x, hook=None):
         raise KeyboardInterrupt
@@ -206,6 +210,7 @@ def test_an_exception_leaves_no_hook_and_the_mode(embedded):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.fault(26)
 def test_memory_running_out_halves_the_edits_in_one_pass(embedded, meaning_svd, monkeypatch):
     from mechsvd.experiments import generation
 

@@ -80,6 +80,7 @@ def whole(model, tmp_path_factory):
     return out, len(counted)
 
 
+@pytest.mark.fault(27)
 def test_a_stopped_report_goes_on_and_has_the_tables_of_one_that_was_not(
     model, whole, tmp_path, monkeypatch
 ):
@@ -105,6 +106,7 @@ def test_a_stopped_report_goes_on_and_has_the_tables_of_one_that_was_not(
     assert "earlier" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.fault(28)
 def test_another_command_begins_anew_and_leaves_the_first_ones_work(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stopping(patch, 3)
@@ -118,6 +120,7 @@ def test_another_command_begins_anew_and_leaves_the_first_ones_work(model, tmp_p
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.fault(27)
 def test_ctrl_c_ends_in_two_lines_what_is_kept_and_how_to_go_on(
     embedded, monkeypatch, capsys, tmp_path
 ):

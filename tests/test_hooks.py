@@ -73,6 +73,7 @@ def test_positions_are_edited_and_the_others_spared(llama):
     torch.testing.assert_close(seen["edited"][:, spared], seen["clean"][:, spared])
 
 
+@pytest.mark.fault(20)
 def test_positions_are_absolute_while_decoding_with_a_cache(embedded):
     tokens = embedded.to_tokens("I believe the meaning of life is")
     position = tokens.shape[1] + 1  # the second new token
@@ -92,6 +93,7 @@ def test_positions_are_absolute_while_decoding_with_a_cache(embedded):
     assert cached.tolist() != embedded.generate(tokens, **options).tolist()
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -109,6 +111,7 @@ def test_a_wrong_shape_is_an_error_with_its_site(llama, wrong):
     assert not other_hooks(llama)
 
 
+@pytest.mark.fault(21)
 def test_a_wrong_dtype_is_put_right(llama):
     hooks = ms.fwd_hooks(llama, lambda x, hook: x.double())
     torch.testing.assert_close(logits(llama, hooks), logits(llama))
@@ -138,6 +141,7 @@ def test_an_error_inside_an_edit_keeps_its_type_and_says_its_site(llama):
     assert not other_hooks(llama)
 
 
+@pytest.mark.fault(18)
 def test_a_basis_of_another_model_size_and_bad_positions_are_refused(llama):
     with pytest.raises(ValueError, match="d_model 16, but the model's is 32"):
         ms.fwd_hooks(llama, ms.keep(ms.Subspace(orthonormal(16, 4))))
@@ -149,6 +153,7 @@ def test_a_basis_of_another_model_size_and_bad_positions_are_refused(llama):
         ms.fwd_hooks(llama, ms.chain(), positions=[])
 
 
+@pytest.mark.fault(43)
 def test_a_stack_edits_each_row_by_its_own_gate_and_refuses_other_batches(llama):
     stack = Gate(torch.eye(32), torch.rand(3, 32))
     with pytest.raises(ValueError, match="stack of 3 edits meets a batch of 1 rows at layer 0"):
@@ -164,6 +169,7 @@ def test_a_stack_edits_each_row_by_its_own_gate_and_refuses_other_batches(llama)
     )
 
 
+@pytest.mark.fault(21)
 def test_an_edit_in_place_is_an_error_and_not_a_silent_change(llama):
     def in_place(x, hook):
         x[:, -1] = 0
@@ -179,6 +185,7 @@ def test_an_edit_in_place_is_an_error_and_not_a_silent_change(llama):
         ms.measure(llama, tiny_task(), [ms.chain(), in_place])
 
 
+@pytest.mark.fault(18)
 def test_a_basis_of_another_model_is_refused_wherever_it_hides(llama, silent):
     other = tiny("Qwen2")
     foreign = ms.keep(ms.decompose(ms.collect_writes(other, tiny_task())).subspace(5))
@@ -233,6 +240,7 @@ def test_an_edit_is_given_its_site_by_the_name_of_find_sites(architecture, posit
         assert set(seen) == set(expected)
 
 
+@pytest.mark.fault(43)
 def test_edits_that_trade_rows_are_refused_by_name_and_site(llama):
     def two(x, hook):
         return x.expand(2, -1, -1)

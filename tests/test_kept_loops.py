@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -40,7 +42,7 @@ class Order:
         return pd.DataFrame({"direction": self.order.numpy()})
 
 
-CALLS = {
+CALLS = {  # of every kind of loop; test_every_call.py has all calls
     "a sweep": lambda m, t, svd, **o: ms.sweep_rank(m, t[0], svd, **o),
     "sweeps with a metric and noise": lambda m, t, svd, **o: ms.sweep_rank(
         m, t, svd, metric=ms.kl_divergence, noise_floor=True, **o
@@ -48,7 +50,6 @@ CALLS = {
     "rankings": lambda m, t, svd, **o: ms.rank_directions(m, t, svd, **o),
     "a search": lambda m, t, svd, **o: ms.critical_rank(m, t[0], svd, exhaustive=True, **o),
     "ridge": lambda m, t, svd, **o: ms.sweep_ridge(m, t[1], svd, **o),
-    "held out": lambda m, t, svd, **o: ms.fit_and_measure(m, t, 2, ranks=range(9), **o),
     "attribution": lambda m, t, svd, **o: ms.hessian_attribution(m, t[0], svd, **o),
     "pairs": lambda m, t, svd, **o: ms.hessian_attribution(m, t[0], svd, pairs=4, **o),
     "from w": lambda m, t, svd, **o: ms.hessian_attribution(
@@ -61,20 +62,14 @@ CALLS = {
         m, t[:2], svd, ms.hessian_attribution(m, t[0], svd, pairs=4), batch_size=30, **o
     ),
     "gradients": lambda m, t, svd, **o: ms.collect_gradients(m, t[:2], svd, **o),
-    "doses": lambda m, t, svd, **o: ms.dose_response(m, t[0], svd, [0, 1], **o),
     "reads": lambda m, t, svd, **o: ms.collect_reads(m, t[:2], draws=9, **o),
     "elimination": lambda m, t, svd, **o: Order(
         ms.order_by_elimination(m, t[:2], svd, share=0.8, **o)
     ),
-    "balanced": lambda m, t, svd, **o: ms.balanced_directions(m, t, svd, draws=3, **o),
-    "angles": lambda m, t, svd, **o: ms.read_write_angles(m, t, 4, draws=3, **o),
     "learning": lambda m, t, svd, **o: ms.learn_subspace(m, t, 5, steps=4, **o),
-    "a comparison": lambda m, t, svd, **o: ms.compare_orders(
-        m, t[:2], [9], orders=("singular value", "learned"), steps=1, **o
-    ),
     "worst gains": lambda m, t, svd, **o: ms.worst_gains(m, t[0], svd, 3, steps=3, **o),
 }
-GRADIENTS = ("reads", "balanced", "angles", "learning", "a comparison")  # slow, row by row
+GRADIENTS = ("reads", "learning")  # slow, row by row
 ATTRIBUTION = (
     *GRADIENTS,
     "attribution",
@@ -109,6 +104,7 @@ def stop_after(monkeypatch, batches):
     return counted
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_was_stopped_goes_on_bit_for_bit(name, small, tmp_path, monkeypatch):
     path, call = tmp_path / "run", CALLS[name]
@@ -148,6 +144,7 @@ def test_another_free_memory_gives_no_other_batches(small, tmp_path, monkeypatch
     assert same(ms.sweep_rank(model, texts[0], svd, checkpoint=tmp_path / "run"), whole)
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,8 +163,13 @@ def test_another_call_is_refused_and_shown(small, tmp_path, change, message):
     assert message in str(error.value)
 
 
+@pytest.mark.fault(28)
 def test_another_model_or_function_is_refused(small, tmp_path):
     model, texts, svd = small
+    shifts = [ms.shift(torch.full((32,), size)) for size in (0.1, 0.2)]
+    ms.measure(model, texts[0], shifts[:1], checkpoint=tmp_path / "shift")
+    with pytest.raises(ValueError, match=r"`edits` is \[.shift.*shifted .*\], but was"):
+        ms.measure(model, texts[0], shifts[1:], checkpoint=tmp_path / "shift")
     path = tmp_path / "run"
     bare = dataclasses.replace(svd, source=None)
     ms.sweep_rank(model, texts[0], bare, [0, 1], checkpoint=path)
@@ -177,6 +179,7 @@ def test_another_model_or_function_is_refused(small, tmp_path):
         ms.sweep_rank(ms.reinitialised(model, 1), texts[0], bare, [0, 1], checkpoint=path)
 
 
+@pytest.mark.fault(29, 30)
 def test_a_second_process_is_refused_and_a_missing_folder_named(small, tmp_path):
     model, texts, svd = small
     refused = []
@@ -195,6 +198,7 @@ def test_a_second_process_is_refused_and_a_missing_folder_named(small, tmp_path)
         ms.sweep_rank(model, texts[0], svd, checkpoint=tmp_path / "none" / "run")
 
 
+@pytest.mark.fault(31)
 def test_a_damaged_checkpoint_is_refused_and_named(small, tmp_path):
     model, texts, svd = small
     path = tmp_path / "run"
@@ -235,6 +239,7 @@ found.to_pandas().to_json(sys.argv[2])
 """
 
 
+@pytest.mark.fault(27)
 def test_killed_by_the_system_the_table_is_the_same(small, tmp_path):
     def start(path, out):
         return subprocess.Popen(
@@ -265,12 +270,30 @@ def test_killed_by_the_system_the_table_is_the_same(small, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run", "run.json"}
 
 
+@pytest.mark.fault(28)
+def test_arguments_are_described_alike_whenever_they_are_made():
+    code = """[lambda x: x in {"a", "b"}, ms.shift(torch.ones(3)), ms.kl_at_most(1.0), object()]"""
+    first, second = (resuming.describe_value(eval(code)) for _ in range(2))
+    assert first == second
+    assert resuming.describe_value(frozenset("ba")) == {"set": ["'a'", "'b'"]}  # in no random order
+
+
+@pytest.mark.fault(28)
 def test_arguments_are_described_so_that_they_differ():
     values = [
         None, True, 1.5, "a", [1, 2], {"a": 1}, torch.ones(2), torch.ones(2).double(),
         torch.zeros(2), list(range(500)), list(range(501)), ms.kl_divergence, ms.log_prob, tiny_task(),
         tiny_task(seed=1), ms.Subspace(torch.eye(3)[:, :1]), ms.Subspace(torch.eye(3)[:, 1:2]),
+        lambda x, hook: 0.5 * x, lambda x, hook: 0.7 * x, lambda x, hook: x.relu(), torch.float16, torch.float64,
+        *(ms.shift(torch.ones(3) * factor) for factor in (1, 2)), {1, 2}, {1, 3}, np.float32(2.5),
+        *(ms.logit_difference(5, wrong) for wrong in (7, 8)), *(torch.nn.Linear(2, 2) for _ in range(2)),
+        *(ms.kl_at_most(nats) for nats in (0.1, 0.2)), *(partial(max, number) for number in (3, 4)),
+        *(Order(order).to_pandas for order in (torch.arange(2), torch.arange(3))), Order, torch,
     ]  # fmt: skip
     described = [json.dumps(resuming.describe_value(value)) for value in values]
     assert len(set(described)) == len(values)
+    assert described[17:22] == [
+        json.dumps(resuming.describe_value(value)) for value in values[17:22]
+    ]
+    assert not any(" at 0x" in text for text in described)  # no address, which differs in each run
     assert max(map(len, described)) < 400

@@ -45,6 +45,7 @@ CALLS = {
 }
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(
     ("name", "batch_size"), [*((name, None) for name in CALLS), ("measure", 1), ("sweep_rank", 5)]
 )
@@ -96,6 +97,7 @@ def test_texts_of_one_length_share_forward_passes(real, texts, svd, monkeypatch)
     assert sorted(passes) == [1, 2, 3]  # one pass a length
 
 
+@pytest.mark.fault(41)
 def test_beside_a_users_hook_each_row_of_each_text_runs_alone(real, texts, svd):
     seen = []
     real.model.add_hook("blocks.0.hook_resid_pre", lambda x, hook: seen.append(len(x)))
@@ -196,6 +198,7 @@ def test_a_bad_text_is_named(embedded, source, message):
         ms.tasks_from(embedded, source, max_new_tokens=2)
 
 
+@pytest.mark.fault(6)
 def test_a_bad_text_is_named_by_its_line_or_skipped(embedded, tmp_path, recwarn):
     (tmp_path / "a.jsonl").write_text('{"prompt": "I believe"}\n\n{"prompt": ""}\n')
     with pytest.raises(ValueError, match=r"text 1 \(line 3 of a\.jsonl\) has no `prompt`"):

@@ -128,6 +128,7 @@ def test_many_edits_share_few_forward_passes(llama, monkeypatch):
     assert all(shape == (1, 9) for shape in runs)  # rows part at the first write
 
 
+@pytest.mark.fault(26)
 def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
     model, task = tiny("Llama"), tiny_task()
     expected = measure(model, task, STACKS["ranks"])
@@ -153,6 +154,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, monkeypatch):
     ]  # the clean run in the first; at full rank it is the clean run
 
 
+@pytest.mark.fault(26)
 def test_out_of_memory_with_one_edit_says_how_much_is_needed(monkeypatch):
     model = tiny("Llama")
 
@@ -166,6 +168,7 @@ def test_out_of_memory_with_one_edit_says_how_much_is_needed(monkeypatch):
         measure(model, tiny_task(), STACKS["ranks"], batch_size=1)
 
 
+@pytest.mark.fault(37)
 def test_the_noise_floor_is_measured_on_request_and_sees_the_dtype(llama):
     assert measure(llama, tiny_task(), [ms.chain()]).noise_floor is None
     single = measure(llama, tiny_task(), STACKS["ranks"], noise_floor=True).noise_floor
@@ -182,6 +185,7 @@ def test_the_noise_floor_is_measured_on_request_and_sees_the_dtype(llama):
     assert 1e-8 < floors["Llama"] < 1e-4  # transformers computes its norms in float32 even here
 
 
+@pytest.mark.fault(22)
 def test_the_model_is_left_as_it_was_found_after_a_fault(llama):
     def fail(x, hook=None):
         raise ValueError("no")
@@ -195,6 +199,7 @@ def test_the_model_is_left_as_it_was_found_after_a_fault(llama):
     llama.train(False)
 
 
+@pytest.mark.fault(18)
 def test_a_basis_of_another_model_or_size_is_refused(llama, embedded, meaning_svd):
     other = tiny("Qwen2")
     svd = ms.decompose(ms.collect_writes(other, [tiny_task(seed=s) for s in range(3)]))
@@ -214,6 +219,7 @@ def test_edits_that_give_nan_warn_and_stay_in_the_table(llama):
     assert measured.log_probs[0].isfinite().all()
 
 
+@pytest.mark.fault(36)
 def test_a_very_improbable_text_stays_finite_in_nats(embedded, meaning, meaning_svd):
     table = ms.sweep_rank(embedded, meaning, meaning_svd, ranks=[0]).to_pandas()
     (surprise,) = table["surprise"]
@@ -221,6 +227,7 @@ def test_a_very_improbable_text_stays_finite_in_nats(embedded, meaning, meaning_
     assert table["probability"].iloc[0] == pytest.approx(math.exp(-surprise), rel=1e-4, abs=0)
 
 
+@pytest.mark.fault(2)
 def test_half_precision_models_work(silent):
     model = tiny("Llama").to(torch.bfloat16)
     svd = ms.decompose(ms.collect_writes(model, tiny_task()))

@@ -14,6 +14,7 @@ def tree(root, files):
     return root
 
 
+@pytest.mark.fault(46)
 def test_a_containers_limit_of_version_2_counts_and_its_cache_is_free(tmp_path):
     root = tree(
         tmp_path,
@@ -64,6 +65,7 @@ def test_no_limit_is_none(tmp_path, limit):
     assert _free_in_cgroup(tmp_path / "nowhere") is None
 
 
+@pytest.mark.fault(46)
 def test_the_smaller_of_machine_and_container_is_free(monkeypatch):
     import torch
 

@@ -49,6 +49,7 @@ def test_the_processing_state_is_told():
     assert "writing weights centred" in processing_state(model)
 
 
+@pytest.mark.fault(39)
 def test_a_directory_that_is_no_model_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"is not a Hugging Face model: config\.json is missing"):
         ms.load_model(tmp_path)
@@ -69,6 +70,7 @@ def test_a_local_directory_is_named_by_its_last_part_and_not_by_its_path(checkpo
     assert model_name(ms.load_model(checkpoint, device="cpu")) == "model"
 
 
+@pytest.mark.fault(39)
 def test_truncated_weights_name_the_file(checkpoint):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -78,6 +80,7 @@ def test_truncated_weights_name_the_file(checkpoint):
         ms.load_model(checkpoint, device="cpu")
 
 
+@pytest.mark.fault(39)
 def test_missing_weights_are_refused_and_not_filled_with_random_numbers(checkpoint):
     from safetensors.torch import load_file, save_file
 
@@ -91,6 +94,7 @@ def test_missing_weights_are_refused_and_not_filled_with_random_numbers(checkpoi
         ms.load_model(checkpoint, device="cpu")
 
 
+@pytest.mark.fault(39)
 def test_weights_of_the_wrong_shape_name_the_file(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 300}))
@@ -100,12 +104,14 @@ def test_weights_of_the_wrong_shape_name_the_file(checkpoint):
         ms.load_model(checkpoint, device="cpu")
 
 
+@pytest.mark.fault(39)
 def test_a_garbled_config_names_the_file(checkpoint):
     (checkpoint / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json damaged"):
         ms.load_model(checkpoint, device="cpu")
 
 
+@pytest.mark.fault(32)
 def test_other_safetensors_do_not_let_pickles_pass(tmp_path):
     shutil.copy(WEIGHTS / "config.json", tmp_path)
     shutil.copy(WEIGHTS / "model.safetensors", tmp_path / "optimizer.safetensors")
@@ -133,6 +139,7 @@ def test_options_for_a_model_that_is_loaded_already_are_refused(embedded):
         ms.load_model(embedded, dtype=torch.bfloat16)  # it would stay in float32 without a word
 
 
+@pytest.mark.fault(38)
 def test_a_hub_model_out_of_reach_says_the_ways_out():
     with pytest.raises(
         OSError,
@@ -149,6 +156,7 @@ def test_what_is_no_model_is_refused():
             ms.load_model(wrong)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize(
     ("found", "message"),
     [

@@ -252,6 +252,7 @@ def test_their_self_checks_pass_and_rows_share_a_prefix(pair):
         assert processing_state(model) == "raw"
 
 
+@pytest.mark.fault(20)
 def test_hooks_compose_and_positions_are_absolute_with_a_cache(pair):
     for model in pair:
         tokens = model.to_tokens("Once upon a time")
@@ -283,6 +284,7 @@ def test_gpt2_with_biases_gives_the_sweep_of_the_loop(silent):
     torch.testing.assert_close(sweep.measurement.log_probs[1].double(), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.fault(25)
 def test_processed_weights_are_another_state_and_their_bases_are_refused(silent):
     raw, processed = hooked(tiny_hf("GPT-2")), hooked(tiny_hf("GPT-2"))
     processed.process_weights_()
@@ -293,6 +295,7 @@ def test_processed_weights_are_another_state_and_their_bases_are_refused(silent)
         ms.sweep_rank(processed, tiny_task(), svd)
 
 
+@pytest.mark.fault(23, 24)
 def test_the_users_hooks_and_train_mode_survive(pair):
     model = pair[0]
     model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x)
@@ -307,6 +310,7 @@ def test_the_users_hooks_and_train_mode_survive(pair):
         model.train(False)
 
 
+@pytest.mark.fault(14)
 def test_an_attention_only_model_needs_the_missing_component_to_be_skipped():
     config = HookedTransformerConfig(
         d_model=16,

@@ -71,6 +71,7 @@ def loaded_or_refused(result, path):
         return None
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_truncation_of_a_file_is_refused(name, tmp_path):
     result, path = saved(name, tmp_path)
@@ -79,6 +80,7 @@ def test_every_truncation_of_a_file_is_refused(name, tmp_path):
         assert loaded_or_refused(result, path) is None, length
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_flipped_bit_is_refused_or_changes_nothing(name, tmp_path):
     result, path = saved(name, tmp_path)
@@ -115,6 +117,7 @@ WRONG = (
 )
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("name", NAMES)
 def test_structured_damages_with_a_right_checksum_are_refused(name, tmp_path):
     result, path = saved(name, tmp_path)
@@ -159,12 +162,14 @@ def test_a_missing_or_unknown_field_is_refused_unless_it_has_a_default(name, tmp
         type(result).load(path)
 
 
+@pytest.mark.fault(33)
 def test_a_file_of_an_older_version_may_lack_fields_that_have_defaults(tmp_path):
     _, path = saved("Task", tmp_path)
     rewritten(path, lambda document, tensors: document["value"]["fields"].pop("pieces") and None)
     assert loaded_or_refused(tiny_results()["Task"], path).pieces == ()
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_of_another_kind_or_with_nan_is_refused(name, tmp_path):
     result, path = saved(name, tmp_path)
@@ -245,6 +250,7 @@ UNTRUE = [
 ]  # fmt: skip
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize(("name", "change", "message"), UNTRUE)
 def test_what_no_result_holds_is_refused_by_file_and_field(name, change, message, tmp_path):
     result, path = saved(name, tmp_path)

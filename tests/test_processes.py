@@ -204,6 +204,7 @@ def test_their_noise_floors_are_of_the_same_size(tables, alone):
     assert ((ratios > 0.1) & (ratios < 10)).all()
 
 
+@pytest.mark.fault(27)
 def test_after_one_was_killed_they_go_on_to_the_same_bits(tables):
     for table in tables:
         assert table["resumed"].equal(table["whole"])
@@ -300,6 +301,7 @@ EDITS = {
 }
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_follows_the_device_of_the_activation(name, alone):
     model, texts, svd = alone

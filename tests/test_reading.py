@@ -35,6 +35,7 @@ def at_once(model, tokens, hooks=()):
         return model.run_with_hooks(tokens[None], fwd_hooks=list(hooks))[0]
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("architecture", ACCEPTED)
 def test_a_text_read_in_chunks_is_edited_where_the_whole_text_is(architecture):
     model, tokens = tiny(architecture), tiny_task().tokens
@@ -48,6 +49,7 @@ def test_a_text_read_in_chunks_is_edited_where_the_whole_text_is(architecture):
             )
 
 
+@pytest.mark.fault(42)
 def test_the_same_hooks_serve_a_second_text(llama):
     hooks = ms.fwd_hooks(llama, zero, positions=[0])
     token = torch.tensor([5])
@@ -56,6 +58,7 @@ def test_the_same_hooks_serve_a_second_text(llama):
     assert (first - at_once(llama, token)).abs().max() > 1e-3
 
 
+@pytest.mark.fault(42)
 def test_real_models_read_in_chunks(real):
     tokens = real.task.tokens
     hooks = ms.fwd_hooks(real.model, zero, positions=[6, 7])
@@ -89,6 +92,7 @@ def test_a_cache_of_fixed_size_tells_the_position_too(llama):
     torch.testing.assert_close(torch.cat(found), at_once(llama, tokens, hooks), rtol=0, atol=1e-4)
 
 
+@pytest.mark.fault(42)
 def test_hooks_without_the_one_that_watches_are_refused_in_the_run(llama):
     with pytest.raises(
         RuntimeError,

@@ -1,6 +1,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import mechsvd as ms
 from mechsvd.results import Provenance, require_same_model, write_atomically
+from tests.conftest import finishes
 
 
 def same(first, second):
@@ -64,6 +66,7 @@ def saved(results, tmp_path):
     return path
 
 
+@pytest.mark.fault(31)
 def test_a_truncated_file_is_refused_by_name(saved):
     saved.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(
@@ -73,6 +76,7 @@ def test_a_truncated_file_is_refused_by_name(saved):
         ms.RankSweep.load(saved)
 
 
+@pytest.mark.fault(31)
 def test_garbage_and_an_empty_file_are_refused(saved):
     for content in (b"", b"garbage", os.urandom(4000)):
         saved.write_bytes(content)
@@ -80,6 +84,7 @@ def test_garbage_and_an_empty_file_are_refused(saved):
             ms.RankSweep.load(saved)
 
 
+@pytest.mark.fault(31)
 def test_one_flipped_bit_is_noticed(saved):
     content = bytearray(saved.read_bytes())
     content[-5] ^= 1
@@ -104,6 +109,7 @@ def test_a_file_of_any_size_of_header_is_read(tmp_path):
         assert ms.Task.load(tmp_path / "task.safetensors").pieces == task.pieces
 
 
+@pytest.mark.fault(32)
 def test_pickles_are_never_opened(tmp_path):
     path = tmp_path / "result.pt"
     torch.save({"a": torch.ones(2)}, path)
@@ -123,6 +129,7 @@ def test_a_foreign_safetensors_file_another_class_and_a_missing_file_are_refused
         ms.Writes.load(tmp_path / "nowhere")
 
 
+@pytest.mark.fault(33)
 def test_a_newer_format_says_which_version_wrote_it(saved):
     header = json.loads(
         saved.read_bytes()[8 : 8 + int.from_bytes(saved.read_bytes()[:8], "little")]
@@ -134,6 +141,7 @@ def test_a_newer_format_says_which_version_wrote_it(saved):
         ms.RankSweep.load(saved)
 
 
+@pytest.mark.fault(30)
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "kept"
     write_atomically(path, b"old")
@@ -148,12 +156,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
+@pytest.mark.fault(30)
 def test_a_full_disk_leaves_the_saved_result_whole_and_no_other_file(saved, results):
     resource = pytest.importorskip("resource")  # not on Windows
     before, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=f"File too large: '{saved}'"):
             results[4].save(saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -161,6 +170,20 @@ def test_a_full_disk_leaves_the_saved_result_whole_and_no_other_file(saved, resu
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
+@pytest.mark.fault(30, 31)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="takes a fork")
+def test_a_save_that_is_killed_at_any_step_leaves_the_old_result_whole_or_the_new_one(tmp_path):
+    path, event, was_done = tmp_path / "kept", 0, False
+    old, new = (ms.Subspace(torch.eye(3)[:, :rank]) for rank in (1, 2))
+    while not was_done:
+        old.save(path)
+        was_done = finishes(partial(new.save, path), event, {"open", "os.chmod", "os.rename"})
+        assert ms.Subspace.load(path).rank in ((2,) if was_done else (1, 2))
+        event += 1
+    assert event > 3
+
+
+@pytest.mark.fault(30)
 def test_a_missing_folder_is_named(results, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"the folder .*nowhere does not exist; create it first"
@@ -168,6 +191,7 @@ def test_a_missing_folder_is_named(results, tmp_path):
         results[2].save(tmp_path / "nowhere" / "svd.safetensors")
 
 
+@pytest.mark.fault(25)
 def test_results_of_different_models_or_states_are_not_combined():
     facts = {
         "model": "a",

@@ -56,6 +56,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("message", CHANGES)
 def test_another_call_is_refused_with_each_difference(message, tmp_path):
     path = tmp_path / "run"
@@ -70,6 +71,7 @@ def test_another_call_is_refused_with_each_difference(message, tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.fault(28)
 def test_another_model_other_sites_and_other_hooks_are_refused(tmp_path):
     from dataclasses import replace
 
@@ -90,6 +92,7 @@ def test_another_model_other_sites_and_other_hooks_are_refused(tmp_path):
         file.resume(replace(call(), call="sum"))
 
 
+@pytest.mark.fault(31)
 def test_what_is_no_checkpoint_stays_as_it_is(tmp_path):
     SUBSPACES[0].save(tmp_path / "mine")
     (tmp_path / "text").write_text("my notes")
@@ -108,6 +111,7 @@ def test_what_is_no_checkpoint_stays_as_it_is(tmp_path):
         assert (tmp_path / name).read_bytes() == before
 
 
+@pytest.mark.fault(30)
 def test_where_nothing_can_be_written_is_known_before_anything_runs(
     embedded, tmp_path, monkeypatch
 ):
@@ -128,6 +132,7 @@ def test_where_nothing_can_be_written_is_known_before_anything_runs(
     assert next(documents) == "I believe"
 
 
+@pytest.mark.fault(30)
 def test_a_full_disk_is_an_error_and_leaves_the_last_state(tmp_path, monkeypatch):
     path = tmp_path / "run"
     with open_checkpoint(path) as file:
@@ -144,6 +149,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_state(tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.fault(29)
 def test_two_runs_cannot_use_one_checkpoint(embedded, tmp_path):
     path = tmp_path / "run"
     with open_checkpoint(path):
@@ -157,6 +163,7 @@ def test_two_runs_cannot_use_one_checkpoint(embedded, tmp_path):
         pass
 
 
+@pytest.mark.fault(29)
 def test_a_killed_process_leaves_no_lock_and_its_unfinished_file_is_removed(tmp_path):
     code = (
         "import sys, time\nfrom mechsvd.engine.checkpoint import open_checkpoint\n"
@@ -203,6 +210,7 @@ def same(one, other):
     ) and (one.places[0].fingerprint, repr(one)) == (other.places[0].fingerprint, repr(other))
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_stream_that_was_interrupted_goes_on_to_the_same_bits(
     embedded, tmp_path, monkeypatch, packing
@@ -244,6 +252,7 @@ def test_a_stream_that_was_interrupted_goes_on_to_the_same_bits(
         ms.stream_writes(embedded, documents, checkpoint=path, layers=[1], **options)
 
 
+@pytest.mark.fault(28)
 def test_a_file_that_has_changed_is_refused(embedded, tmp_path):
     source, path = tmp_path / "corpus.txt", tmp_path / "run"
     source.write_text("I believe\nWe think\n")
@@ -314,6 +323,7 @@ print(killed, reached)
 """
 
 
+@pytest.mark.fault(27)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no SIGKILL and no fork")
 def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     root = Path(__file__).parents[1]

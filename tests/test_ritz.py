@@ -232,6 +232,7 @@ def test_a_zero_start_is_refused():
         )
 
 
+@pytest.mark.fault(33)
 def test_an_attribution_keeps_its_basis_and_a_file_without_it_still_loads(from_w, tmp_path):
     path, older = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     from_w.save(path)

@@ -12,6 +12,7 @@ def llama():
     return tiny("Llama")
 
 
+@pytest.mark.fault(13)
 def test_an_unknown_hook_is_refused_with_close_matches(llama):
     with pytest.raises(
         KeyError, match=r"No hook point `blocks.0.hook_atn_out`.*blocks.0.hook_attn_out"
@@ -19,6 +20,7 @@ def test_an_unknown_hook_is_refused_with_close_matches(llama):
         run_model(llama, tiny_task().tokens[None], [("blocks.0.hook_atn_out", lambda x, hook: x)])
 
 
+@pytest.mark.fault(15)
 def test_a_hook_that_never_fires_is_an_error_after_the_run(llama, monkeypatch):
     name = "blocks.0.hook_mlp_out"
     run = type(llama).run_with_hooks
@@ -32,6 +34,7 @@ def test_a_hook_that_never_fires_is_an_error_after_the_run(llama, monkeypatch):
         run_model(llama, tiny_task().tokens[None], [(name, lambda x, hook=None: None)])
 
 
+@pytest.mark.fault(15)
 def test_generating_a_hook_that_never_fires_is_an_error(llama, monkeypatch):
     monkeypatch.setattr(
         type(llama), "hooks", lambda self, fwd_hooks: nullcontext()

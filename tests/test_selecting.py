@@ -77,6 +77,7 @@ def test_complements_and_unions():
     assert ms.union([a, shared]).rank == 4
 
 
+@pytest.mark.fault(25)
 def test_unions_of_unlike_things_are_refused(svd):
     other = dataclasses.replace(svd.source, weights="another", model="b")
     for wrong, message in (
@@ -92,6 +93,7 @@ def test_unions_of_unlike_things_are_refused(svd):
             ms.union(wrong)
 
 
+@pytest.mark.fault(18)
 def test_rows_of_a_square_matrix_are_not_its_columns():
     decoder = torch.eye(4)
     decoder[0] = torch.tensor([1.0, 1.0, 0.0, 0.0])

@@ -38,6 +38,7 @@ def third_write(strength):
     return tiny("Llama", hf_model)
 
 
+@pytest.mark.fault(16)
 def test_a_model_with_a_write_that_no_hook_sees_is_refused_with_block_and_error():
     model = third_write(0.05)
     with pytest.raises(
@@ -46,6 +47,29 @@ def test_a_model_with_a_write_that_no_hook_sees_is_refused_with_block_and_error(
     ):
         ms.collect_writes(model, tiny_task())
     assert "in block 1" in repr(self_check(model))
+
+
+@pytest.mark.fault(16)
+def test_a_change_between_the_last_block_and_the_final_norm_is_refused_too(silent):
+    model = tiny("Llama")
+    model.original_model.model.layers[1].register_forward_hook(
+        lambda module, inputs, output: (
+            1.05 * output if isinstance(output, torch.Tensor) else (1.05 * output[0], *output[1:])
+        )
+    )
+    assert self_check(model).block_error.tolist() == pytest.approx([0, 0.025], abs=0.01)
+    with pytest.raises(
+        ValueError, match=r"block 1, .* perhaps because of what is on it at blocks.1"
+    ):
+        ms.collect_writes(model, tiny_task())
+
+
+def test_a_model_that_does_not_pass_its_final_norm_is_checked_to_its_last_block(monkeypatch):
+    monkeypatch.setattr(
+        "mechsvd.model.selfcheck.end_of_stream", lambda model: "blocks.0.attn.hook_hidden_states"
+    )  # which never fires
+    assert self_check(tiny("Llama")).failure is None
+    assert "in block 1" in self_check(third_write(0.05)).failure
 
 
 @pytest.mark.parametrize(
@@ -60,6 +84,7 @@ def test_the_tolerance_is_a_few_roundings_of_the_dtype(dtype, precision):
     assert refused.tolerance == pytest.approx(precision, rel=0.1)
 
 
+@pytest.mark.fault(16)
 def test_a_refused_model_runs_on_request_and_every_result_records_it(silent):
     model, task = third_write(0.05), tiny_task()
     writes = ms.collect_writes(model, task, check=False)
@@ -128,6 +153,7 @@ def test_it_is_measured_again_in_another_dtype():
     assert self_check(model.to(torch.bfloat16)).tolerance > single.tolerance
 
 
+@pytest.mark.fault(16)
 def test_a_small_hidden_write_is_noticed_beside_a_huge_entry_of_the_stream():
     hf_model = tiny_hf("Llama")
     with torch.no_grad():
@@ -141,6 +167,7 @@ def test_a_small_hidden_write_is_noticed_beside_a_huge_entry_of_the_stream():
         require_sound(tiny("Llama", hf_model))
 
 
+@pytest.mark.fault(14)
 def test_a_hybrid_is_refused_and_accepted_without_its_other_layers_on_request(silent):
     model, task = tiny("Lfm2"), tiny_task()
     with pytest.raises(KeyError, match=r"No hook point `blocks\.0\.hook_attn_out`"):

@@ -21,6 +21,7 @@ def test_sites_come_in_the_order_of_writing(llama):
     ]
 
 
+@pytest.mark.fault(13)
 def test_unknown_layers_and_components_are_refused_with_the_valid_range(llama):
     with pytest.raises(KeyError, match=r"No layers \[2\]: the model has layers 0–1"):
         find_sites(llama, layers=[0, 2])
@@ -30,6 +31,7 @@ def test_unknown_layers_and_components_are_refused_with_the_valid_range(llama):
         find_sites(llama, layers=[])
 
 
+@pytest.mark.fault(14)
 def test_a_layer_without_the_hook_is_refused_or_skipped_on_request():
     mamba = tiny("Mamba")
     with pytest.raises(KeyError, match=r"No hook point `blocks.0.hook_attn_out`.*missing='skip'"):

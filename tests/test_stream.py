@@ -109,6 +109,7 @@ def test_in_the_models_own_dtype_it_is_right_to_rounding(real, silent):
     assert_same(streamed, ms.decompose(collected), rtol=1e-4, above=1e-3)
 
 
+@pytest.mark.fault(2)
 def test_half_precision_streams(silent):
     model = tiny("Llama").to(torch.bfloat16)
     tasks = [tiny_task(length, seed=length) for length in (9, 12, 17, 9, 30)]
@@ -177,6 +178,7 @@ def test_files_of_lines_and_of_json_lines_are_the_same_as_a_list(embedded, tmp_p
         assert streamed.places[0].fingerprint == expected.places[0].fingerprint
 
 
+@pytest.mark.fault(45)
 def test_documents_are_taken_as_they_are_needed_and_once(embedded, monkeypatch):
     monkeypatch.setattr(stream_file, "WINDOW", 60)
     events, run = [], type(embedded).run_with_hooks
@@ -228,6 +230,7 @@ def test_what_cannot_be_asked_is_refused(embedded):
         ms.stream_writes(embedded, ["I"], contxt=8)
 
 
+@pytest.mark.fault(7)
 def test_empty_documents_are_counted_and_long_ones_cut(embedded):
     streamed = ms.stream_writes(embedded, ["I believe", "", *texts(2)], context=16)
     assert (streamed.documents, streamed.places[0].empty, streamed.places[0].split) == (4, 1, 2)
@@ -235,6 +238,7 @@ def test_empty_documents_are_counted_and_long_ones_cut(embedded):
     assert len(repr(streamed).splitlines()) == 3
 
 
+@pytest.mark.fault(1)
 def test_nan_in_the_writes_is_an_error_with_its_place_and_leaves_no_hooks():
     model = tiny("Llama")
     ms.self_check(model)
@@ -255,6 +259,7 @@ def test_nan_in_the_writes_is_an_error_with_its_place_and_leaves_no_hooks():
         ms.stream_writes(half, [tiny_task()])
 
 
+@pytest.mark.fault(26)
 def test_when_memory_runs_out_in_the_middle_of_a_pass_no_write_counts_twice(
     exact, whole, monkeypatch
 ):
@@ -283,6 +288,7 @@ def test_when_memory_runs_out_in_the_middle_of_a_pass_no_write_counts_twice(
     assert len(failures) < 6  # what ran out once is remembered for the rows that follow
 
 
+@pytest.mark.fault(41)
 def test_hooks_of_the_user_take_part_one_row_at_a_time(embedded, silent):
     documents, seen = texts(5), []
     expected = ms.stream_writes(embedded, documents)
@@ -296,6 +302,7 @@ def test_hooks_of_the_user_take_part_one_row_at_a_time(embedded, silent):
     assert any("hooks of the user" in note for note in streamed.source.notes)
 
 
+@pytest.mark.fault(25)
 def test_merging_refuses_what_does_not_belong_together(embedded):
     documents = texts(2)
     halves = [ms.stream_writes(embedded, documents, shard=(i, 2)) for i in range(2)]

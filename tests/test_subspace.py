@@ -9,6 +9,7 @@ def orthonormal(d_model, rank, seed=0):
     return torch.linalg.qr(torch.randn(d_model, rank, generator=generator, dtype=torch.float64))[0]
 
 
+@pytest.mark.fault(17)
 def test_span_reports_the_rank_of_dependent_vectors_and_spans_them():
     basis = orthonormal(10, 3)
     vectors = torch.cat(
@@ -27,6 +28,7 @@ def test_complete_keeps_the_given_directions_first_and_is_orthonormal():
     torch.testing.assert_close(whole.T @ whole, torch.eye(9, dtype=torch.float64))
 
 
+@pytest.mark.fault(17)
 def test_a_basis_that_is_not_orthonormal_is_refused_with_the_measure():
     basis = orthonormal(6, 3)
     basis[:, 2] = basis[:, 0]
@@ -36,6 +38,7 @@ def test_a_basis_that_is_not_orthonormal_is_refused_with_the_measure():
         Subspace(basis)
 
 
+@pytest.mark.fault(17)
 def test_zero_and_unnormalised_vectors_are_refused():
     with pytest.raises(ValueError, match="orthonormal"):
         Subspace(torch.zeros(4, 2))
@@ -43,11 +46,13 @@ def test_zero_and_unnormalised_vectors_are_refused():
         Subspace(2 * torch.eye(4)[:, :2])
 
 
+@pytest.mark.fault(18)
 def test_a_transposed_basis_is_refused_with_a_hint():
     with pytest.raises(ValueError, match="transposed"):
         Subspace(orthonormal(8, 3).T)
 
 
+@pytest.mark.fault(17)
 def test_nan_and_empty_bases_are_refused():
     with pytest.raises(ValueError, match=r"columns \[1\] hold NaN"):
         Subspace(torch.tensor([[1.0, float("nan")], [0.0, 1.0]]))

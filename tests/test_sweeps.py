@@ -117,6 +117,7 @@ def test_nothing_kept_is_larger_than_what_was_attempted(embedded, meaning, meani
     assert (measured.kept_deltas <= measured.orig_deltas * (1 + 1e-5)).all()
 
 
+@pytest.mark.fault(19)
 def test_ranks_and_orders_that_do_not_exist_are_refused(embedded, meaning, meaning_svd):
     full = meaning_svd.rank
     for ranks in ([-1], [full + 1]):

@@ -90,6 +90,7 @@ def test_every_kind_of_call_takes_it(adder, tasks):
     assert table["token"].isna().all()
 
 
+@pytest.mark.fault(11)
 def test_answers_that_the_model_does_not_predict_are_refused(adder):
     with pytest.raises(ValueError, match="the model predicts 0 to 10"):
         ms.measure(adder, ms.Task(torch.tensor([1, 2, 11]), 2), [ms.chain()])

@@ -61,6 +61,7 @@ def test_the_shortforms_prompts_are_ready_by_name():
     )
 
 
+@pytest.mark.fault(9)
 def test_tokens_that_merge_across_the_boundary_warn_and_the_prompt_keeps_its_own(merging):
     own = merging.tokenizer.encode("li", add_special_tokens=False)
     with pytest.warns(UserWarning, match="Tokens merge across the boundary 'li' \\+ 'ttle'"):
@@ -71,6 +72,7 @@ def test_tokens_that_merge_across_the_boundary_warn_and_the_prompt_keeps_its_own
     ]  # and no space before it
 
 
+@pytest.mark.fault(6)
 def test_text_that_is_not_text_or_empty_is_refused_before_the_model_runs(embedded):
     with pytest.raises(ValueError, match="`prompt` is empty"):
         ms.Task.from_text(embedded, "")
@@ -82,6 +84,7 @@ def test_text_that_is_not_text_or_empty_is_refused_before_the_model_runs(embedde
         ms.Task.from_text(embedded, None)
 
 
+@pytest.mark.fault(8, 11)
 def test_token_ids_are_checked_before_the_forward_pass(embedded):
     with pytest.raises(
         ValueError, match="Token ids run from 0 to 1024, but the model has 0 to 1023"
@@ -97,6 +100,7 @@ def test_token_ids_are_checked_before_the_forward_pass(embedded):
         ms.Task(tokens=torch.tensor([[0, 5]]), prompt_length=1)
 
 
+@pytest.mark.fault(7)
 def test_too_long_a_task_is_refused_with_both_lengths_or_cut_on_request(embedded):
     prompt = "Every day is a gift. " * 60
     with pytest.raises(
@@ -116,6 +120,7 @@ def test_too_long_a_task_is_refused_with_both_lengths_or_cut_on_request(embedded
         )
 
 
+@pytest.mark.fault(10)
 def test_two_or_no_bos_tokens_warn(embedded):
     with pytest.warns(UserWarning, match="The text starts with BOS twice"):
         ms.Task.from_text(embedded, "<s>I believe", " it")
@@ -126,6 +131,7 @@ def test_two_or_no_bos_tokens_warn(embedded):
     assert "<s>" not in repr(task)
 
 
+@pytest.mark.fault(10)
 def test_bos_is_prepended_where_transformerlens_would_and_checked_by_its_number(
     embedded, monkeypatch
 ):

@@ -181,6 +181,7 @@ def test_the_signs_are_those_of_the_house_and_the_weights_are_left_alone():
         assert torch.equal(parameter, before[name])
 
 
+@pytest.mark.fault(2)
 def test_a_half_precision_weight_is_decomposed_as_it_is_and_given_in_single():
     model = tiny("Llama")
     vectors = torch.nn.Module.get_submodule(model, "blocks.0.attn.o").weight.detach().bfloat16()
@@ -226,6 +227,7 @@ def test_a_weight_that_does_not_write_to_the_residual_stream_is_refused(
         weight_svd(tiny(architecture), pattern)
 
 
+@pytest.mark.fault(13)
 def test_a_pattern_without_a_match_is_refused_with_the_closest_names():
     with pytest.raises(KeyError, match=r"No weight matches 'blocks.9.attn.o.weight'"):
         weight_svd(tiny("Llama"), "blocks.9.attn.o.weight")

@@ -38,6 +38,7 @@ def test_tokens_of_a_task_without_text_are_named_by_their_ids(embedded, meaning)
     ms.figures.writer_map(ms.decompose(mixed), mixed)
 
 
+@pytest.mark.fault(12)
 def test_several_tasks_of_different_lengths_equal_each_alone(embedded):
     tasks = [tiny_task(9, seed=1), tiny_task(7, seed=2), tiny_task(9, seed=3)]
     together = ms.collect_writes(embedded, tasks)
@@ -73,6 +74,7 @@ def test_positions_and_bos_can_be_left_out(embedded, meaning):
     ]
 
 
+@pytest.mark.fault(5)
 def test_nothing_left_is_an_error(embedded, meaning):
     with pytest.raises(ValueError, match="nothing is left"):
         ms.collect_writes(embedded, meaning, positions=[])
@@ -86,6 +88,7 @@ def test_nothing_left_is_an_error(embedded, meaning):
         ms.collect_writes(embedded, [])
 
 
+@pytest.mark.fault(1)
 def test_nan_in_the_writes_is_an_error_with_its_place(meaning):
     model = tiny("Llama")
     ms.self_check(model)

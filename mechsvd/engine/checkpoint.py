@@ -165,8 +165,7 @@ def open_checkpoint(path: str | os.PathLike[str] | None) -> Iterator[CheckpointF
         )
     if target.is_dir():
         raise IsADirectoryError(f"`checkpoint` must be a file, but {target} is a folder.")
-    side = target.with_name(f".{target.name}.lock")
-    with _locked(side, target):
+    with locked(target):
         for rest in target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}"):
             rest.unlink(missing_ok=True)  # of a process that was killed while it wrote
         try:
@@ -176,7 +175,14 @@ def open_checkpoint(path: str | os.PathLike[str] | None) -> Iterator[CheckpointF
 
 
 @contextmanager
-def _locked(side: Path, target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
+    """Hold a checkpoint against other processes, by a hidden file beside it.
+
+    Raises:
+        RuntimeError: another process holds it.
+        OSError: its folder is read-only.
+    """
+    side = target.absolute().with_name(f".{target.name}.lock")
     file = _lock(side, target)
     try:
         yield

@@ -1,6 +1,7 @@
 """How much memory is free, and whether it ran out."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,24 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(
         error
     )
+
+
+@contextmanager
+def memory_in_words(call: str) -> Iterator[None]:
+    """Say what to do where memory runs out in a call, outside of what runs in smaller batches.
+
+    Raises:
+        MemoryError: in place of torch's own error, whose sentence it repeats.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"Memory ran out in `{call}`, in a part that cannot run in fewer rows: {error}. Give "
+            "fewer or shorter texts, or load the model in a smaller dtype."
+        ) from error
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,18 +3,21 @@
 import functools
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechsvd.checks import once, with_options
 from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
+from mechsvd.engine.memory import memory_in_words
 from mechsvd.engine.processes import one_voice, own_file
 from mechsvd.model.identity import provenance_of
 from mechsvd.packing import pack
@@ -151,6 +154,8 @@ def kept_loop(rows: Tensor, size: int) -> Kept | None:
 def runs_model(kind: type) -> Callable[[Call], Call]:
     """Make a function a call that runs a model: it knows its options, and may have a checkpoint.
 
+    Arguments that can be read once, such as generators, become tuples.
+
     With `checkpoint=path`, the outermost call keeps the finished batches of all loops in a file.
     The same call later takes them from there and goes on. Within it, others need no file. Each of
     several processes has its own.
@@ -165,12 +170,12 @@ def runs_model(kind: type) -> Callable[[Call], Call]:
         @functools.wraps(call)
         def run(*args: Any, **options: Any) -> Any:
             path = options.pop("checkpoint", None)
-            with one_voice():
+            args = tuple(map(once, args))
+            options = {name: once(value) for name, value in options.items()}
+            with one_voice(), memory_in_words(call.__name__):
                 if path is None or _JOURNAL.get() is not None:
                     return call(*args, **options)
-                bound = signature.bind(*args, **options)
-                bound.arguments = {k: once(value) for k, value in bound.arguments.items()}
-                return _run_with(path, call, bound)
+                return _run_with(path, call, signature.bind(*args, **options))
 
         return with_options(kind)(cast(Call, run))
 
@@ -212,31 +217,75 @@ def keeping(
                 journal.save()
 
 
-def describe_value(value: Any) -> Any:
-    """An argument as JSON that differs where the argument does: large ones as a digest."""
+def describe_value(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """An argument as JSON that differs where the argument does: large ones as a digest.
+
+    A function is described by its code and by the values that it holds, but not by globals.
+
+    Args:
+        inside: the objects that hold this one, by their id: one that holds itself ends there.
+    """
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    if isinstance(value, np.ndarray):
-        return describe_value(torch.from_numpy(value))
+    if isinstance(value, np.ndarray | np.generic):
+        return describe_value(torch.as_tensor(value))
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = hashlib.sha256(content.tobytes()).hexdigest()[:12]
         return f"a tensor {list(value.shape)} of {value.dtype} ({digest})"
+    if id(value) in inside:
+        return "itself"
+    describe = functools.partial(describe_value, inside=(*inside, id(value)))
     if isinstance(value, Mapping):
-        return {str(key): describe_value(item) for key, item in value.items()}
+        return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, slice):
-        return {"slice": [describe_value(v) for v in (value.start, value.stop, value.step)]}
+        return {"slice": [describe(v) for v in (value.start, value.stop, value.step)]}
+    if isinstance(value, set | frozenset):
+        return {"set": sorted(repr(describe(item)) for item in value)}
     if isinstance(value, list | tuple | range):
-        described = [describe_value(item) for item in value]
-        digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]
-        return described if len(repr(described)) < 200 else f"{len(described)} items ({digest})"
+        described = [describe(item) for item in value]
+        is_short = len(repr(described)) < 200
+        return described if is_short else f"{len(described)} items ({_digest(described)})"
     if isinstance(value, Result):
         body, tensors = pack(value)
-        digests = [body, *(describe_value(tensor) for tensor in tensors.values())]
-        return f"{type(value).__name__} ({hashlib.sha256(repr(digests).encode()).hexdigest()[:12]})"
+        digests = [body, *(describe(tensor) for tensor in tensors.values())]
+        return f"{type(value).__name__} ({_digest(digests)})"
     if is_dataclass(value) and not isinstance(value, type):
-        return {type(value).__name__: describe_value(vars(value))}
-    return getattr(value, "__qualname__", type(value).__qualname__)
+        return {type(value).__name__: describe(vars(value))}
+    if (parts := _parts(value)) is not None:
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return f"{name} ({_digest(describe(parts))})"
+    # an address differs in each run
+    return getattr(value, "__qualname__", None) or re.sub(" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _parts(value: Any) -> Any:
+    """What makes a function or an object what it is; None for a class, or what has no parts."""
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, FunctionType):
+        function = inspect.unwrap(value)
+        held = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+        return [function.__code__, held, function.__defaults__, function.__kwdefaults__]
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, value.co_consts]
+    if isinstance(value, nn.Module):
+        return value.state_dict()
+    is_object = not isinstance(value, type | ModuleType) and hasattr(value, "__dict__")
+    return vars(value) if is_object else None
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a function that is still being defined
+        return False
+
+
+def _digest(described: Any) -> str:
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:12]
 
 
 def _tensors(part: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from mechsvd.checks import with_options
 from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
+from mechsvd.engine.memory import memory_in_words
 from mechsvd.engine.processes import gather, one_voice, own_file, this_process, total
 from mechsvd.engine.progress import progress_bar
 from mechsvd.engine.session import RunOptions, Session, open_session
@@ -86,7 +87,12 @@ def stream_writes(
     require_model(model)
     start, size = _own_place(first_place(shard)), size_in_bytes(texts)
     path = own_file(options.pop("checkpoint", None))
-    with one_voice(), open_checkpoint(path) as file, open_session(model, **options) as session:
+    with (
+        one_voice(),
+        memory_in_words("stream_writes"),
+        open_checkpoint(path) as file,
+        open_session(model, **options) as session,
+    ):
         layout = layout_of(model, context, packing, skip_bos, session.where.positions)
         arguments = {"shard": start.shard, "window": WINDOW, "size of the file": size}
         source = session.provenance(session.sites)

@@ -1,19 +1,24 @@
 """An edited model that runs without mechsvd: the edit folded into a Hugging Face checkpoint."""
 
+import ctypes
+import glob
 import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import Unpack
 
 from mechsvd.edits.maps import Edit
+from mechsvd.engine.checkpoint import locked
 from mechsvd.engine.folds import FoldedWeights, fold_weights
 from mechsvd.engine.metrics import divergences
 from mechsvd.engine.processes import this_process
@@ -30,6 +35,7 @@ from mechsvd.model.sites import Model, Site, require_model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import UNFINISHED, Provenance, Result, result
 
+EARLIER = ".earlier"  # suffix of a checkpoint while the new one takes its place
 REPORT = "fold.mechsvd"  # no .safetensors, which some servers would take for weights
 TEXT = (
     "The old house stood at the end of the road. In the morning the light came through the windows,"
@@ -140,6 +146,8 @@ def fold(
             where there is no bias; a model with a norm after W_O, with experts, processed weights
             or hooks of yours; a checkpoint that differs from the hooks.
         FileExistsError: the folder holds other files.
+        RuntimeError: another process folds into it.
+        OSError: its parent is missing, read-only or full.
 
     Reference: Arditi et al., Refusal in language models is mediated by a single direction, 2024,
         arXiv:2406.11717 (appendix E: weight orthogonalisation).
@@ -150,22 +158,30 @@ def fold(
         True
     """
     require_model(model)
-    target = _free_folder(out)
-    texts = (_default_task(model),) if tasks is None else as_tasks(tasks)
+    target = _folder(out)
     if this_process()[1] > 1:
         raise ValueError("Several processes would write one checkpoint; fold in one process.")
-    with open_session(model, texts, **options) as session:
-        weights = fold_weights(session, edit)
-        return _replace_folder(target, lambda folder: _write(session, weights, folder))
+    with _held(target):
+        texts = (_default_task(model),) if tasks is None else as_tasks(tasks)
+        with open_session(model, texts, **options) as session:
+            weights = fold_weights(session, edit)
+            return _replace_folder(target, lambda folder: _write(session, weights, folder))
 
 
 def _write(session: Session, folded: FoldedWeights, folder: Path) -> FoldReport:
     """Write the checkpoint and its report into a folder.
 
     Raises:
+        OSError: the disk is full.
         ValueError: the folded weights differ from the hooks by more than rounding.
     """
-    write_checkpoint(session.model, folded.by_name, folder)
+    try:
+        write_checkpoint(session.model, folded.by_name, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"Cannot write a checkpoint to {folder.parent}: {error}. What was there stays as it "
+            "was; free some space, or choose another folder."
+        ) from error
     numbers = _compare(session, folded, folder)
     files = sorted(path.name for path in folder.iterdir())
     report = FoldReport(
@@ -232,21 +248,38 @@ def _default_task(model: Model) -> Task:
     return Task.from_text(model, TEXT[:43], TEXT[43:])
 
 
-def _free_folder(out: str | os.PathLike[str]) -> Path:
-    """The folder as a path, once it is seen that a checkpoint may be put there."""
+def _folder(out: str | os.PathLike[str]) -> Path:
     if not isinstance(out, str | os.PathLike):
         raise TypeError(f"`out` must be a path, but is {out!r:.60}.")
-    folder = Path(out).expanduser()
-    if not folder.absolute().parent.is_dir():
+    folder = Path(out).expanduser().absolute()
+    if not folder.parent.is_dir():
         raise FileNotFoundError(
             f"Cannot write {folder}: the folder {folder.parent} does not exist; create it first."
         )
-    if folder.exists() and not (folder.is_dir() and (_is_empty(folder) or _is_fold(folder))):
-        raise FileExistsError(
-            f"{folder} holds files that `fold` did not write, or that changed since; "
-            "choose a new or an empty folder."
-        )
     return folder
+
+
+@contextmanager
+def _held(target: Path) -> Iterator[None]:
+    """Hold a folder against other processes, once it is seen that a checkpoint may be put there."""
+    with locked(target):
+        _clear_unfinished(target)
+        if target.exists() and not (target.is_dir() and (_is_empty(target) or _is_fold(target))):
+            raise FileExistsError(
+                f"{target} holds files that `fold` did not write, or that changed since; "
+                "choose a new or an empty folder."
+            )
+        yield
+
+
+def _clear_unfinished(target: Path) -> None:
+    """Remove what killed runs left, after an earlier checkpoint that one took away is back."""
+    rest = sorted(target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}*"))
+    for folder in rest:
+        if folder.name.endswith(EARLIER) and not target.exists():
+            folder.rename(target)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -275,21 +308,29 @@ def _sha256(path: Path) -> str:
 
 def _replace_folder(target: Path, write: Callable[[Path], FoldReport]) -> FoldReport:
     """Write a folder next to its place, then put it there; an earlier one stays whole till then."""
-    parent = target.absolute().parent
-    unfinished = parent / f".{target.name}.{secrets.token_hex(4)}{UNFINISHED}"
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
+    earlier = unfinished.with_name(f"{unfinished.name}{EARLIER}")
     unfinished.mkdir()
-    earlier = unfinished.with_name(f"{unfinished.name}.earlier")
     try:
         report = write(unfinished)
-        if target.exists():
-            target.rename(earlier)
-        try:
+        if not target.exists():
             unfinished.rename(target)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(target)
-            raise
+        elif not _exchange(unfinished, target):
+            target.rename(earlier)  # killed in between, the next fold puts it back
+            unfinished.rename(target)
     finally:
+        if earlier.exists() and not target.exists():
+            earlier.rename(target)
         shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(earlier, ignore_errors=True)
     return report
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2  # Linux, glibc 2.28
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0

@@ -23,7 +23,7 @@ def estimated_effects(estimate: RankingEstimate) -> go.Figure:
     metric = label(estimate.metric).replace("log_prob", "log-probability")
     unit = f" ({label(estimate.unit)})" if estimate.unit else ""
     figure = empty_figure(
-        f"Estimated effect of each removal, order {estimate.order}<br>rank correlation "
+        f"Estimated effect of each removal, order {label(estimate.order)}<br>rank correlation "
         f"{row.spearman:.2f} ({row.spearman_low:.2f} to {row.spearman_high:.2f}) in a sample of "
         f"{row.sampled:.0f}",
         f"estimate on the {metric}{unit}",

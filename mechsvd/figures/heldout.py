@@ -69,7 +69,7 @@ def orders_on_texts(found: OrderComparison, confidence: float = 0.95) -> go.Figu
         colour = DISTINCT[names.index(order) % len(DISTINCT)]
         symbol = SYMBOLS[names.index(order) // len(DISTINCT) % len(SYMBOLS)]
         table = table[table["mean"] > FLOOR].sort_values("rank")
-        name = f"{label(order)}, {basis}"
+        name = f"{label(order)}, {label(basis)}"
         hover = f"{name}<br>k = %{{x}}<br>%{{y:.3g}} nats per token"
         dash = "dash" if basis == "per site" else "solid"
         # random subspaces are fitted on nothing, so they stand on both sides

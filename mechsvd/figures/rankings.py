@@ -95,9 +95,12 @@ def dose_response(response: DoseResponse) -> go.Figure:
         'gain of the direction'
     """
     require_kind(response, DoseResponse)
-    metric = label(response.metric).replace("log_prob", "log-probability")
+    metric, unit = (
+        label(response.metric).replace("log_prob", "log-probability"),
+        label(response.unit),
+    )
     figure = empty_figure(
-        "Dose and response", "gain of the direction", f"effect on the {metric} ({response.unit})"
+        "Dose and response", "gain of the direction", f"effect on the {metric} ({unit})"
     )
     gains = response.gains
     for colour, number, own, random in zip(
@@ -107,7 +110,7 @@ def dose_response(response: DoseResponse) -> go.Figure:
         response.random_effects.mean(dim=0),
         strict=True,
     ):
-        hover = f"direction {number}<br>gain %{{x:.3g}}<br>%{{y:.4g}} {response.unit}"
+        hover = f"direction {number}<br>gain %{{x:.3g}}<br>%{{y:.4g}} {unit}"
         figure.add_trace(line(gains, own, f"direction {number}", colour, hover=hover))
         dotted = line(gains, random, f"random for {number}", colour, hover=f"random for {hover}")
         figure.add_trace(

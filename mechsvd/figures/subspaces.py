@@ -124,8 +124,8 @@ def overlap_anchors(anchors: OverlapAnchors) -> go.Figure:
     for number, kind in enumerate(anchors.kinds):
         values = anchors.chance_corrected[number, order]
         colour = DISTINCT[number % len(DISTINCT)] if anchors.pairs[number] else CLEAN
-        hover = f"{kind}<br>k = %{{x}}<br>overlap %{{y:.4f}}<br>%{{customdata:.2f}} shared"
-        trace = line(ranks, values, kind, colour, hover=hover)
+        hover = f"{label(kind)}<br>k = %{{x}}<br>overlap %{{y:.4f}}<br>%{{customdata:.2f}} shared"
+        trace = line(ranks, values, label(kind), colour, hover=hover)
         trace.customdata = anchors.shared[number, order].numpy()
         if not anchors.pairs[number]:
             trace.line.dash = "dash" if kind == FORCED else "dot"

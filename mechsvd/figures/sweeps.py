@@ -248,7 +248,7 @@ def margins(critical_rank: CriticalRank) -> go.Figure:
     figure = empty_figure(
         "Critical rank",
         "kept directions",
-        f"above the threshold ({critical_rank.unit})"
+        f"above the threshold ({label(critical_rank.unit)})"
         if critical_rank.unit
         else "above the threshold",
     )

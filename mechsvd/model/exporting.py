@@ -49,8 +49,8 @@ def write_checkpoint(model: Any, replaced: Mapping[str, Tensor], folder: Path) -
 
 @torch.no_grad()
 def checkpoint_logits(
-    folder: Path, texts: list[Int[Tensor, " pos"]], device: torch.device
-) -> list[Float[Tensor, "pos d_vocab"]]:
+    folder: Path, texts: list[Int[Tensor, " _"]], device: torch.device
+) -> list[Float[Tensor, "_ d_vocab"]]:
     """The logits of a checkpoint as transformers alone gives them, in its own dtype."""
     from transformers import AutoModelForCausalLM
 

@@ -19,6 +19,7 @@ from mechsvd.model.sites import (
     Model,
     Site,
     dictionaries,
+    end_of_stream,
     find_sites,
     require_model,
     stream_names,
@@ -35,7 +36,8 @@ class SelfCheck(Result):
     Attributes:
         block_error: of resid_pre + writes = resid_post in each block, the largest over entries of
             |difference| ÷ sum of the sizes of the entry's terms. Rounding alone keeps it near the
-            precision of the dtype, even with huge entries nearby.
+            precision of the dtype, even with huge entries nearby. After the last block it is what
+            the final norm gets, where there is a hook point for it.
         stream_error: the same for resid_pre of the first block = resid_post of the last one, with
             all writes zeroed.
         unchecked: layers that lack a hook (`missing="skip"`), where the identity need not hold.
@@ -217,6 +219,8 @@ def _measure(model: Model) -> SelfCheck:
         return name, lambda x, hook=None: stored.__setitem__(name, x.detach().cpu().double())
 
     with without_hook_points(model), evaluation(model, quiet=True):
+        if _passes(model, tokens, end_of_stream(model)):
+            names[-1] = (names[-1][0], end_of_stream(model))
         logits = run_model(
             model, tokens, [store(n) for n in [*(s.hook_name for s in sites), *sum(names, ())]]
         )
@@ -257,6 +261,15 @@ def _measure(model: Model) -> SelfCheck:
         fused_tolerance=fused_tolerance,
         beginning_error=beginning_error,
     )
+
+
+def _passes(model: Model, tokens: Tensor, name: str) -> bool:
+    """Whether a run passes a hook point once."""
+    try:
+        run_model(model, tokens, [(name, lambda x, hook=None: None)])
+    except RuntimeError:
+        return False
+    return True
 
 
 def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> float:

@@ -230,6 +230,13 @@ def dictionaries(model: Model) -> dict[str, Any]:
     return {name: p for name, p in model.hook_dict.items() if name.endswith(_SPLICED)}
 
 
+def end_of_stream(model: Model) -> str:
+    """The last hook point of the residual stream: of a bridge, where its final norm begins."""
+    return (
+        "ln_final.hook_in" if "ln_final.hook_in" in model.hook_dict else stream_names(model)[-1][1]
+    )
+
+
 def before_unembedding(model: Model) -> str:
     """The last hook point before the unembedding.
 
