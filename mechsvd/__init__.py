@@ -65,6 +65,7 @@ from mechsvd.engine.metrics import (
 )
 from mechsvd.engine.passes import estimate_seconds, measure
 from mechsvd.engine.reads import Reads, collect_reads
+from mechsvd.engine.session import MeasureOptions, RunOptions
 from mechsvd.engine.stream import stream_writes
 from mechsvd.engine.stream_results import WriteStream, merge
 from mechsvd.engine.weights import weight_svd
@@ -86,7 +87,7 @@ from mechsvd.experiments.dose import DoseResponse, dose_response
 from mechsvd.experiments.elimination import order_by_elimination
 from mechsvd.experiments.exports import FoldReport, fold
 from mechsvd.experiments.faithfulness import Faithfulness, areas, measure_faithfulness
-from mechsvd.experiments.generation import generate, generate_tasks
+from mechsvd.experiments.generation import GenerateOptions, generate, generate_tasks
 from mechsvd.experiments.heldout import Fit, HeldOut, fit_and_measure
 from mechsvd.experiments.learning import LearnedSubspace, learn_subspace
 from mechsvd.experiments.literature import Literature, compare_with_literature
@@ -138,7 +139,7 @@ from mechsvd.linalg.decomposition import Decomposition, decompose
 from mechsvd.linalg.subspace import Subspace, span, union
 from mechsvd.model.loading import load_model
 from mechsvd.model.selfcheck import SelfCheck, self_check
-from mechsvd.model.sites import Site, find_sites
+from mechsvd.model.sites import Site, SiteOptions, find_sites
 from mechsvd.model.tasks import SHORTFORM_PROMPTS, Task
 from mechsvd.model.texts import tasks_from
 from mechsvd.results import Provenance, load
@@ -157,6 +158,8 @@ __all__ = [  # noqa: RUF022 (in the order of the pipeline)
     "gate", "keep", "ablate", "shrink", "shift", "chain", "fwd_hooks", "fold", "FoldReport", "folded",
     "mean_baseline", "Baseline", "resample_baseline", "donor_baseline",
     "optimal_baseline", "OptimalBaseline", "compare_baselines", "BaselineComparison",
+    # the options of calls that run a model
+    "SiteOptions", "RunOptions", "MeasureOptions", "GenerateOptions",
     # metrics
     "Metric", "log_prob", "logit_difference", "kl_divergence", "absolute_change",
     "cross_entropy", "greedy_share",

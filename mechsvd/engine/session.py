@@ -51,6 +51,11 @@ class RunOptions(SiteOptions, total=False):
         checkpoint: a file that keeps what is done. After a stop of any kind, the same call goes on
             from there, and its result is the same bit for bit on a CPU. Of several processes,
             each has its own file, such as `PATH.0-of-2`.
+
+    Example:
+        >>> quiet: ms.RunOptions = {"layers": [1, 2], "components": ["mlp"], "batch_size": 8}
+        >>> ms.measure(model, task, ms.keep(mine), **quiet).sites[0].place
+        'layer 1 mlp'
     """
 
     check: bool
@@ -68,6 +73,11 @@ class MeasureOptions(RunOptions, total=False):
     Attributes:
         metric: what is measured; see `Metric`.
         noise_floor: measure it too; see `measure`.
+
+    Example:
+        >>> options: ms.MeasureOptions = {"metric": ms.kl_divergence, "noise_floor": True}
+        >>> ms.measure(model, task, ms.keep(mine), **options).metric
+        'kl_divergence'
     """
 
     metric: Any

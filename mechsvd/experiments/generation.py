@@ -27,7 +27,13 @@ RUN = RunOptions.__optional_keys__  # the options of a session
 
 
 class GenerateOptions(RunOptions, total=False):
-    """The options of `generate`; see `generate_tasks`."""
+    """The options of `generate`; see `generate_tasks`.
+
+    Example:
+        >>> options: ms.GenerateOptions = {"max_new_tokens": 3, "temperature": 0.8, "seed": 1}
+        >>> len(ms.generate(model, "I believe", [None, ms.keep(mine)], **options))
+        2
+    """
 
     max_new_tokens: int
     temperature: float

@@ -277,6 +277,11 @@ class SiteOptions(TypedDict, total=False):
         positions: in the text, all by default: a number, a list or range, a slice, "last" (the last
             scored prediction), or a mask "pos" or "text pos". Negative ones count from the end.
         missing: "error" or "skip", for a layer that lacks a hook.
+
+    Example:
+        >>> where: ms.SiteOptions = {"layers": [0], "positions": "last"}
+        >>> len(ms.collect_writes(model, task, **where))
+        2
     """
 
     layers: int | Iterable[int] | None
