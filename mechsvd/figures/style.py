@@ -1,8 +1,8 @@
 """Parts that all figures share: axes, lines, heat maps, colours."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
-from math import isclose, log10
+from math import ceil, floor, inf, isclose, log10
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ MANY_POINTS = 5000  # above this, draw with WebGL
 UNITS = "residual-stream units"
 # to be told apart on white and on black
 EDITED, ATTEMPTED, CLEAN = "#3a7fc9", "#d1662a", "#808080"
-DISTINCT = ("#3a7fc9", "#d1662a", "#2a9d6f", "#9c6bc4", "#a0a0a0", "#c2a83e")
+DISTINCT = (
+    "#3a7fc9", "#d1662a", "#2a9d6f", "#9c6bc4", "#a0a0a0", "#c2a83e", "#cf5c8d", "#3aa6b9",
+)  # fmt: skip
 TEMPLATE = "mechsvd"
 
 
@@ -35,7 +37,7 @@ def empty_figure(
             "title": {"text": title},
             "xaxis": {"title": {"text": x}, "type": "log" if log_x else "linear"},
             "yaxis": {"title": {"text": y}, "type": "log" if log_y else "linear"},
-            "margin": {"l": 70, "r": 30, "t": 50, "b": 55},
+            "margin": {"l": 70, "r": 30, "t": 55, "b": 55},
             "showlegend": False,
         }
     )
@@ -46,8 +48,15 @@ def empty_figure(
 def _template() -> go.layout.Template:
     """The looks of all figures: decades on logarithmic axes, and little ink."""
     axis = {"showline": True, "linecolor": "#999", "zeroline": False, "exponentformat": "power"}
+    below_the_mode_bar = {
+        "x": 0.02,
+        "y": 1,
+        "yref": "container",
+        "yanchor": "top",
+        "pad": {"t": 28},
+    }
     own = {
-        "title": {"font": {"size": 16}},
+        "title": {"font": {"size": 16}, "automargin": True, **below_the_mode_bar},
         "xaxis": axis,
         "yaxis": axis,
         "colorway": DISTINCT,
@@ -113,6 +122,28 @@ def with_clean_of(figure: go.Figure, values: Mapping[str, Tensor]) -> go.Figure:
     return figure
 
 
+def finish(figure: go.Figure, *, legend: bool = True) -> go.Figure:
+    """Show the legend or hide it, and put the ticks of logarithmic axes at decades."""
+    for letter in "xy":
+        axes = figure.select_xaxes() if letter == "x" else figure.select_yaxes()
+        for axis in axes:
+            if axis.type == "log":
+                axis.dtick = _ticks([getattr(trace, letter) for trace in figure.data])
+    return figure.update_layout(showlegend=legend)
+
+
+def _ticks(columns: Sequence[Any]) -> int | str | None:
+    """The step of a logarithmic axis: decades, or 1, 2 and 5 where it has fewer than three."""
+    values = [float(value) for column in columns if column is not None for value in column]
+    logs = [log10(value) for value in values if 0 < value < inf]
+    if not logs:
+        return None
+    decades = floor(max(logs)) - ceil(min(logs)) + 1
+    if decades >= 3:
+        return ceil(decades / 9)
+    return "D2" if max(logs) - min(logs) > 0.5 else None
+
+
 def heat_map(
     title: str,
     x: str,
@@ -140,30 +171,15 @@ def heat_map(
 
 
 def with_clean(figure: go.Figure, value: Tensor, name: str = "", colour: str = CLEAN) -> go.Figure:
-    """Add a clean run's value to a figure, as a dashed line with its number."""
+    """Add a clean run's value to a figure, as a dashed line with its number in the legend."""
     clean = float(value)
-    figure.add_hline(y=clean, line={"color": colour, "dash": "dash", "width": 1.2})
-    # a shape has no legend entry and no hover, so the number is an annotation
-    return figure.add_annotation(
-        x=1,
-        xref="paper",
-        y=_on_axis(figure, clean),
-        text=f"{name}clean {clean:.4g}",
-        font={"color": colour},
-        showarrow=False,
-        xanchor="right",
-        yanchor="bottom",
-    )
+    style = {"color": colour, "dash": "dash", "width": 1.2}
+    return figure.add_hline(y=clean, line=style, name=f"{name}clean {clean:.4g}", showlegend=True)
 
 
 def shades(count: int) -> list[str]:
     """Colours from dark to bright."""
     return sample_colorscale("Viridis", [i / max(1, count - 1) * 0.9 for i in range(count)])
-
-
-def _on_axis(figure: go.Figure, value: float) -> float:
-    # on logarithmic axes plotly takes the logarithm for annotations, but not for shapes
-    return log10(value) if figure.layout.yaxis.type == "log" and value > 0 else value
 
 
 def _numbers(x: Any) -> list[Any]:

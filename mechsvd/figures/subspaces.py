@@ -7,15 +7,21 @@ import torch
 
 from mechsvd.experiments.anchors import FORCED, OverlapAnchors
 from mechsvd.figures.display import label
+from mechsvd.figures.multiples import multiples
 from mechsvd.figures.style import CLEAN, DISTINCT, EDITED, empty_figure, heat_map, line
 from mechsvd.linalg.comparison import Overlap, Pool
 from mechsvd.results import require_kind
 
 
+@multiples
 def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figure:
     """Overlap of each pair of subspaces, relative to random ones of the same ranks.
 
     Each cell also says how many dimensions the pair shares.
+
+    Args:
+        overlap: one, or several by name, which are drawn side by side on one scale.
+        names: of the subspaces.
 
     Raises:
         ValueError: the numbers of names and subspaces differ.
@@ -53,10 +59,14 @@ def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figu
     )
 
 
+@multiples
 def pooled_spectrum(pool: Pool) -> go.Figure:
     """Singular values of the concatenated bases, with the band of random subspaces.
 
     95 % of random spectra lie in the band as a whole.
+
+    Args:
+        pool: one, or several by name, which are drawn side by side on one scale.
     """
     require_kind(pool, Pool)
     figure = empty_figure(
@@ -97,11 +107,15 @@ def pooled_spectrum(pool: Pool) -> go.Figure:
     return figure.update_layout(showlegend=True)
 
 
+@multiples
 def overlap_anchors(anchors: OverlapAnchors) -> go.Figure:
     """Chance-corrected overlap against the rank, one line per kind, with intervals over texts.
 
     0 is the mean of random subspaces, and 1 is the same subspace. What is computed and not measured
     is grey: dotted for random subspaces, dashed for what is forced.
+
+    Args:
+        anchors: one, or several by name, which are drawn side by side on one scale.
     """
     require_kind(anchors, OverlapAnchors)
     figure = empty_figure(

@@ -107,7 +107,7 @@ def _page(
 ) -> str:
     source = studies[0].sweep.source
     assert source is not None  # `measure` always sets it
-    titles = {"told": "What can be told"} | {s.name: s.title for s in SECTIONS}
+    titles = {"told": "What was found"} | {s.name: s.title for s in SECTIONS}
     if any(study.cards for study in studies):
         titles["cards"] = "Single directions"
     titles["texts"] = "Text from inside"
@@ -134,7 +134,7 @@ are natural. Sizes are root-mean-square L2 norms over sites and positions.</foot
 on LessWrong (May 2024), which ran on Llama-3-8B, repeated on this model. Each section says what the
 shortform saw. The text in bold says what was measured here.{_about(source.model)}</p>{growing}
 <nav>{links}</nav>
-{told(comparison)}
+{told(studies, comparison, contrast)}
 {_prompts(studies, data)}
 {chooser([s.name for s in studies]) if len(studies) <= MANY else ""}
 {body}
