@@ -1,15 +1,17 @@
 """A number of each text under several conditions, such as orders: a point per text, and the mean."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 
 import plotly.graph_objects as go
 import torch
 
 from mechsvd.experiments.intervals import interval_columns
 from mechsvd.figures.display import label
-from mechsvd.figures.style import CLEAN, DISTINCT, EDITED, empty_figure, finish
+from mechsvd.figures.style import CLEAN, DISTINCT, empty_figure, finish
 
 NARROW = 0.6  # width of the points of a condition, of 1
+WIDEST = 12  # characters of a line of a condition's name
 
 
 def strip(
@@ -44,7 +46,7 @@ def strip(
         figure.add_trace(_means(numbers))
     if reference is not None:
         figure.add_hline(y=reference, line={"color": CLEAN, "dash": "dash", "width": 1.2})
-    ticks = [label(name) for name in numbers]
+    ticks = ["<br>".join(map(label, wrap(name, WIDEST))) for name in numbers]
     figure.update_xaxes(tickvals=[*range(len(ticks))], ticktext=ticks, showgrid=False)
     return finish(figure, legend=False)
 
@@ -58,7 +60,7 @@ def _means(numbers: Mapping[str, Sequence[float]]) -> go.Scatter:
         y=mean,
         mode="markers",
         name="mean",
-        marker={"color": EDITED, "symbol": "line-ew-open", "size": 26, "line": {"width": 2}},
+        marker={"color": CLEAN, "symbol": "line-ew-open", "size": 26, "line": {"width": 2}},
         error_y={"array": high - mean, "arrayminus": mean - low, "thickness": 1.5, "width": 4},
         customdata=[*zip(low, high, strict=True)],
         hovertemplate="mean %{y:.4g} (%{customdata[0]:.4g} to %{customdata[1]:.4g})<extra></extra>",

@@ -17,6 +17,7 @@ from mechsvd.results import require_kind
 
 MANY_POINTS = 5000  # above this, draw with WebGL
 UNITS = "residual-stream units"
+TOP = 58  # pixels above a figure with a title of one line, for the title and the mode bar
 # to be told apart on white and on black
 EDITED, ATTEMPTED, CLEAN = "#3a7fc9", "#d1662a", "#808080"
 DISTINCT = (
@@ -37,7 +38,7 @@ def empty_figure(
             "title": {"text": title},
             "xaxis": {"title": {"text": x}, "type": "log" if log_x else "linear"},
             "yaxis": {"title": {"text": y}, "type": "log" if log_y else "linear"},
-            "margin": {"l": 70, "r": 30, "t": 55, "b": 55},
+            "margin": {"l": 70, "r": 30, "t": TOP, "b": 55},
             "showlegend": False,
         }
     )
@@ -56,7 +57,7 @@ def _template() -> go.layout.Template:
         "pad": {"t": 28},
     }
     own = {
-        "title": {"font": {"size": 16}, "automargin": True, **below_the_mode_bar},
+        "title": {"font": {"size": 16}, **below_the_mode_bar},
         "xaxis": axis,
         "yaxis": axis,
         "colorway": DISTINCT,
@@ -123,7 +124,9 @@ def with_clean_of(figure: go.Figure, values: Mapping[str, Tensor]) -> go.Figure:
 
 
 def finish(figure: go.Figure, *, legend: bool = True) -> go.Figure:
-    """Show the legend or hide it, and put the ticks of logarithmic axes at decades."""
+    """Show the legend or hide it, leave room for the title, put logarithmic ticks at decades."""
+    lines = (figure.layout.title.text or "").count("<br>")
+    figure.update_layout(margin_t=TOP + 20 * lines)
     for letter in "xy":
         axes = figure.select_xaxes() if letter == "x" else figure.select_yaxes()
         for axis in axes:
@@ -167,7 +170,8 @@ def heat_map(
             hovertemplate=hover,
         )
     )
-    return figure
+    figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+    return finish(figure, legend=False)
 
 
 def with_clean(figure: go.Figure, value: Tensor, name: str = "", colour: str = CLEAN) -> go.Figure:

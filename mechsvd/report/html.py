@@ -93,7 +93,7 @@ def plot(name: str, prompt: str, figure: Any, *, wide: bool = False) -> str:
 
 def _has_both_scales(figure: Any) -> bool:
     """Whether the curves of a figure can be drawn on a linear and on a logarithmic axis."""
-    if figure.layout.yaxis2 or not all(t.type.startswith("scatter") for t in figure.data):
+    if "yaxis2" in figure.layout or not all(t.type.startswith("scatter") for t in figure.data):
         return False
     values = [value for trace in figure.data for value in trace.y]
     return any(value > 0 for value in values) and not any(value < 0 for value in values)

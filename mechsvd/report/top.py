@@ -101,8 +101,9 @@ def top_of(
     others = _held_out(comparison.held_out, studies[0].pooled.d_model)
     last = asked[TREND] if contrast is None else _special(contrast)
     found = [asked[NEEDED], others, asked[BY_SITE], asked[OVERLAP], last]
-    every = [*found, *(one for one in asked.values() if one not in found)]
-    return Top(found, [one.question for one in every if not one.is_told], _how(random))
+    untold = [f"{one.question} ({i})" for i, one in enumerate(found, 1) if not one.is_told]
+    more = [one for one in asked.values() if one not in found and not one.is_told]
+    return Top(found, untold + [one.sentence for one in more], _how(random))
 
 
 def _how(random: RandomTextComparison) -> str:
