@@ -53,8 +53,14 @@ def side_by_side(figures: Mapping[str, go.Figure], columns: int = COLUMNS) -> go
     first = next(iter(figures.values()))
     joined = _panels([_titled(name, one) for name, one in figures.items()], columns, first)
     shown: set[str] = set()
+    traces: list[Any] = []
+    marks: dict[str, list[Any]] = {"shapes": [], "annotations": [*joined.layout.annotations]}
     for number, one in enumerate(figures.values()):
-        _add(joined, one, number, columns, shown)
+        place = "" if number == 0 else str(number + 1)
+        traces += _traces(one, place, shown)
+        for kind, found in marks.items():
+            found += [_moved(mark, place) for mark in getattr(one.layout, kind)]
+    joined.add_traces(traces).update_layout(**marks)
     _share_colours(joined)
     return joined.update_layout(showlegend=first.layout.showlegend)
 
@@ -112,27 +118,23 @@ def _panels(titles: list[str], columns: int, first: go.Figure) -> go.Figure:
     return joined.update_layout(margin={"l": 85, "r": 30, "t": 85, "b": 65})
 
 
-def _add(joined: go.Figure, one: go.Figure, number: int, columns: int, shown: set[str]) -> None:
-    """Add a figure's traces, lines and notes to its panel."""
-    row, column = 1 + number // columns, 1 + number % columns
+def _traces(one: go.Figure, place: str, shown: set[str]) -> list[Any]:
+    """A figure's traces on the axes of its panel; each name is once in the legend."""
+    traces = []
     for trace in one.data:
-        copy = type(trace)(trace)
+        own = {**trace.to_plotly_json(), "xaxis": f"x{place}", "yaxis": f"y{place}"}
         if trace.name and trace.type != "heatmap" and trace.showlegend is not False:
-            copy.update(legendgroup=trace.name, showlegend=trace.name not in shown)
+            own |= {"legendgroup": trace.name, "showlegend": trace.name not in shown}
             shown.add(trace.name)
-        joined.add_trace(copy, row, column)
-    place = "" if number == 0 else str(number + 1)
-    for shape in one.layout.shapes:
-        joined.add_shape(type(shape)(shape).update(showlegend=False, **_moved(shape, place)))
-    for note in one.layout.annotations:
-        joined.add_annotation(type(note)(note).update(**_moved(note, place)))
+        traces.append(own)
+    return traces
 
 
-def _moved(item: Any, place: str) -> dict[str, str]:
-    """The axes of a line or a note, as those of a panel."""
-    moved = {}
+def _moved(mark: Any, place: str) -> dict[str, Any]:
+    """A line or a note on the axes of a panel."""
+    moved = {key: value for key, value in mark.to_plotly_json().items() if key != "showlegend"}
     for letter in "xy":
-        reference = getattr(item, f"{letter}ref") or letter
+        reference = getattr(mark, f"{letter}ref") or letter
         own = f"{letter}{place}"
         moved[f"{letter}ref"] = own if reference == letter else f"{own} domain"
     return moved

@@ -20,6 +20,7 @@ from mechsvd.figures.style import (
     empty_figure,
     finish,
     heat_map,
+    level,
     line,
     scatter,
     shades,
@@ -52,14 +53,13 @@ def direction_effects(ranking: Ranking | Mapping[str, Ranking], by: str = "effec
         metrics = sorted({one.measurement.metric for one in rankings.values()})
         raise ValueError(f"The rankings measure different metrics: {metrics}.")
     signed = by == "effect"
-    figure = _empty(next(iter(rankings.values())), by)
+    figure, floors = _empty(next(iter(rankings.values())), by), []
     for colour, (name, one) in colours_of(rankings):
         several = len(rankings) > 1
         _add_effects(figure, one, by, label(name), colour if several else "")
         if signed and one.noise_floor > 0:
-            own = {"color": colour if several else CLEAN, "dash": "dot", "width": 1.2}
-            figure.add_hline(y=one.noise_floor, line=own)
-    return finish(figure, legend=signed or len(rankings) > 1)
+            floors.append(level(one.noise_floor, colour if several else CLEAN, "dot"))
+    return finish(figure.update_layout(shapes=floors), legend=signed or len(rankings) > 1)
 
 
 def _empty(ranking: Ranking, by: str) -> go.Figure:

@@ -138,7 +138,7 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     measured, clean = sweep.measurement, sweep.measurement.clean_run
     edited = measured.kept_deltas if kept else measured.orig_deltas
     word = "Kept" if kept else "Attempted"
-    hover = "%{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
+    hover = "site %{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
     relative, ranks = (edited / clean.orig_deltas).T, sweep.ranks.tolist()
     return heat_map(
         f"{word} writes by site",
