@@ -15,14 +15,16 @@ from mechsvd.figures.display import label
 from mechsvd.figures.style import empty_figure
 from mechsvd.results import require_kind
 
-COLUMNS = 4  # of panels, at most
-PANEL = 190  # pixels of height
+FEW = 12  # panels; more are smaller
+COLUMNS = (4, 8)  # panels per row, of few and of many
+HEIGHTS = (190, 115)  # pixels of a panel
+BAR = 180  # pixels of the colour bar
 
 One = TypeVar("One")
 Options = ParamSpec("Options")
 
 
-def side_by_side(figures: Mapping[str, go.Figure], columns: int = COLUMNS) -> go.Figure:
+def side_by_side(figures: Mapping[str, go.Figure], columns: int | None = None) -> go.Figure:
     """Several figures of one kind as small multiples, on one scale.
 
     Heat maps share one colour axis. Curves share their axes, and the legend switches a curve on or
@@ -30,7 +32,7 @@ def side_by_side(figures: Mapping[str, go.Figure], columns: int = COLUMNS) -> go
 
     Args:
         figures: by name, which is the title of the panel; drawn by one function.
-        columns: panels per row, at most.
+        columns: panels per row, at most; by default 4, and 8 of more than 12 figures.
 
     Raises:
         TypeError: something is not a figure.
@@ -49,7 +51,8 @@ def side_by_side(figures: Mapping[str, go.Figure], columns: int = COLUMNS) -> go
         )
     for one in figures.values():
         require_kind(one, go.Figure)
-    columns = min(require_whole("columns", columns, 1), len(figures))
+    chosen = COLUMNS[len(figures) > FEW] if columns is None else columns
+    columns = min(require_whole("columns", chosen, 1), len(figures))
     first = next(iter(figures.values()))
     joined = _panels([_titled(name, one) for name, one in figures.items()], columns, first)
     shown: set[str] = set()
@@ -96,7 +99,7 @@ def _panels(titles: list[str], columns: int, first: go.Figure) -> go.Figure:
     rows = ceil(len(titles) / columns)
     axes = {letter: getattr(first.layout, f"{letter}axis") for letter in "xy"}
     x, y = (axes[letter].title.text or "" for letter in "xy")
-    height = 130 + PANEL * rows
+    height = 130 + HEIGHTS[len(titles) > FEW] * rows
     layout = empty_figure((first.layout.title.text or "").split("<br>")[0], "", "").layout
     joined = make_subplots(
         rows,
@@ -148,9 +151,11 @@ def _share_colours(joined: go.Figure) -> None:
     first = maps[0]
     ends = [[np.nanmin(np.asarray(m.z, dtype=float)) if m.zmin is None else m.zmin for m in maps]]
     ends += [[np.nanmax(np.asarray(m.z, dtype=float)) if m.zmax is None else m.zmax for m in maps]]
-    colours = {"cmin": float(min(ends[0])), "cmax": float(max(ends[1]))}
+    colours: dict[str, Any] = {"cmin": float(min(ends[0])), "cmax": float(max(ends[1]))}
     colours |= {"colorscale": first.colorscale, "reversescale": first.reversescale}
-    joined.update_layout(coloraxis={**colours, "colorbar": first.colorbar.to_plotly_json()})
+    place = {"lenmode": "pixels", "len": BAR, "y": 1, "yanchor": "top"}
+    colours["colorbar"] = first.colorbar.to_plotly_json() | place
+    joined.update_layout(coloraxis=colours)
     for trace in maps:
         trace.update(colorscale=None, zmin=None, zmax=None, colorbar=None, reversescale=None)
         trace.coloraxis = "coloraxis"

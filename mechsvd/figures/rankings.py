@@ -1,6 +1,7 @@
 """Plotly figures of single directions: their effects, doses, and rankings under baselines."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -56,7 +57,8 @@ def direction_effects(ranking: Ranking | Mapping[str, Ranking], by: str = "effec
     figure, floors = _empty(next(iter(rankings.values())), by), []
     for colour, (name, one) in colours_of(rankings):
         several = len(rankings) > 1
-        _add_effects(figure, one, by, label(name), colour if several else "")
+        draw = scatter(sum(len(r.singular_values) for r in rankings.values()))
+        _add_effects(figure, draw, one, by, label(name), colour if several else "")
         if signed and one.noise_floor > 0:
             floors.append(level(one.noise_floor, colour if several else CLEAN, "dot"))
     return finish(figure.update_layout(shapes=floors), legend=signed or len(rankings) > 1)
@@ -72,7 +74,9 @@ def _empty(ranking: Ranking, by: str) -> go.Figure:
     return empty_figure(title, f"singular value ({UNITS})", axis, log_x=True, log_y=True)
 
 
-def _add_effects(figure: go.Figure, ranking: Ranking, by: str, name: str, colour: str) -> None:
+def _add_effects(
+    figure: go.Figure, draw: Any, ranking: Ranking, by: str, name: str, colour: str
+) -> None:
     """Add the directions of a ranking: in one colour if one is given, else one per sign."""
     signed, damage = by == "effect", damage_by(ranking, by).double()
     noise = ranking.is_noise if signed else torch.zeros(len(damage), dtype=torch.bool)
@@ -93,7 +97,7 @@ def _add_effects(figure: go.Figure, ranking: Ranking, by: str, name: str, colour
     for number, (kind, own, chosen) in enumerate(groups):
         places = chosen.nonzero().flatten().tolist()
         figure.add_trace(
-            scatter(len(damage))(
+            draw(
                 x=ranking.singular_values.double().numpy()[chosen.numpy()],
                 y=damage.abs()[chosen].numpy(),
                 customdata=[label(ranking.names[j]) for j in places],

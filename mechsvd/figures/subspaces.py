@@ -12,12 +12,15 @@ from mechsvd.figures.style import CLEAN, DISTINCT, EDITED, empty_figure, heat_ma
 from mechsvd.linalg.comparison import Overlap, Pool
 from mechsvd.results import require_kind
 
+WRITTEN = 12  # subspaces at most, for numbers in the cells: the browser takes seconds for 50
+
 
 @multiples
 def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figure:
     """Overlap of each pair of subspaces, relative to random ones of the same ranks.
 
-    Each cell also says how many dimensions the pair shares.
+    Each cell also says how many dimensions the pair shares; of more than 12 subspaces, hovering
+    does.
 
     Args:
         overlap: one, or several by name, which are drawn side by side on one scale.
@@ -50,9 +53,9 @@ def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figu
     hover = (
         "%{y} and %{x}<br>%{customdata:.2f} dimensions shared<br>%{z:.4f} × random<extra></extra>"
     )
-    figure.update_traces(
-        text=text, texttemplate="%{text}", customdata=overlap.values.numpy(), hovertemplate=hover
-    )
+    if len(ranks) <= WRITTEN:
+        figure.update_traces(text=text, texttemplate="%{text}")
+    figure.update_traces(customdata=overlap.values.numpy(), hovertemplate=hover)
     figure.update_traces(colorscale="RdBu", reversescale=True, zmin=1 - widest, zmax=1 + widest)
     return figure.update_yaxes(title=None, autorange="reversed").update_xaxes(
         title=None, type="category"

@@ -306,7 +306,8 @@ def _quiet(figure: Any, studies: Sequence[Any]) -> Any:
         else:
             trace.mode = "lines"
             trace.line.update(color=ATTEMPTED if trace.line.dash == "dot" else EDITED, width=1)
-    return figure.update_layout(showlegend=False, shapes=[], annotations=[])
+    figure.layout.shapes = ()
+    return figure.update_layout(showlegend=False)
 
 
 def _delta_maps(studies: Sequence[Study]) -> dict[str, Any]:

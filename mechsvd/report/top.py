@@ -27,27 +27,27 @@ from mechsvd.report.wording import CANNOT, or_none
 # of each question: what is asked, and what is said where texts have less or more than random tokens
 QUESTIONS = {
     NEEDED: (
-        "whether texts need fewer of their own directions than random tokens do",
+        "whether texts and random tokens differ in how many of their own directions they need",
         "Texts need fewer of their own directions than random tokens do",
         "Texts need more of their own directions than random tokens do",
     ),
     BY_SITE: (
-        "whether a basis per site saves texts more than random tokens",
+        "whether texts and random tokens differ in what a basis per site saves",
         "A basis per site saves texts fewer directions than random tokens",
         "A basis per site saves texts more directions than random tokens",
     ),
     TRANSFER: (
-        "whether another text’s directions serve texts worse than random tokens",
+        "whether texts and random tokens differ in how well another text’s directions serve them",
         "Another text’s directions serve texts better than they serve random tokens",
         "Another text’s directions serve texts worse than they serve random tokens",
     ),
     OVERLAP: (
-        "whether texts share fewer directions than random tokens do",
+        "whether texts and random tokens differ in how many first directions two of them share",
         "Two texts share fewer of their first directions than two texts of random tokens do",
         "Two texts share more of their first directions than two texts of random tokens do",
     ),
     TREND: (
-        "whether damage follows the singular value in texts more than in random tokens",
+        "whether texts and random tokens differ in how closely damage follows the singular value",
         "Damage follows the singular value less closely in texts than in random tokens",
         "Damage follows the singular value more closely in texts than in random tokens",
     ),
