@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from mechsvd.attribution.estimate_results import RankingEstimate
 from mechsvd.figures.display import label
 from mechsvd.figures.multiples import multiples
-from mechsvd.figures.style import ATTEMPTED, CLEAN, EDITED, empty_figure, scatter
+from mechsvd.figures.style import ATTEMPTED, CLEAN, EDITED, empty_figure, finish, scatter
 from mechsvd.results import require_kind
 
 
@@ -56,4 +56,4 @@ def estimated_effects(estimate: RankingEstimate) -> go.Figure:
     low, high = float(guess.min()), float(guess.max())
     line = {"color": CLEAN, "dash": "dot", "width": 1.2}
     figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=line)
-    return figure.update_layout(showlegend=True)
+    return finish(figure)

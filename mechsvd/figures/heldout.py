@@ -10,7 +10,7 @@ from mechsvd.experiments.heldout import HeldOut
 from mechsvd.experiments.order_comparison import SIDES, OrderComparison
 from mechsvd.figures.display import label
 from mechsvd.figures.multiples import multiples
-from mechsvd.figures.style import DISTINCT, empty_figure, finish, line
+from mechsvd.figures.style import DISTINCT, TOP, empty_figure, finish, line
 from mechsvd.results import require_kind
 
 SYMBOLS = ("circle", "square", "diamond")  # where there are more lines than colours
@@ -81,7 +81,7 @@ def orders_on_texts(found: OrderComparison, confidence: float = 0.95) -> go.Figu
             curve.update(marker={"symbol": symbol, "size": 6}, showlegend=column == 2)
             figure.add_trace(curve, 1, column)
             figure.add_trace(_band(table, "rank", colour), 1, column)
-    return finish(figure)
+    return finish(figure).update_layout(margin_t=TOP + 25)  # for the titles of both sides
 
 
 def _band(table: Any, x: str, colour: str) -> go.Scatter:

@@ -113,12 +113,13 @@ def _panels(titles: list[str], columns: int, first: go.Figure) -> go.Figure:
         y_title=y,
     )
     joined.update_annotations(font_size=12)
+    joined.update_annotations(selector={"textangle": -90}, xshift=-62)  # of the y axis
     same = {"title", "anchor", "domain", "matches"}
     for letter, update in (("x", joined.update_xaxes), ("y", joined.update_yaxes)):
         own = axes[letter].to_plotly_json()
         update({key: value for key, value in own.items() if key not in same})
     joined.update_layout(template=layout.template, title=layout.title, height=height)
-    return joined.update_layout(margin={"l": 85, "r": 30, "t": 85, "b": 65})
+    return joined.update_layout(margin={"l": 100, "r": 30, "t": 85, "b": 65})
 
 
 def _traces(one: go.Figure, place: str, shown: set[str]) -> list[Any]:

@@ -62,7 +62,7 @@ def interactions(found: Interactions, of: Amount = "interaction", task: int = 0)
         for draw in range(1, len(chosen)):
             random = _curve(chosen[draw], f"random bases of {name}", colour, 0.7, name)
             figure.add_trace(random.update(showlegend=draw == 1, opacity=0.4))
-        shown = f"{name}: median {row.median:.3g}, p = {row.p_value:.2g}"
+        shown = f"{name}:<br>median {row.median:.3g}, p = {row.p_value:.2g}"
         figure.add_trace(_curve(chosen[0], shown, colour, 2.2, f"{name} itself"))
     if sized and found.noise_floor[task] > 0:
         noise = 2 * float(found.noise_floor[task])

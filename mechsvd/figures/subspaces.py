@@ -36,7 +36,10 @@ def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figu
         raise ValueError(
             f"`names` has {len(names)} entries for {len(ranks)} subspaces; give one for each."
         )
-    labels = [f"{label(name)}<br>(rank {rank})" for name, rank in zip(names, ranks, strict=True)]
+    labels = [
+        f"{label(name)}<br>(rank {rank})" if len(ranks) <= WRITTEN else label(name)
+        for name, rank in zip(names, ranks, strict=True)
+    ]
     ratio = overlap.ratio.masked_fill(torch.eye(len(ranks), dtype=torch.bool), torch.nan)
     figure = heat_map(
         "Overlap relative to random subspaces", "", ratio, labels, labels, "× random", ""

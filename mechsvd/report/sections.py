@@ -279,11 +279,13 @@ def special(contrast: Contrast) -> str:
         "singular vectors of all bases side by side, and saw none.",
         findings_together.special(contrast),
     )
-    plots = {
-        f"contrast_{method}": figures.contrast_map(contrast, method)
+    maps = {
+        f"{method} directions": figures.contrast_map(contrast, method)
         for method in ("special", "singular")
     }
-    return top + grid([plot(name, "", figure) for name, figure in plots.items()])
+    joined = figures.side_by_side(maps).update_layout(height=420)
+    joined.update_layout(title_text=f"Removing {contrast.k} directions of a group")
+    return top + grid([plot("contrast_special", "", joined, wide=True)])
 
 
 def _race(study: Study) -> dict[str, RankSweep]:
