@@ -146,6 +146,11 @@ def _held_out(found: HeldOut, d_model: int) -> Finding:
             (RANDOM, _order_of(found, RANDOM)),
         )
     }
+    return _of_others(ranks, d_model)
+
+
+def _of_others(ranks: dict[str, torch.Tensor], d_model: int) -> Finding:
+    """The sentence from the lasting ranks of the same texts with each kind of directions."""
     saved, fitted = ranks[RANDOM] - ranks[OTHERS], ranks[OTHERS] - ranks[OWN]
     effects = torch.stack([saved, fitted], dim=1)
     columns = interval_columns(torch.cat([effects, ranks[OTHERS][:, None]], dim=1), 0.95)
