@@ -15,7 +15,7 @@ WIDEST = 12  # characters of a line of a condition's name
 
 
 def strip(
-    numbers: Mapping[str, Sequence[float]],
+    numbers: Mapping[str, Sequence[int | float]],
     texts: Sequence[str],
     title: str,
     y: str,
@@ -51,7 +51,7 @@ def strip(
     return finish(figure, legend=False)
 
 
-def _means(numbers: Mapping[str, Sequence[float]]) -> go.Scatter:
+def _means(numbers: Mapping[str, Sequence[int | float]]) -> go.Scatter:
     values = torch.tensor([[*own] for own in numbers.values()], dtype=torch.float64).T
     found = interval_columns(values, 0.95)
     mean, low, high = found["mean"], found["low"], found["high"]
