@@ -193,8 +193,8 @@ def level(y: float, colour: str, dash: str) -> dict[str, Any]:
 
 
 def shades(count: int) -> list[str]:
-    """Colours from dark to bright."""
-    return sample_colorscale("Viridis", [i / max(1, count - 1) * 0.9 for i in range(count)])
+    """Colours from dark to bright, which stand out on black and on white."""
+    return sample_colorscale("Viridis", [0.2 + 0.7 * i / max(1, count - 1) for i in range(count)])
 
 
 def _numbers(x: Any) -> list[Any]:
