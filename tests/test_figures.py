@@ -64,7 +64,8 @@ def test_a_sweep_is_drawn_with_its_clean_value_as_a_line(sweep, draw, column, cl
     figure = draw(sweep)
     np.testing.assert_allclose(drawn(figure).y, sweep.to_pandas()[column], rtol=1e-6)
     assert figure.layout.shapes[0].y0 == pytest.approx(float(clean(sweep.measurement.clean)))
-    assert "clean" in figure.layout.annotations[0].text
+    assert figure.layout.shapes[0].name == f"clean {float(clean(sweep.measurement.clean)):.4g}"
+    assert not figure.layout.annotations  # which could lie on the curve
 
 
 def test_attempted_and_kept_writes_are_drawn_together(sweep):
@@ -178,9 +179,9 @@ def test_the_critical_rank_is_marked_where_the_curve_crosses(embedded, meaning, 
     np.testing.assert_allclose(drawn(figure).y, found.margins.numpy())
     assert list(figure.data[0].x) == found.sweep.ranks.tolist()
     assert found.rank in [shape.x0 for shape in figure.layout.shapes]
-    assert (
-        f"k = {found.rank} for a drop of at most 0 nats; lasting {found.lasting_rank}; "
-        f"{len(found.crossings)} crossing(s)" in figure.layout.annotations[0].text
+    assert figure.layout.title.text == "Critical rank for a drop of at most 0 nats"
+    assert figure.layout.shapes[0].name.startswith(
+        f"k = {found.rank}; lasting {found.lasting_rank}<br>{len(found.crossings)} crossing(s)"
     )
     greedy = ms.critical_rank(embedded, meaning, meaning_svd, criterion=ms.same_greedy_text)
     assert figures.margins(greedy).layout.yaxis.title.text == "above the threshold (tokens)"
@@ -275,7 +276,8 @@ def test_estimated_effects_are_drawn_against_what_was_run_and_the_rest_on_the_li
     np.testing.assert_allclose(sample.x, found.estimate[found.is_sampled].numpy())
     assert len(besides.x) == int((found.is_exact & ~found.is_sampled).sum())
     assert list(sample.customdata) == [
-        str(j) for j in found.is_sampled.nonzero().flatten().tolist()
+        f"{j}<br>σ = {float(real.svd.singular_values[j]):.4g}"
+        for j in found.is_sampled.nonzero().flatten().tolist()
     ]
     row = found.agreement(1).iloc[0]
     assert f"{row.spearman:.2f} ({row.spearman_low:.2f} to" in figure.layout.title.text
@@ -364,4 +366,15 @@ def test_clipping_and_ridge_share_an_axis(real):
     np.testing.assert_allclose(figure.data[1].x, ridge.effective_directions.numpy(), atol=0.6)
     np.testing.assert_allclose(figure.data[1].y, -ridge.measurement.log_prob.numpy())
     clean = -float(clip.measurement.clean_run.log_prob)
-    assert f"clean {clean:.4g}" in figure.layout.annotations[0].text
+    assert [shape.name for shape in figure.layout.shapes] == [f"clean {clean:.4g}"]
+    with pytest.raises(ValueError, match=r"named \['a'\] and those of ridge \['b'\]"):
+        figures.clip_and_ridge({"a": clip}, {"b": ridge})
+    double = figures.clip_and_ridge({"a": clip, "b": clip}, {"a": ridge, "b": ridge})
+    assert [trace.name for trace in double.data] == [
+        "a: clipped",
+        "a: ridge",
+        "b: clipped",
+        "b: ridge",
+    ]
+    np.testing.assert_array_equal(double.data[3].y, figure.data[1].y)
+    assert [trace.line.dash for trace in double.data] == [None, "dot", None, "dot"]

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 import mechsvd as ms
 from mechsvd.experiments.contrast_results import Contrast
-from mechsvd.report import findings
+from mechsvd.report import findings, findings_together, top
 from mechsvd.report.sections import MANY, SECTIONS, described
 from mechsvd.report.study import SIGNED, compare, study_task, with_held_out
 
@@ -216,7 +216,7 @@ def test_texts_are_those_of_generate(embedded, studies):
 
 def test_overlaps_are_stated_and_nothing_is_concluded(comparison):
     shared, ratio = float(comparison.overlap.values[0, 1]), float(comparison.overlap.ratio[0, 1])
-    said = findings.several(comparison)
+    said = findings_together.several(comparison)
     assert (
         f"share {shared:.1f} dimensions, {ratio:.3f} times what random subspaces of the same ranks share"
         in said
@@ -230,7 +230,7 @@ def test_overlaps_are_stated_and_nothing_is_concluded(comparison):
 
 
 def test_held_out_sentences_have_intervals_over_the_texts(studies, comparison):
-    said = findings.held_out(comparison)
+    said = findings_together.held_out(comparison)
     table = comparison.held_out.summary()
     own = table[(table.fitted == "own text") & (table.basis == "pooled")].iloc[0]
     expected = np.mean([lasting(s.sweep.to_pandas()) for s in studies])
@@ -271,8 +271,10 @@ def test_special_directions_are_claimed_only_where_the_interval_says_so():
         basis = torch.eye(6)[:, :2].expand(2, 3, 2, 1, 6, 2).contiguous()
         return Contrast(("a", "b"), values, null, group, held, basis, 0.05, "pool", 0.0)
 
-    assert "So there are directions that texts of one kind need" in findings.special(contrast(10.0))
-    said = findings.special(contrast(1.0))
+    assert "So there are directions that texts of one kind need" in findings_together.special(
+        contrast(10.0)
+    )
+    said = findings_together.special(contrast(1.0))
     assert "cannot be told from chance" in said
     assert "So there are" not in said
 
@@ -286,11 +288,18 @@ def test_of_a_model_that_learnt_nothing_and_random_tokens_no_sentence_claims_any
         found = [study_task(model, f"text-{i}", task, start) for i, task in enumerate(tasks)]
         together = compare(model, found)
     said = [part.measured(found) for part in SECTIONS]
-    said += [findings.texts(found), findings.held_out(together), findings.several(together)]
-    said += findings.told(together.random_texts)
+    said += [
+        findings.texts(found),
+        findings_together.held_out(together),
+        findings_together.several(together),
+    ]
+    first = top.top_of(found, together, None)
+    assert not any(one.is_told for one in first.found)
+    said += [one.sentence for one in first.found]
     for sentence in said:
         for claim in (
-            "than in random tokens",
+            "than random tokens",
+            "Directions of other texts serve",
             "So there are",
             "significant",
             "proves",
@@ -298,6 +307,7 @@ def test_of_a_model_that_learnt_nothing_and_random_tokens_no_sentence_claims_any
         ):
             assert claim not in sentence
     assert sum("cannot be told from chance" in sentence for sentence in said) == 5
+    assert len(first.untold) == 6  # five questions, and that of other texts
 
 
 def test_sentences_follow_the_numbers_and_not_the_other_way(studies):
@@ -339,9 +349,9 @@ def test_without_a_critical_rank_nothing_is_claimed(studies, comparison):
     assert "of 1 prompts (1 prompts have none" in findings.texts([without, second])
     assert without.subspace.rank == without.pooled.rank
     whole = with_overlap(comparison, [without, without])
-    assert "Here this test cannot tell" in findings.several(whole)
+    assert "Here this test cannot tell" in findings_together.several(whole)
     mixed = with_overlap(comparison, [without, second, first])
-    assert "in the 1 of 3 pairs where neither is all or nothing" in findings.several(mixed)
+    assert "in the 1 of 3 pairs where neither is all or nothing" in findings_together.several(mixed)
 
 
 def test_a_rank_that_is_near_clean_by_chance_does_not_last(studies):
@@ -386,5 +396,70 @@ def test_many_prompts_have_pages_of_their_own_and_sentences_of_their_spread(
         assert str(own.relative_to(tmp_path)) in content
         assert "../plotly.min.js" in own.read_text()
         assert len(own.read_text()) < 2_000_000
-    assert content.count('class="plot"') == 4
+    assert content.count('class="plot"') == 10
+    assert content.count('class="plot wide"') == 3  # heat maps of all texts
     assert page.stat().st_size < 8_000_000
+
+
+def test_the_top_has_five_sentences_with_intervals_and_nulls(studies, comparison):
+    found = top.top_of(studies, comparison, None)
+    assert len(found.found) == 5
+    assert all(one.sentence.count(". ") == 0 for one in found.found)  # one sentence each
+    ranks = {
+        fitted: comparison.held_out.fit(fitted, order=order).lasting_ranks().double()
+        for fitted, order in (
+            ("own text", "singular value"),
+            ("other texts", "singular value"),
+            ("random directions", "random"),
+        )
+    }
+    said = found.found[1]
+    saved = float((ranks["random directions"] - ranks["other texts"]).mean())
+    more = float((ranks["other texts"] - ranks["own text"]).mean())
+    assert (
+        f"against {ranks['random directions'].mean():.3g} random ones, {saved:.3g} ("
+        in said.sentence
+    )
+    assert f"that is {more:.3g} (" in said.sentence
+    assert "p = 0.5 (2 texts can show 0.5 at best)" in said.sentence  # of all four sign patterns
+    assert not said.is_told
+    untold = [one for one in found.found if not one.is_told]
+    assert [line[-3:] for line in found.untold[: len(untold)]] == [
+        "(1)",
+        "(2)",
+        "(3)",
+        "(4)",
+        "(5)",
+    ]
+
+
+def test_directions_of_others_are_told_where_every_text_says_so():
+    """Nine texts that all save: the p-value is 2 / 2⁹."""
+    few = {"own text": 50, "other texts": 90, "random directions": 110}
+    ranks = {fitted: (rank + torch.arange(9) % 3).double() for fitted, rank in few.items()}
+    said = top._of_others(ranks, 128)
+    assert said.is_told
+    assert "serve better than random ones: 91 (" in said.sentence
+    assert "20 (20 to 20) saved, p = 0.0039; that is 40 (40 to 40) more" in said.sentence
+
+
+def test_of_one_text_the_top_describes_and_says_what_cannot_be_told(studies):
+    found = top.top_of(studies[:1], None, None)
+    one = studies[0]
+    assert len(found.found) == 5
+    assert not any(sentence.is_told for sentence in found.found)
+    assert "how many directions another text needs" in found.untold[0]
+    first, site, spread, trend, crossing = (sentence.sentence for sentence in found.found)
+    random = lasting(one.sweeps["random"].to_pandas())
+    assert f"needs {lasting(one.sweep.to_pandas())} of 128 of its own" in first
+    assert f"against {random} of the same directions in random order" in first
+    assert f"needs {lasting(one.by_site.to_pandas())} per site" in site
+    squares = np.square(one.pooled.singular_values.double().numpy())
+    assert f"Direction 0 carries {squares[0] / squares.sum():.0%}" in spread
+    assert f"against {1 / 128:.1%} and 116 if all directions were equal" in spread
+    table = one.ranking.to_pandas()
+    value = spearmanr(table.singular_value, table.kl_divergence).statistic
+    half = 1.96 * 1.03 / np.sqrt(125)
+    low, high = (np.tanh(np.arctanh(value) + side * half) for side in (-1, 1))
+    assert f"is {value:.2f} ({low:.2f} to {high:.2f}), against ±{1.96 / np.sqrt(127):.2f}" in trend
+    assert f"Its critical rank is {one.critical.rank} of 128" in crossing

@@ -18,7 +18,7 @@ from mechsvd.experiments.random_texts import (
 )
 from mechsvd.experiments.random_texts import Numbers as Measured
 from mechsvd.experiments.statistics import sign_flip
-from mechsvd.report import findings
+from mechsvd.report import top
 
 from .conftest import tiny, tiny_task
 
@@ -93,9 +93,9 @@ def test_of_a_null_model_and_random_tokens_the_report_claims_nothing(null_number
             ALPHA,
             0,
         )
-        said = findings.told(found)
-        assert len(said) == 6
-        claims += any("than in random tokens" in sentence for sentence in said)
+        said = top.against_random(found)
+        assert len(said) == 5
+        claims += any(one.is_told for one in said.values())
     assert claims <= 5
 
 
@@ -121,7 +121,13 @@ def test_real_texts_of_one_kind_differ_from_random_ones(embedded):
         far = curve["rank"][curve["kl_divergence"] * 8 > 1.0].max()
         ranks.append(curve["rank"][curve["rank"] > far].min())
     assert table.texts[OWN] == pytest.approx(sum(ranks) / 8)
-    assert findings.told(found)[0].startswith("Lasting rank, own directions: ")
+    row, said = table.loc[OWN], top.against_random(found)[OWN]
+    assert said.is_told
+    assert said.sentence == (
+        "Texts need fewer of their own directions than random tokens do: "
+        f"{row.texts:.3g} directions against {row.random_texts:.3g}, a difference of "
+        f"−{-row.difference:.3g} (−{-row.low:.3g} to −{-row.high:.3g}), p = {row.p_family:.2g}."
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +138,8 @@ def four():
 def test_four_texts_cannot_tell_and_say_so(four):
     assert set(four.to_pandas().verdict) == {"cannot tell"}
     assert "4 texts can show p = 0.12 at best" in repr(four)
-    assert findings.told(four)[-1].endswith("counts as told, and 4 texts can show 0.12.")
+    assert "4 texts can show 0.12 at best" in top._how(four)
+    assert not any(one.is_told for one in top.against_random(four).values())
 
 
 def test_a_saved_comparison_is_the_same(four, tmp_path):

@@ -16,6 +16,7 @@ from mechsvd.figures.attribution import (
 from mechsvd.figures.contrasts import contrast_map
 from mechsvd.figures.estimates import estimated_effects
 from mechsvd.figures.heldout import held_out
+from mechsvd.figures.multiples import side_by_side
 from mechsvd.figures.pairs import curvature_ridge, interactions
 from mechsvd.figures.rankings import baseline_correlations, direction_effects, dose_response
 from mechsvd.figures.spectra import (
@@ -44,5 +45,5 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "held_out", "contrast_map", "overlap_anchors",
     "estimated_effects", "hessian_spectrum", "estimate_errors", "accumulated_scores",
     "accumulated_shares", "interactions", "curvature_ridge", "overlap_map", "pooled_spectrum",
-    "data", "save_image",
+    "side_by_side", "data", "save_image",
 ]  # fmt: skip

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from mechsvd.attribution.scores import Attribution, Order
 from mechsvd.figures.display import label
-from mechsvd.figures.style import ATTEMPTED, CLEAN, DISTINCT, EDITED, empty_figure, line, scatter
+from mechsvd.figures.multiples import multiples
+from mechsvd.figures.style import (
+    ATTEMPTED,
+    CLEAN,
+    DISTINCT,
+    EDITED,
+    empty_figure,
+    finish,
+    line,
+    scatter,
+)
 from mechsvd.results import require_kind, require_same_model
 
 ORDERED = {
@@ -20,12 +30,14 @@ ORDERED = {
 ESTIMATES = {"linear": ATTEMPTED, "quadratic": EDITED, "integrated": "#a0a0a0"}
 
 
+@multiples
 def hessian_spectrum(attribution: Attribution, order: Order = "eigenvalue") -> go.Figure:
     """Eigenvalues in the order of the table, with residuals as error bars.
 
     Pairs that did not converge are hollow.
 
     Args:
+        attribution: one, or several by name, which are drawn side by side.
         order: see `Attribution.order`.
 
     Example:
@@ -64,11 +76,15 @@ def hessian_spectrum(attribution: Attribution, order: Order = "eigenvalue") -> g
     return figure.add_hline(y=0, line={"color": CLEAN, "width": 1})
 
 
+@multiples
 def estimate_errors(attribution: Attribution) -> go.Figure:
     """Relative error of each estimate against the size of the measured score.
 
     Scores within the noise floor are left out. The dashed line is at 10 %.
     The larger the step, the less an estimate at w says about it.
+
+    Args:
+        attribution: one, or several by name, which are drawn side by side.
 
     Example:
         >>> ms.figures.estimate_errors(attribution).layout.yaxis.title.text
@@ -98,7 +114,7 @@ def estimate_errors(attribution: Attribution) -> go.Figure:
             )
         )
     figure.add_hline(y=0.1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
-    return figure.update_layout(showlegend=True)
+    return finish(figure)
 
 
 def accumulated_scores(bases: Mapping[str, Attribution], order: Order = "measured") -> go.Figure:
@@ -161,7 +177,7 @@ def accumulated_shares(bases: Mapping[str, Attribution], order: Order = "project
     )
     hover = "first %{x} directions<br>%{y:.3g} of ‖w‖²"
     figure = _accumulated(figure, bases, lambda a: a.held[a.order(order)], hover)
-    return figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2})
+    return finish(figure.add_hline(y=1, line={"color": CLEAN, "dash": "dash", "width": 1.2}))
 
 
 def _accumulated(

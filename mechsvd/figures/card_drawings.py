@@ -83,8 +83,8 @@ def dose_curve(
         f'<svg viewBox="0 0 {width} {height}" width="100%" style="max-width:{width}px" role=img>'
         f'<line x1=40 x2={width - 10} y1={y(0.0)} y2={y(0.0)} stroke="currentColor" stroke-opacity=".3"/>'
         f"{line(random, dashed)}{line(effects, solid)}"
-        f"<text x=36 y={y(high) + 4} text-anchor=end>{high:.2g}</text>"
-        f"<text x=36 y={y(low) + 4} text-anchor=end>{low:.2g}</text>{ticks}</svg>"
+        f"<text x=36 y={y(high) + 4} text-anchor=end>{high:.3g}</text>"
+        f"<text x=36 y={y(low) + 4} text-anchor=end>{low:.3g}</text>{ticks}</svg>"
         f"<p class=s>Damage in {escape(unit) or 'the metric'} against the gain (1: as it is); dashed: "
         "a random direction with changes of equal energy.</p>"
     )

@@ -4,16 +4,19 @@ import plotly.graph_objects as go
 
 from mechsvd.experiments.contrast_results import Contrast
 from mechsvd.figures.display import label
+from mechsvd.figures.multiples import multiples
 from mechsvd.figures.style import heat_map
 from mechsvd.results import require_kind
 
 NAMES = {"special": "special", "singular": "top singular", "random": "random"}
 
 
+@multiples
 def contrast_map(contrast: Contrast, method: str = "special") -> go.Figure:
     """What removing each group's directions costs the held-out texts of every group.
 
     Args:
+        contrast: one, or several by name, which are drawn side by side on one scale.
         method: "special", or a control: "singular" or "random".
 
     Raises:

@@ -4,15 +4,20 @@ import plotly.graph_objects as go
 
 from mechsvd.attribution.estimate_results import RankingEstimate
 from mechsvd.figures.display import label
-from mechsvd.figures.style import ATTEMPTED, CLEAN, EDITED, empty_figure, scatter
+from mechsvd.figures.multiples import multiples
+from mechsvd.figures.style import ATTEMPTED, CLEAN, EDITED, empty_figure, finish, scatter
 from mechsvd.results import require_kind
 
 
+@multiples
 def estimated_effects(estimate: RankingEstimate) -> go.Figure:
     """Exact effect of each removal against its estimate; on the line, both are equal.
 
     The random sample is blue, what was run besides is orange. Directions that were not run lie on
     the line, hollow. The title has the rank correlation in the sample, with its interval.
+
+    Args:
+        estimate: one, or several by name, which are drawn side by side.
 
     Example:
         >>> ms.figures.estimated_effects(estimate).layout.xaxis.title.text
@@ -41,15 +46,18 @@ def estimated_effects(estimate: RankingEstimate) -> go.Figure:
             scatter(len(estimate))(
                 x=guess[chosen.numpy()],
                 y=effect[chosen.numpy()],
-                customdata=[label(names[j]) for j in chosen.nonzero().flatten().tolist()],
+                customdata=[
+                    f"{label(names[j])}<br>σ = {float(estimate.singular_values[j]):.4g}"
+                    for j in chosen.nonzero().flatten().tolist()
+                ],
                 name=name,
                 mode="markers",
                 marker={"color": colour, "size": 6, "symbol": symbol},
-                hovertemplate=f"direction %{{customdata}}: {name}<br>estimate %{{x:.4g}}"
+                hovertemplate=f"{name}<br>direction %{{customdata}}<br>estimate %{{x:.4g}}"
                 "<br>effect %{y:.4g}<extra></extra>",
             )
         )
     low, high = float(guess.min()), float(guess.max())
     line = {"color": CLEAN, "dash": "dot", "width": 1.2}
     figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=line)
-    return figure.update_layout(showlegend=True)
+    return finish(figure)

@@ -9,17 +9,23 @@ from plotly.subplots import make_subplots
 from mechsvd.experiments.heldout import HeldOut
 from mechsvd.experiments.order_comparison import SIDES, OrderComparison
 from mechsvd.figures.display import label
-from mechsvd.figures.style import DISTINCT, empty_figure, line
+from mechsvd.figures.multiples import multiples
+from mechsvd.figures.style import DISTINCT, TOP, empty_figure, finish, line
 from mechsvd.results import require_kind
 
 SYMBOLS = ("circle", "square", "diamond")  # where there are more lines than colours
 FLOOR = 1e-6  # below it, a logarithmic axis shows rounding only
 
 
+@multiples
 def held_out(found: HeldOut, order: str = "singular value") -> go.Figure:
     """KL divergence against the number of kept directions, by what the directions are fitted on.
 
     Lines are means over the texts, bands 95 % intervals of the means. Bases per site are dashed.
+
+    Args:
+        found: one, or several by name, which are drawn side by side on one scale.
+        order: of the directions.
 
     Example:
         >>> ms.figures.held_out(held_out).layout.xaxis.title.text
@@ -45,7 +51,7 @@ def held_out(found: HeldOut, order: str = "singular value") -> go.Figure:
         dash = "dash" if fit.basis == "per site" else "solid"
         figure.add_trace(drawn.update(mode="lines", line={"dash": dash}))
         figure.add_trace(_band(table, "rank", colour))
-    return figure.update_layout(showlegend=True)
+    return finish(figure)
 
 
 def orders_on_texts(found: OrderComparison, confidence: float = 0.95) -> go.Figure:
@@ -79,7 +85,7 @@ def orders_on_texts(found: OrderComparison, confidence: float = 0.95) -> go.Figu
             curve.update(marker={"symbol": symbol, "size": 6}, showlegend=column == 2)
             figure.add_trace(curve, 1, column)
             figure.add_trace(_band(table, "rank", colour), 1, column)
-    return figure.update_layout(showlegend=True)
+    return finish(figure).update_layout(margin_t=TOP + 25)  # for the titles of both sides
 
 
 def _band(table: Any, x: str, colour: str) -> go.Scatter:

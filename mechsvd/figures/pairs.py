@@ -9,12 +9,14 @@ from torch import Tensor
 from mechsvd.attribution.curvature_ridge import CurvatureRidge
 from mechsvd.attribution.interacting import Amount, Interactions
 from mechsvd.figures.display import label
+from mechsvd.figures.multiples import multiples
 from mechsvd.figures.style import (
     ATTEMPTED,
     CLEAN,
     DISTINCT,
     EDITED,
     empty_figure,
+    finish,
     line,
     scatter,
     with_clean,
@@ -22,6 +24,7 @@ from mechsvd.figures.style import (
 from mechsvd.results import require_kind
 
 
+@multiples
 def interactions(found: Interactions, of: Amount = "interaction", task: int = 0) -> go.Figure:
     """The share of pairs with an interaction of at most x, per basis, next to random bases.
 
@@ -30,6 +33,7 @@ def interactions(found: Interactions, of: Amount = "interaction", task: int = 0)
     no place on the logarithmic axis of sizes.
 
     Args:
+        found: one, or several by name, which are drawn side by side on one scale.
         of: "interaction" draws sizes in units of f, with a line at twice the noise floor;
             "relative" is without unit, from 0 to 1.
         task: number of the text.
@@ -62,14 +66,15 @@ def interactions(found: Interactions, of: Amount = "interaction", task: int = 0)
         for draw in range(1, len(chosen)):
             random = _curve(chosen[draw], f"random bases of {name}", colour, 0.7, name)
             figure.add_trace(random.update(showlegend=draw == 1, opacity=0.4))
-        shown = f"{name}: median {row.median:.3g}, p = {row.p_value:.2g}"
+        shown = f"{name}:<br>median {row.median:.3g}, p = {row.p_value:.2g}"
         figure.add_trace(_curve(chosen[0], shown, colour, 2.2, f"{name} itself"))
     if sized and found.noise_floor[task] > 0:
         noise = 2 * float(found.noise_floor[task])
         figure.add_vline(x=noise, line={"color": CLEAN, "dash": "dot", "width": 1.2})
-    return figure.update_layout(showlegend=True)
+    return finish(figure)
 
 
+@multiples
 def curvature_ridge(found: CurvatureRidge, task: int = 0) -> go.Figure:
     """f against the number of directions, for ridge by curvature and for clipping.
 
@@ -77,6 +82,7 @@ def curvature_ridge(found: CurvatureRidge, task: int = 0) -> go.Figure:
     above 0.1 (dotted), which can be far larger.
 
     Args:
+        found: one, or several by name, which are drawn side by side on one scale.
         task: number of the text.
 
     Raises:
@@ -102,7 +108,7 @@ def curvature_ridge(found: CurvatureRidge, task: int = 0) -> go.Figure:
     left = line(found.directions_left, values, "ridge, gains above 0.1", ATTEMPTED, hover=hover)
     for trace in (shrunk, left.update(line={"dash": "dot"})):
         figure.add_trace(trace.update(customdata=found.alphas.numpy()))
-    return with_clean(figure, found.values[task]).update_layout(showlegend=True)
+    return finish(with_clean(figure, found.values[task]))
 
 
 def _require_text(task: int, values: Tensor) -> None:

@@ -6,11 +6,13 @@ import plotly.graph_objects as go
 
 from mechsvd.engine.writes import Writes
 from mechsvd.figures.display import label
+from mechsvd.figures.multiples import multiples
 from mechsvd.figures.style import (
     UNITS,
     by_name,
     colours_of,
     empty_figure,
+    finish,
     heat_map,
     line,
     shades,
@@ -41,7 +43,7 @@ def singular_values(
         figure.add_trace(
             line(range(one.rank), one.singular_values, label(name), colour, hover=hover)
         )
-    return figure.update_layout(showlegend=len(svds) > 1)
+    return finish(figure, legend=len(svds) > 1)
 
 
 def cumulative_singular_values(svd: Decomposition | Mapping[str, Decomposition]) -> go.Figure:
@@ -67,13 +69,17 @@ def cumulative_singular_values(svd: Decomposition | Mapping[str, Decomposition])
         hover = f"{which}first %{{x}} directions<br>Σσ = %{{y:.4g}} (%{{customdata:.1%}})"
         trace = line(range(1, one.rank + 1), sums, label(name), colour, hover=hover)
         figure.add_trace(trace.update(customdata=(sums / sums[-1]).numpy() if len(sums) else None))
-    return figure.update_layout(showlegend=len(svds) > 1)
+    return finish(figure, legend=len(svds) > 1)
 
 
+@multiples
 def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
     """Singular values of every layer's writes, on a logarithmic axis.
 
     Early layers are dark, late layers are bright.
+
+    Args:
+        layers: of one text, or of several by name, which are drawn side by side on one scale.
 
     Example:
         >>> len(ms.figures.layer_spectra(ms.decompose(writes, per="layer")).data)
@@ -87,11 +93,13 @@ def layer_spectra(layers: Sequence[Decomposition]) -> go.Figure:
         figure.add_trace(
             line(range(svd.rank), svd.singular_values, f"layer {svd.layer}", colour, hover=hover)
         )
-    return figure.update_layout(showlegend=True)
+    return finish(figure)
 
 
 def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Figure:
     """Share of each site and token in a direction: the squared left singular vector.
+
+    `side_by_side` joins those of several texts on one scale.
 
     Example:
         >>> ms.figures.writer_map(svd, writes, direction=0).data[0].z.shape
@@ -114,8 +122,12 @@ def writer_map(svd: Decomposition, writes: Writes, direction: int = 0) -> go.Fig
         for position, piece in zip(writes.positions.tolist(), _pieces(writes), strict=True)
     ]
     shares = 100 * svd.writer_map(direction)
-    title = f"Who writes direction {direction} (σ = {float(svd.singular_values[direction]):.3g})"
-    hover = "%{y}<br>%{customdata}<br>%{z:.2f} %<extra></extra>"
+    sigma = float(svd.singular_values[direction])
+    title = f"Who writes direction {direction}<br>σ = {sigma:.4g}"
+    hover = (
+        f"site %{{y}}<br>token %{{customdata}}<br>%{{z:.2f}} % of direction {direction}"
+        f"<br>σ = {sigma:.4g}<extra></extra>"
+    )
     return heat_map(
         title, "position", shares, _columns(writes), writes.sites, "share (%)", hover, labels
     )

@@ -1,9 +1,9 @@
 """Parts that all figures share: axes, lines, heat maps, colours."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import cycle
-from math import isclose, log10
+from math import ceil, floor, inf, isclose, log10
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from mechsvd.results import require_kind
 
 MANY_POINTS = 5000  # above this, draw with WebGL
 UNITS = "residual-stream units"
+TOP = 58  # pixels above a figure with a title of one line, for the title and the mode bar
 # to be told apart on white and on black
 EDITED, ATTEMPTED, CLEAN = "#3a7fc9", "#d1662a", "#808080"
-DISTINCT = ("#3a7fc9", "#d1662a", "#2a9d6f", "#9c6bc4", "#a0a0a0", "#c2a83e")
+DISTINCT = (
+    "#3a7fc9", "#d1662a", "#2a9d6f", "#9c6bc4", "#a0a0a0", "#c2a83e", "#cf5c8d", "#3aa6b9",
+)  # fmt: skip
 TEMPLATE = "mechsvd"
 INSTALL_IMAGES = (
     "run `pip install 'mechsvd[images]'`, and `plotly_get_chrome` if no Chrome is installed"
@@ -34,24 +37,31 @@ def empty_figure(
 
     Its looks are those of the template "mechsvd", unless the user has set a default template.
     """
-    figure = go.Figure(
+    has_own = pio.templates.default not in ("plotly", "none", "", None)
+    return go.Figure(
         layout={
+            "template": pio.templates.default if has_own else TEMPLATE,
             "title": {"text": title},
             "xaxis": {"title": {"text": x}, "type": "log" if log_x else "linear"},
             "yaxis": {"title": {"text": y}, "type": "log" if log_y else "linear"},
-            "margin": {"l": 70, "r": 30, "t": 50, "b": 55},
+            "margin": {"l": 70, "r": 30, "t": TOP, "b": 55},
             "showlegend": False,
         }
     )
-    has_own = pio.templates.default not in ("plotly", "none", "", None)
-    return figure if has_own else figure.update_layout(template=TEMPLATE)
 
 
 def _template() -> go.layout.Template:
     """The looks of all figures: decades on logarithmic axes, and little ink."""
     axis = {"showline": True, "linecolor": "#999", "zeroline": False, "exponentformat": "power"}
+    below_the_mode_bar = {
+        "x": 0.02,
+        "y": 1,
+        "yref": "container",
+        "yanchor": "top",
+        "pad": {"t": 28},
+    }
     own = {
-        "title": {"font": {"size": 16}},
+        "title": {"font": {"size": 16}, **below_the_mode_bar},
         "xaxis": axis,
         "yaxis": axis,
         "colorway": DISTINCT,
@@ -112,9 +122,35 @@ def with_clean_of(figure: go.Figure, values: Mapping[str, Tensor]) -> go.Figure:
     first, *others = cleans.values()
     if all(isclose(first, other, rel_tol=1e-3) for other in others):
         return with_clean(figure, next(iter(values.values())))
-    for colour, (name, value) in colours_of(values):
-        with_clean(figure, value, f"{label(name)}: ", colour)
-    return figure
+    lines = [
+        _clean_line(value, f"{label(name)}: ", colour)
+        for colour, (name, value) in colours_of(values)
+    ]
+    return figure.update_layout(shapes=[*figure.layout.shapes, *lines])
+
+
+def finish(figure: go.Figure, *, legend: bool = True) -> go.Figure:
+    """Show the legend or hide it, leave room for the title, put logarithmic ticks at decades."""
+    lines = (figure.layout.title.text or "").count("<br>")
+    figure.update_layout(margin_t=TOP + 20 * lines)
+    for letter in "xy":
+        axes = figure.select_xaxes() if letter == "x" else figure.select_yaxes()
+        for axis in axes:
+            if axis.type == "log":
+                axis.dtick = _ticks([getattr(trace, letter) for trace in figure.data])
+    return figure.update_layout(showlegend=legend)
+
+
+def _ticks(columns: Sequence[Any]) -> int | str | None:
+    """The step of a logarithmic axis: decades, or 1, 2 and 5 where it has fewer than three."""
+    values = [float(value) for column in columns if column is not None for value in column]
+    logs = [log10(value) for value in values if 0 < value < inf]
+    if not logs:
+        return None
+    decades = floor(max(logs)) - ceil(min(logs)) + 1
+    if decades >= 3:
+        return ceil(decades / 9)
+    return "D2" if max(logs) - min(logs) > 0.5 else None
 
 
 def heat_map(
@@ -140,34 +176,29 @@ def heat_map(
             hovertemplate=hover,
         )
     )
-    return figure
+    figure.update_xaxes(showgrid=False).update_yaxes(showgrid=False)
+    return finish(figure, legend=False)
 
 
-def with_clean(figure: go.Figure, value: Tensor, name: str = "", colour: str = CLEAN) -> go.Figure:
-    """Add a clean run's value to a figure, as a dashed line with its number."""
-    clean = float(value)
-    figure.add_hline(y=clean, line={"color": colour, "dash": "dash", "width": 1.2})
-    # a shape has no legend entry and no hover, so the number is an annotation
-    return figure.add_annotation(
-        x=1,
-        xref="paper",
-        y=_on_axis(figure, clean),
-        text=f"{name}clean {clean:.4g}",
-        font={"color": colour},
-        showarrow=False,
-        xanchor="right",
-        yanchor="bottom",
-    )
+def with_clean(figure: go.Figure, value: Tensor) -> go.Figure:
+    """Add a clean run's value to a figure, as a dashed line with its number in the legend."""
+    return figure.update_layout(shapes=[*figure.layout.shapes, _clean_line(value)])
+
+
+def _clean_line(value: Tensor, name: str = "", colour: str = CLEAN) -> dict[str, Any]:
+    named = {"name": f"{name}clean {float(value):.4g}", "showlegend": True}
+    return level(float(value), colour, "dash") | named
+
+
+def level(y: float, colour: str, dash: str) -> dict[str, Any]:
+    """A line across a figure, as a shape; many at once cost less than `add_hline` for each."""
+    style = {"color": colour, "dash": dash, "width": 1.2}
+    return {"type": "line", "xref": "x domain", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": style}
 
 
 def shades(count: int) -> list[str]:
-    """Colours from dark to bright."""
-    return sample_colorscale("Viridis", [i / max(1, count - 1) * 0.9 for i in range(count)])
-
-
-def _on_axis(figure: go.Figure, value: float) -> float:
-    # on logarithmic axes plotly takes the logarithm for annotations, but not for shapes
-    return log10(value) if figure.layout.yaxis.type == "log" and value > 0 else value
+    """Colours from dark to bright, which stand out on black and on white."""
+    return sample_colorscale("Viridis", [0.2 + 0.7 * i / max(1, count - 1) for i in range(count)])
 
 
 def _numbers(x: Any) -> list[Any]:

@@ -7,15 +7,24 @@ import torch
 
 from mechsvd.experiments.anchors import FORCED, OverlapAnchors
 from mechsvd.figures.display import label
+from mechsvd.figures.multiples import multiples
 from mechsvd.figures.style import CLEAN, DISTINCT, EDITED, empty_figure, heat_map, line
 from mechsvd.linalg.comparison import Overlap, Pool
 from mechsvd.results import require_kind
 
+WRITTEN = 12  # subspaces at most, for numbers in the cells: the browser takes seconds for 50
 
+
+@multiples
 def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figure:
     """Overlap of each pair of subspaces, relative to random ones of the same ranks.
 
-    Each cell also says how many dimensions the pair shares.
+    Each cell also says how many dimensions the pair shares; of more than 12 subspaces, hovering
+    does.
+
+    Args:
+        overlap: one, or several by name, which are drawn side by side on one scale.
+        names: of the subspaces.
 
     Raises:
         ValueError: the numbers of names and subspaces differ.
@@ -31,7 +40,10 @@ def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figu
         raise ValueError(
             f"`names` has {len(names)} entries for {len(ranks)} subspaces; give one for each."
         )
-    labels = [f"{label(name)}<br>(rank {rank})" for name, rank in zip(names, ranks, strict=True)]
+    labels = [
+        f"{label(name)}<br>(rank {rank})" if len(ranks) <= WRITTEN else label(name)
+        for name, rank in zip(names, ranks, strict=True)
+    ]
     ratio = overlap.ratio.masked_fill(torch.eye(len(ranks), dtype=torch.bool), torch.nan)
     figure = heat_map(
         "Overlap relative to random subspaces", "", ratio, labels, labels, "× random", ""
@@ -48,19 +60,23 @@ def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figu
     hover = (
         "%{y} and %{x}<br>%{customdata:.2f} dimensions shared<br>%{z:.4f} × random<extra></extra>"
     )
-    figure.update_traces(
-        text=text, texttemplate="%{text}", customdata=overlap.values.numpy(), hovertemplate=hover
-    )
+    if len(ranks) <= WRITTEN:
+        figure.update_traces(text=text, texttemplate="%{text}")
+    figure.update_traces(customdata=overlap.values.numpy(), hovertemplate=hover)
     figure.update_traces(colorscale="RdBu", reversescale=True, zmin=1 - widest, zmax=1 + widest)
     return figure.update_yaxes(title=None, autorange="reversed").update_xaxes(
         title=None, type="category"
     )
 
 
+@multiples
 def pooled_spectrum(pool: Pool) -> go.Figure:
     """Singular values of the concatenated bases, with the band of random subspaces.
 
     95 % of random spectra lie in the band as a whole.
+
+    Args:
+        pool: one, or several by name, which are drawn side by side on one scale.
 
     Example:
         >>> ms.figures.pooled_spectrum(ms.pool([svd.subspace(8), mine])).layout.yaxis.title.text
@@ -105,11 +121,15 @@ def pooled_spectrum(pool: Pool) -> go.Figure:
     return figure.update_layout(showlegend=True)
 
 
+@multiples
 def overlap_anchors(anchors: OverlapAnchors) -> go.Figure:
     """Chance-corrected overlap against the rank, one line per kind, with intervals over texts.
 
     0 is the mean of random subspaces, and 1 is the same subspace. What is computed and not measured
     is grey: dotted for random subspaces, dashed for what is forced.
+
+    Args:
+        anchors: one, or several by name, which are drawn side by side on one scale.
 
     Example:
         >>> ms.figures.overlap_anchors(anchors).layout.xaxis.title.text

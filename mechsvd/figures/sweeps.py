@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from itertools import cycle
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -14,15 +15,16 @@ from mechsvd.experiments.search import CriticalRank
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.figures.display import label
 from mechsvd.figures.heldout import orders_on_texts
+from mechsvd.figures.multiples import multiples
 from mechsvd.figures.style import (
     ATTEMPTED,
     CLEAN,
     DISTINCT,
-    EDITED,
     UNITS,
     by_name,
     colours_of,
     empty_figure,
+    finish,
     heat_map,
     line,
     with_clean,
@@ -97,7 +99,7 @@ def _curves(
             )
         )
     cleans = {name: values(one.measurement.clean_run) for name, one in sweeps.items()}
-    return with_clean_of(figure, cleans).update_layout(showlegend=len(sweeps) > 1)
+    return finish(with_clean_of(figure, cleans))
 
 
 def deltas(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
@@ -134,11 +136,15 @@ def deltas(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
             )
         )
     cleans = {name: one.measurement.clean_run.orig_delta for name, one in sweeps.items()}
-    return with_clean_of(figure, cleans).update_layout(showlegend=True)
+    return finish(with_clean_of(figure, cleans))
 
 
+@multiples
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     """Sizes of every site's writes by number of kept directions, relative to the clean run.
+
+    Args:
+        sweep: one, or several by name, which are drawn side by side on one scale.
 
     Example:
         >>> ms.figures.delta_map(sweep, kept=True).data[0].z.shape
@@ -148,7 +154,7 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     measured, clean = sweep.measurement, sweep.measurement.clean_run
     edited = measured.kept_deltas if kept else measured.orig_deltas
     word = "Kept" if kept else "Attempted"
-    hover = "%{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
+    hover = "site %{y}<br>k = %{x}<br>%{z:.3f} of clean<extra></extra>"
     relative, ranks = (edited / clean.orig_deltas).T, sweep.ranks.tolist()
     return heat_map(
         f"{word} writes by site",
@@ -226,7 +232,7 @@ def race_of_orders(
         figure.add_trace(line(sweep.ranks, values, label(name), colour, hover=hover))
     if by == "surprise":
         with_clean(figure, -first.measurement.clean_run.log_prob)
-    return figure.update_layout(showlegend=True)
+    return finish(figure)
 
 
 def _values(sweep: RankSweep, by: str) -> Tensor:
@@ -235,77 +241,110 @@ def _values(sweep: RankSweep, by: str) -> Tensor:
     return values
 
 
-def margins(critical_rank: CriticalRank) -> go.Figure:
+def margins(critical_rank: CriticalRank | Mapping[str, CriticalRank]) -> go.Figure:
     """Margin of each tried rank above or below the threshold, near the crossings.
 
-    A vertical line marks the critical rank; its label also gives the lasting one.
+    A vertical line marks the critical rank; the legend has it, and the lasting one.
+
+    Args:
+        critical_rank: one, or several by name, of one unit.
+
+    Raises:
+        TypeError, ValueError: no search, or searches whose margins have different units.
 
     Example:
         >>> ms.figures.margins(ms.critical_rank_of(sweep)).layout.yaxis.title.text
         'above the threshold (nats)'
     """
-    require_kind(critical_rank, CriticalRank)
-    figure = empty_figure(
-        "Critical rank",
-        "kept directions",
-        f"above the threshold ({label(critical_rank.unit)})"
-        if critical_rank.unit
-        else "above the threshold",
-    )
-    hover = "k = %{x}<br>%{y:.4g} above the threshold"
-    figure.add_trace(
-        line(
-            critical_rank.sweep.ranks, critical_rank.margins, "margin", EDITED, hover=hover
-        ).update(mode="lines+markers", marker={"size": 4})
-    )
+    searches = by_name(critical_rank, CriticalRank, "margin")
+    if len(units := {one.unit for one in searches.values()}) > 1:
+        raise ValueError(f"The margins have different units: {sorted(units)}.")
+    unit = f" ({label(units.pop())})" if any(units) else ""
+    figure = empty_figure("Critical rank", "kept directions", f"above the threshold{unit}")
+    for colour, (name, one) in colours_of(searches):
+        which = f"{label(name)}<br>" if len(searches) > 1 else ""
+        hover = f"{which}k = %{{x}}<br>%{{y:.4g}}{unit} above the threshold"
+        trace = line(one.sweep.ranks, one.margins, label(name), colour, hover=hover)
+        figure.add_trace(trace.update(mode="lines+markers", marker={"size": 4}))
+        if one.rank is not None:
+            own = ATTEMPTED if len(searches) == 1 else colour
+            figure.add_vline(
+                x=one.rank, line={"color": own, "width": 1.5}, name=_rank(one), showlegend=True
+            )
     figure.add_hline(y=0, line={"color": CLEAN, "dash": "dash", "width": 1.2})
-    full, high = critical_rank.sweep.full_rank, max(1.0, float(critical_rank.margins.max()))
+    high = max(1.0, *(float(one.margins.max()) for one in searches.values()))
     # far below the threshold the curve falls by hundreds of nats
     figure.update_yaxes(range=[-3 * high, 1.3 * high])
-    if critical_rank.rank is None:
-        return figure
-    figure.update_xaxes(range=[max(0, critical_rank.rank - full // 4), full + 1])
-    figure.add_vline(x=critical_rank.rank, line={"color": ATTEMPTED, "width": 1.5})
-    text = (
-        f"k = {critical_rank.rank} for {label(critical_rank.criterion)}; "
-        f"lasting {'none' if critical_rank.lasting_rank is None else critical_rank.lasting_rank}; "
-        f"{len(critical_rank.crossings)} crossing(s), {int(critical_rank.is_tie.sum())} tie(s)"
-    )
-    return figure.add_annotation(
-        x=critical_rank.rank, y=1, yref="paper", text=text, showarrow=False, yanchor="bottom"
+    starts = [one.rank - one.sweep.full_rank // 4 for one in searches.values() if one.rank]
+    if starts:
+        full = max(one.sweep.full_rank for one in searches.values())
+        figure.update_xaxes(range=[max(0, min(starts)), full + 1])
+    if len(criteria := {label(one.criterion) for one in searches.values()}) == 1:
+        figure.update_layout(title_text=f"Critical rank for {criteria.pop()}")
+    return finish(figure)
+
+
+def _rank(found: CriticalRank) -> str:
+    lasting = "none" if found.lasting_rank is None else found.lasting_rank
+    return (
+        f"k = {found.rank}; lasting {lasting}<br>{len(found.crossings)} crossing(s), "
+        f"{int(found.is_tie.sum())} tie(s)"
     )
 
 
-def clip_and_ridge(clip: RankSweep, ridge: RidgeSweep) -> go.Figure:
+def clip_and_ridge(
+    clip: RankSweep | Mapping[str, RankSweep], ridge: RidgeSweep | Mapping[str, RidgeSweep]
+) -> go.Figure:
     """Surprise against the number of directions, for clipping and for ridge.
 
     For ridge it is the effective number of directions.
 
+    Args:
+        clip, ridge: one of each, or several by the same names; then ridge is dotted.
+
     Raises:
-        ValueError: the sweeps are of different models or texts.
+        ValueError: the sweeps are of different models or texts, or have different names.
 
     Example:
         >>> [line.name for line in ms.figures.clip_and_ridge(sweep, ridge).data]
         ['clipped', 'ridge']
     """
-    require_kind(clip, RankSweep)
-    require_kind(ridge, RidgeSweep)
-    require_same_model(clip.source, ridge.source, "The sweeps")
-    if clip.source and ridge.source and clip.source.tokens != ridge.source.tokens:
+    clips, ridges = by_name(clip, RankSweep, ""), by_name(ridge, RidgeSweep, "")
+    if clips.keys() != ridges.keys():
         raise ValueError(
-            "The sweeps are of different texts, so their probabilities cannot be compared; "
-            "make both sweeps of one task."
+            f"The sweeps of clipping are named {[*clips]!s:.60} and those of ridge "
+            f"{[*ridges]!s:.60}; give both by the same names."
         )
     axes = (
         "kept directions, or their effective number Σ s²/(s² + α)",
         "−log-probability of the continuation (nats)",
     )
     figure = empty_figure("Clipping and ridge", *axes, log_y=True)
-    hover = "clipped to k = %{x}<br>%{y:.4g} nats"
-    figure.add_trace(line(clip.ranks, -clip.measurement.log_prob, "clipped", EDITED, hover=hover))
-    hover = "α = %{customdata:.3g}<br>%{x:.1f} effective directions<br>%{y:.4g} nats"
+    for colour, (name, one) in colours_of(clips):
+        figure.add_traces(_both(one, ridges[name], label(name), colour))
+    cleans = {name: -one.measurement.clean_run.log_prob for name, one in clips.items()}
+    return finish(with_clean_of(figure, cleans))
+
+
+def _both(clip: RankSweep, ridge: RidgeSweep, name: str, colour: str) -> list[Any]:
+    """The lines of clipping and of ridge of one text."""
+    require_same_model(clip.source, ridge.source, "The sweeps")
+    if clip.source and ridge.source and clip.source.tokens != ridge.source.tokens:
+        raise ValueError(
+            "The sweeps are of different texts, so their probabilities cannot be compared; "
+            "make both sweeps of one task."
+        )
+    which = f"{name}: " if name else ""
+    hover = f"{which}clipped to k = %{{x}}<br>%{{y:.4g}} nats"
+    surprise = -clip.measurement.log_prob
+    clipped = line(clip.ranks, surprise, f"{which}clipped", colour, hover=hover)
+    hover = f"{which}ridge, α = %{{customdata:.3g}}<br>%{{x:.1f}} effective directions"
     shrunk = line(
-        ridge.effective_directions, -ridge.measurement.log_prob, "ridge", ATTEMPTED, hover=hover
+        ridge.effective_directions,
+        -ridge.measurement.log_prob,
+        f"{which}ridge",
+        colour if name else ATTEMPTED,
+        hover=f"{hover}<br>%{{y:.4g}} nats",
     )
-    figure.add_trace(shrunk.update(customdata=ridge.alphas.numpy()))
-    return with_clean(figure, -clip.measurement.clean_run.log_prob).update_layout(showlegend=True)
+    shrunk.update(customdata=ridge.alphas.numpy(), line={"dash": "dot"} if name else {})
+    return [clipped, shrunk]

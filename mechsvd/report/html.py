@@ -81,11 +81,22 @@ def plot(name: str, prompt: str, figure: Any, *, wide: bool = False) -> str:
         name = f"{file_name(prompt)}-{name}"
     figure.update_layout(template=None)
     kind = "plot wide" if wide else "plot"
-    chosen = f' data-prompt="{file_name(prompt)}"' if prompt else ""
+    marks = f' data-prompt="{file_name(prompt)}"' if prompt else ""
+    marks += " data-scale" if _has_both_scales(figure) else ""
+    height = figure.layout.height
+    marks += f' style="height:{height}px"' if height else ""
     return (
-        f'<div class="{kind}"{chosen}><div class="figure" id="{name}"></div>'
+        f'<div class="{kind}"{marks}><div class="figure" id="{name}"></div>'
         f'<script type="application/json">{_in_script(figure.to_json())}</script></div>'
     )
+
+
+def _has_both_scales(figure: Any) -> bool:
+    """Whether the curves of a figure can be drawn on a linear and on a logarithmic axis."""
+    if "yaxis2" in figure.layout or not all(t.type.startswith("scatter") for t in figure.data):
+        return False
+    values = [value for trace in figure.data for value in trace.y]
+    return any(value > 0 for value in values) and not any(value < 0 for value in values)
 
 
 def chooser(names: Sequence[str]) -> str:

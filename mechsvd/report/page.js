@@ -13,24 +13,26 @@ function looks(isDark) {
   return own;
 }
 
+function step(axis) {  // decades on a logarithmic axis, or 1, 2 and 5 where it has fewer than three
+  if (axis.type !== "log") return null;
+  const [low, high] = axis.range, decades = Math.floor(high) - Math.ceil(low) + 1;
+  return decades >= 3 ? Math.ceil(decades / 9) : high - low > 0.5 ? "D2" : null;
+}
+
 function draw(box, isDark = dark.matches) {
   const place = box.querySelector(".figure");
   if (place.data) return;
   const figure = JSON.parse(box.querySelector("script").textContent);
   Plotly.newPlot(place, figure.data, {...figure.layout, template: looks(isDark)},
-    {displaylogo: false, responsive: true});
-  const isLine = figure.data.length && figure.data.every(trace => /^scatter/.test(trace.type));
-  const isPositive = trace => (place._fullData.find(full => full.index === trace)?.y ?? [])
-    .some(y => y > 0);
-  if (!isLine || !figure.data.some((_, i) => isPositive(i)) || figure.layout.yaxis2) return;
+    {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"]});
+  if (!("scale" in box.dataset)) return;
   const button = document.createElement("button");
   button.className = "scale";
   const tell = () => { button.textContent = place.layout.yaxis.type === "log" ? "linear" : "log"; };
   button.onclick = () => {
     const type = place.layout.yaxis.type === "log" ? "linear" : "log";
-    const heights = (place.layout.annotations ?? []).map((note, i) =>
-      note.yref === "paper" ? {} : {[`annotations[${i}].y`]: type === "log" ? Math.log10(note.y) : 10 ** note.y});
-    Plotly.relayout(place, Object.assign({"yaxis.type": type, "yaxis.autorange": true}, ...heights)).then(tell);
+    Plotly.relayout(place, {"yaxis.type": type, "yaxis.autorange": true, "yaxis.dtick": null})
+      .then(() => Plotly.relayout(place, {"yaxis.dtick": step(place.layout.yaxis)})).then(tell);
   };
   tell();
   box.append(button);

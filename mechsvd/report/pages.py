@@ -131,7 +131,7 @@ are natural. Sizes are root-mean-square L2 norms over sites and positions.</foot
 on LessWrong (May 2024), which ran on Llama-3-8B, repeated on this model. Each section says what the
 shortform saw. The text in bold says what was measured here.{_about(source.model)}</p>{growing}{_chosen(choices)}
 <nav>{links}</nav>
-{told(comparison) if "told" in choices else ""}
+{told(studies, comparison, contrast) if "told" in choices else ""}
 {_prompts(studies, data)}
 {chooser([s.name for s in studies]) if len(studies) <= MANY else ""}
 {body}
@@ -145,7 +145,7 @@ def _titles(
     studies: Sequence[Study], comparison: Comparison | None, contrast: Contrast | None
 ) -> dict[str, str]:
     """The parts that the page has, with their names in the line of links."""
-    titles = {"told": "What can be told"} | {s.name: s.title for s in SECTIONS}
+    titles = {"told": "What was found"} | {s.name: s.title for s in SECTIONS}
     if any(study.cards for study in studies):
         titles["cards"] = "Single directions"
     titles["texts"] = "Text from inside"

@@ -10,9 +10,12 @@ from mechsvd.experiments.heldout import OTHERS
 from mechsvd.experiments.sweeps import RankSweep
 from mechsvd.figures.cards import all_cards
 from mechsvd.figures.display import escape, file_name
-from mechsvd.report import findings
+from mechsvd.figures.strips import strip
+from mechsvd.figures.style import ATTEMPTED, EDITED
+from mechsvd.report import findings, findings_together
 from mechsvd.report.html import grid, heading, plot, table
 from mechsvd.report.study import Comparison, Study
+from mechsvd.report.top import top_of
 
 MANY = 6  # with more prompts, each has a page of its own
 
@@ -58,6 +61,9 @@ SECTIONS = (
             "singular_values": _quiet(
                 figures.singular_values({s.name: s.pooled for s in studies}, log=True), studies
             ),
+            "writers_of_direction_0": figures.side_by_side(
+                {s.name: figures.writer_map(s.pooled, s.writes) for s in studies}
+            ),
         },
     ),
     Section(
@@ -85,6 +91,7 @@ SECTIONS = (
             "surprise": _quiet(figures.surprise({s.name: s.sweep for s in studies}), studies),
             "divergences": _lines({s.name: s.sweep for s in studies}, "One basis for all sites"),
             "divergences_by_site": _lines({s.name: s.by_site for s in studies}, "A basis per site"),
+            **_delta_maps(studies),
         },
     ),
     Section(
@@ -105,6 +112,12 @@ SECTIONS = (
                 else {}
             ),
         },
+        lambda studies: {
+            f"direction_{name}": _quiet(
+                figures.direction_effects({s.name: s.ranking for s in studies}, by), studies
+            )
+            for name, by in (("divergences", "kl_divergence"), ("effects", "effect"))
+        },
     ),
     Section(
         "orders",
@@ -118,6 +131,14 @@ SECTIONS = (
             "race_of_orders_by_divergence": figures.race_of_orders(_race(s), by="kl_divergence"),
             "race_of_orders": figures.race_of_orders(_race(s)),
         },
+        lambda studies: {
+            "lasting_ranks_of_orders": strip(
+                findings.needed_by_order(studies),
+                [s.name for s in studies],
+                "Directions that each order needs",
+                f"lasting rank for {findings.NEAR:g} nat of KL divergence",
+            )
+        },
     ),
     Section(
         "critical",
@@ -129,6 +150,11 @@ SECTIONS = (
         "1886, 3329, 2696 and 2518 of 4096 directions for its four prompts.",
         findings.critical_ranks,
         lambda s: {"critical_rank": figures.margins(s.critical)},
+        lambda studies: {
+            "critical_ranks": _quiet(
+                figures.margins({s.name: s.critical for s in studies}), studies
+            )
+        },
     ),
     Section(
         "ridge",
@@ -140,6 +166,14 @@ SECTIONS = (
         "components”.",
         findings.ridge,
         lambda s: {"clip_and_ridge": figures.clip_and_ridge(s.sweep, s.ridge)},
+        lambda studies: {
+            "clip_and_ridge": _quiet(
+                figures.clip_and_ridge(
+                    {s.name: s.sweep for s in studies}, {s.name: s.ridge for s in studies}
+                ),
+                studies,
+            )
+        },
     ),
     Section(
         "attribution",
@@ -160,6 +194,15 @@ SECTIONS = (
             "estimate_errors": figures.estimate_errors(s.attribution),
             "accumulated_scores": figures.accumulated_scores(s.attribution.bases),
         },
+        lambda studies: {
+            "sums_of_scores": strip(
+                findings.sums_of_scores(studies),
+                [s.name for s in studies],
+                "What the scores of each basis sum to",
+                "sum of the scores (share of f(w) − f(0))",
+                reference=1.0,
+            )
+        },
     ),
 )
 
@@ -168,7 +211,7 @@ def prompt_text(study: Study) -> str:
     """A prompt and its continuation, as HTML."""
     prompt, continuation = study.task.text()
     return (
-        f'<p class="text" id="{file_name(study.name)}">'
+        f'<p class="text" id="{file_name(study.name)}"><bdi class="name">{escape(study.name)}</bdi>'
         f"{escape(prompt)}<b>{escape(continuation)}</b></p>"
     )
 
@@ -178,7 +221,10 @@ def section(part: Section, studies: Sequence[Study]) -> str:
     plots = []
     if len(studies) > 1:
         together = part.together(studies)
-        plots = [plot(f"all-{name}", "", figure) for name, figure in together.items()]
+        plots = [
+            plot(f"all-{name}", "", figure, wide=figure.layout.coloraxis.cmin is not None)
+            for name, figure in together.items()
+        ]
     if len(studies) <= MANY:
         plots += [
             plot(name, s.name, figure) for s in studies for name, figure in part.figures(s).items()
@@ -195,17 +241,35 @@ def one_prompt(study: Study) -> str:
     return f"{prompt_text(study)}{''.join(parts)}{described([study])}{written}"
 
 
-def told(comparison: Comparison | None) -> str:
-    """The first section: what can be told from chance."""
-    items = "".join(
-        f"<li>{escape(sentence)}</li>"
-        for sentence in findings.told(comparison.random_texts if comparison else None)
+def told(studies: Sequence[Study], comparison: Comparison | None, contrast: Contrast | None) -> str:
+    """The first section: what was found, and what could not be told."""
+    top = top_of(studies, comparison, contrast)
+    found = "".join(
+        f"<li{'' if one.is_told else ' class=untold'}>{escape(one.sentence)}</li>"
+        for one in top.found
     )
+    untold = "".join(f"<li>{escape(clause)}</li>" for clause in top.untold)
     return (
-        '<h2 id="told">What can be told from chance</h2><p>Each text is compared with a text of '
-        "random tokens of the same length in the same model, and the test exchanges the two. "
-        "Everything else on this page describes the prompts that were measured.</p>"
-        f'<ul class="told">{items}</ul>'
+        f'<h2 id="told">What was found</h2><ol class="told">{found}</ol>'
+        f"<h3>What could not be told</h3>{f'<ul>{untold}</ul>' if untold else '<p>Every test told.</p>'}"
+        f'<p class="original">{escape(top.how)}</p>{_tests(comparison)}'
+    )
+
+
+def _tests(comparison: Comparison | None) -> str:
+    """All questions that were tested against random tokens, as a table."""
+    if comparison is None or comparison.random_texts is None:
+        return ""
+    rows = comparison.random_texts.to_pandas()
+    columns = ["texts", "random_texts", "difference", "low", "high", "p_family"]
+    cells = {
+        row["question"]: [*(f"{row[name]:.3g}" for name in columns), row["verdict"]]
+        for row in rows.to_dict("records")
+    }
+    head = ["", "texts", "random tokens", "difference", "from", "to", "p", "texts have"]
+    whole = table(cells, head)
+    return (
+        f"<details><summary>All {len(cells)} tests against random tokens</summary>{whole}</details>"
     )
 
 
@@ -220,13 +284,15 @@ def special(contrast: Contrast) -> str:
         "had not seen.",
         "The shortform looked for dimensions general to all texts and special to each in the "
         "singular vectors of all bases side by side, and saw none.",
-        findings.special(contrast),
+        findings_together.special(contrast),
     )
-    plots = {
-        f"contrast_{method}": figures.contrast_map(contrast, method)
+    maps = {
+        f"{method} directions": figures.contrast_map(contrast, method)
         for method in ("special", "singular")
     }
-    return top + grid([plot(name, "", figure) for name, figure in plots.items()])
+    joined = figures.side_by_side(maps).update_layout(height=420)
+    joined.update_layout(title_text=f"Removing {contrast.k} directions of a group")
+    return top + grid([plot("contrast_special", "", joined, wide=True)])
 
 
 def _race(study: Study) -> dict[str, RankSweep]:
@@ -238,16 +304,33 @@ def _race(study: Study) -> dict[str, RankSweep]:
     }
 
 
-def _quiet(figure: Any, studies: Sequence[Study]) -> Any:
-    """A figure of many lines without their names and clean values, which hovering shows."""
-    if len(studies) > MANY:
-        figure.update_layout(showlegend=False, shapes=[], annotations=[])
-    return figure
+def _quiet(figure: Any, studies: Sequence[Any]) -> Any:
+    """A figure of many lines: thin, in one colour, without clean values; hovering names them."""
+    if len(studies) <= MANY:
+        return figure
+    for trace in figure.data:
+        trace.opacity = 0.4
+        if trace.mode == "markers":
+            trace.marker.update(color=EDITED, size=3)
+        else:
+            trace.mode = "lines"
+            trace.line.update(color=ATTEMPTED if trace.line.dash == "dot" else EDITED, width=1)
+    figure.layout.shapes = ()
+    return figure.update_layout(showlegend=False)
+
+
+def _delta_maps(studies: Sequence[Study]) -> dict[str, Any]:
+    """The sizes of writes by site, of all texts on one scale."""
+    sweeps = {s.name: s.sweep for s in studies}
+    return {
+        f"{name}_deltas_by_site": figures.delta_map(sweeps, kept=name == "kept")
+        for name in ("kept", "orig")
+    }
 
 
 def _lines(sweeps: dict[str, RankSweep], title: str) -> Any:
     figure = figures.race_of_orders(sweeps, by="kl_divergence")
-    return figure.update_layout(title_text=title, showlegend=len(sweeps) <= MANY)
+    return _quiet(figure.update_layout(title_text=title), [*sweeps])
 
 
 def described(studies: Sequence[Study]) -> str:
@@ -268,7 +351,10 @@ def described(studies: Sequence[Study]) -> str:
     if len(studies) > MANY:
         return top
     return top + "".join(
-        f"<h3>{escape(study.name)}</h3>{all_cards(study.cards)}" for study in cards if study.cards
+        f'<div data-prompt="{file_name(study.name)}"><h3>{escape(study.name)}</h3>'
+        f"{all_cards(study.cards)}</div>"
+        for study in cards
+        if study.cards
     )
 
 
@@ -318,7 +404,7 @@ def held_out(comparison: Comparison) -> str:
         "measure. Here the directions also come from other prompts, from one other prompt, or at "
         "random. Lines are means over the prompts, bands 95 % intervals of the means.",
         "The shortform measured each prompt with its own directions.",
-        findings.held_out(comparison),
+        findings_together.held_out(comparison),
     )
     found = comparison.held_out
     summary = found.summary()
@@ -341,7 +427,7 @@ def several(comparison: Comparison) -> str:
         "directions, even if they are random.",
         "The shortform found that the subspaces of its four prompts overlap as random ones do, to "
         "about 1 %.",
-        findings.several(comparison),
+        findings_together.several(comparison),
     )
     plots = {
         "overlap_anchors": figures.overlap_anchors(comparison.anchors),
@@ -351,5 +437,7 @@ def several(comparison: Comparison) -> str:
     if len(comparison.names) > MANY:
         return top + grid([plot(name, "", figure) for name, figure in plots.items()])
     angles = {"principal angles": ["smallest, median, largest"]}
-    angles |= {pair: [numbers] for pair, numbers in findings.smallest_angles(comparison).items()}
+    angles |= {
+        pair: [numbers] for pair, numbers in findings_together.smallest_angles(comparison).items()
+    }
     return top + grid([plot(name, "", figure) for name, figure in plots.items()]) + table(angles)
