@@ -378,3 +378,24 @@ def test_clipping_and_ridge_share_an_axis(real):
     ]
     np.testing.assert_array_equal(double.data[3].y, figure.data[1].y)
     assert [trace.line.dash for trace in double.data] == [None, "dot", None, "dot"]
+
+
+def test_the_results_of_several_texts_are_drawn_as_those_of_their_numbers(embedded, meaning):
+    texts = [meaning, ms.Task(meaning.tokens[:14], 7)]
+    svd = ms.decompose(ms.collect_writes(embedded, texts))
+    sweeps = ms.sweep_rank(embedded, texts, svd, [0, 50, 128])
+    named = {"text 0": sweeps[0], "text 1": sweeps[1]}
+    for draw in (figures.probability, figures.surprise, figures.deltas, figures.delta_map):
+        assert draw(sweeps).to_json() == draw(named).to_json()
+    rankings = ms.rank_directions(embedded, texts, svd)
+    pairs = {f"text {i}": part for i, part in enumerate(rankings)}
+    expected = figures.direction_effects(pairs).to_json()
+    assert figures.direction_effects(rankings).to_json() == expected
+
+
+def test_anchors_of_one_rank_stand_apart(embedded, meaning):
+    texts = [meaning, ms.Task(meaning.tokens[3:], 7)]
+    anchors = ms.overlap_anchors(embedded, texts, [4])
+    figure = figures.overlap_anchors(anchors)
+    assert [trace.x[0] for trace in figure.data] == [*range(len(anchors.kinds))]
+    assert figure.layout.xaxis.title.text == "rank k = 4"

@@ -12,8 +12,8 @@ from plotly.subplots import make_subplots
 
 from mechsvd.checks import require_whole
 from mechsvd.figures.display import label
-from mechsvd.figures.style import empty_figure
-from mechsvd.results import require_kind
+from mechsvd.figures.style import empty_figure, texts_by_name
+from mechsvd.results import OverTexts, require_kind
 
 FEW = 12  # panels; more are smaller
 COLUMNS = (4, 8)  # panels per row, of few and of many
@@ -41,7 +41,7 @@ def side_by_side(figures: Mapping[str, go.Figure], columns: int | None = None) -
     Example:
         >>> import plotly.graph_objects as go
         >>> maps = {name: go.Figure(go.Heatmap(z=[[z]])) for name, z in (("a", 1), ("b", 5))}
-        >>> side_by_side(maps).layout.coloraxis.cmax
+        >>> ms.figures.side_by_side(maps).layout.coloraxis.cmax
         5.0
     """
     require_kind(figures, Mapping)
@@ -70,13 +70,14 @@ def side_by_side(figures: Mapping[str, go.Figure], columns: int | None = None) -
 
 def multiples(
     draw: Callable[Concatenate[One, Options], go.Figure],
-) -> Callable[Concatenate[One | Mapping[str, One], Options], go.Figure]:
-    """Let a figure of one result take several by name, and draw them as small multiples."""
+) -> Callable[Concatenate[One | OverTexts | Mapping[str, One], Options], go.Figure]:
+    """Let a figure of one result take several, by name or of texts, and draw small multiples."""
 
     @wraps(draw)
     def drawn(*values: Any, **options: Any) -> go.Figure:
         bound = signature(draw).bind(*values, **options)
         name, result = next(iter(bound.arguments.items()))
+        result = bound.arguments[name] = texts_by_name(result)
         if not isinstance(result, Mapping):
             return draw(*bound.args, **bound.kwargs)
         figures = {}

@@ -8,7 +8,7 @@ import torch
 
 from mechsvd.experiments.dose import DoseResponse
 from mechsvd.experiments.optimal import BaselineComparison
-from mechsvd.experiments.ranking import Ranking, damage_by
+from mechsvd.experiments.ranking import Ranking, Rankings, damage_by
 from mechsvd.figures.display import label
 from mechsvd.figures.multiples import multiples
 from mechsvd.figures.style import (
@@ -35,7 +35,9 @@ _TITLES = {
 SYMBOLS = {"damage": "circle", "gain": "circle-open", "noise": "x-thin-open", "": "circle"}
 
 
-def direction_effects(ranking: Ranking | Mapping[str, Ranking], by: str = "effect") -> go.Figure:
+def direction_effects(
+    ranking: Ranking | Rankings | Mapping[str, Ranking], by: str = "effect"
+) -> go.Figure:
     """Damage of removing each direction against its singular value, on logarithmic axes.
 
     The title has Spearman's rank correlation of what is drawn; of several, the legend.

@@ -14,7 +14,7 @@ from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from mechsvd.figures.display import label
-from mechsvd.results import require_kind
+from mechsvd.results import OverTexts, require_kind
 
 MANY_POINTS = 5000  # above this, draw with WebGL
 UNITS = "residual-stream units"
@@ -96,14 +96,22 @@ def scatter(points: int) -> Any:
     return go.Scattergl if points > MANY_POINTS else go.Scatter
 
 
+def texts_by_name(results: Any) -> Any:
+    """The results of several texts by the numbers of the texts; anything else as it is."""
+    if not isinstance(results, OverTexts):
+        return results
+    return {f"text {number}": one for number, one in enumerate(results.parts)}
+
+
 def by_name(results: Any, kind: type, alone: str) -> dict[str, Any]:
-    """One result or several by name, as several by name.
+    """One result, or several by name or of several texts, as several by name.
 
     Raises:
         TypeError: something is not of the kind.
         ValueError: there are none.
     """
-    named = dict(results) if isinstance(results, Mapping) else {alone: results}
+    several = texts_by_name(results)
+    named = dict(several) if isinstance(several, Mapping) else {alone: several}
     if not named:
         raise ValueError(f"There is no {kind.__name__} to draw; give at least one, by its name.")
     for one in named.values():

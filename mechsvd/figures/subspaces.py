@@ -64,6 +64,8 @@ def overlap_map(overlap: Overlap, names: Sequence[str] | None = None) -> go.Figu
         figure.update_traces(text=text, texttemplate="%{text}")
     figure.update_traces(customdata=overlap.values.numpy(), hovertemplate=hover)
     figure.update_traces(colorscale="RdBu", reversescale=True, zmin=1 - widest, zmax=1 + widest)
+    ticks = torch.linspace(max(0.0, 1 - widest), 1 + widest, 5).tolist()  # no ratio is below 0
+    figure.update_traces(colorbar={"tickvals": ticks, "tickformat": ".3g"})
     return figure.update_yaxes(title=None, autorange="reversed").update_xaxes(
         title=None, type="category"
     )
@@ -140,12 +142,16 @@ def overlap_anchors(anchors: OverlapAnchors) -> go.Figure:
         "Overlap of texts, next to its anchors", "rank k", "chance-corrected overlap"
     )
     order = anchors.ranks.argsort()
-    ranks = anchors.ranks[order]
+    ranks, is_one = anchors.ranks[order], len(anchors.ranks) == 1
+    if is_one:  # each kind at a place of its own
+        figure.update_xaxes(title_text=f"rank k = {int(ranks)}", showticklabels=False)
     for number, kind in enumerate(anchors.kinds):
         values = anchors.chance_corrected[number, order]
         colour = DISTINCT[number % len(DISTINCT)] if anchors.pairs[number] else CLEAN
-        hover = f"{label(kind)}<br>k = %{{x}}<br>overlap %{{y:.4f}}<br>%{{customdata:.2f}} shared"
-        trace = line(ranks, values, label(kind), colour, hover=hover)
+        k = int(ranks) if is_one else "%{x}"
+        hover = f"{label(kind)}<br>k = {k}<br>overlap %{{y:.4f}}<br>%{{customdata:.2f}} shared"
+        trace = line([number] if is_one else ranks, values, label(kind), colour, hover=hover)
+        trace.mode = "markers" if is_one else trace.mode
         trace.customdata = anchors.shared[number, order].numpy()
         if not anchors.pairs[number]:
             trace.line.dash = "dash" if kind == FORCED else "dot"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mechsvd.engine.measurement import Measurement
 from mechsvd.experiments.order_comparison import OrderComparison
-from mechsvd.experiments.ridge import RidgeSweep
-from mechsvd.experiments.search import CriticalRank
-from mechsvd.experiments.sweeps import RankSweep
+from mechsvd.experiments.ridge import RidgeSweep, RidgeSweeps
+from mechsvd.experiments.search import CriticalRank, CriticalRanks
+from mechsvd.experiments.sweeps import RankSweep, RankSweeps
 from mechsvd.figures.display import label
 from mechsvd.figures.heldout import orders_on_texts
 from mechsvd.figures.multiples import multiples
@@ -40,7 +40,7 @@ _AXES = {
 }
 
 
-def probability(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
+def probability(sweep: RankSweep | RankSweeps | Mapping[str, RankSweep]) -> go.Figure:
     """Probability of the continuation against the number of kept directions.
 
     Args:
@@ -60,7 +60,7 @@ def probability(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
     return _curves(figure, sweep, lambda measured: measured.log_prob.exp(), "p = %{y:.4g}")
 
 
-def surprise(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
+def surprise(sweep: RankSweep | RankSweeps | Mapping[str, RankSweep]) -> go.Figure:
     """Surprise (−log-probability) of the continuation against the number of kept directions.
 
     Args:
@@ -81,7 +81,7 @@ def surprise(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
 
 def _curves(
     figure: go.Figure,
-    sweep: RankSweep | Mapping[str, RankSweep],
+    sweep: RankSweep | RankSweeps | Mapping[str, RankSweep],
     values: Callable[[Measurement], Tensor],
     hover: str,
 ) -> go.Figure:
@@ -102,7 +102,7 @@ def _curves(
     return finish(with_clean_of(figure, cleans))
 
 
-def deltas(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
+def deltas(sweep: RankSweep | RankSweeps | Mapping[str, RankSweep]) -> go.Figure:
     """Sizes of attempted (orig_delta) and kept (kept_delta) writes by number of kept directions.
 
     Args:
@@ -167,7 +167,7 @@ def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     )
 
 
-def metric(sweep: RankSweep | Mapping[str, RankSweep]) -> go.Figure:
+def metric(sweep: RankSweep | RankSweeps | Mapping[str, RankSweep]) -> go.Figure:
     """The metric that was measured against the number of kept directions.
 
     Args:
@@ -241,7 +241,7 @@ def _values(sweep: RankSweep, by: str) -> Tensor:
     return values
 
 
-def margins(critical_rank: CriticalRank | Mapping[str, CriticalRank]) -> go.Figure:
+def margins(critical_rank: CriticalRank | CriticalRanks | Mapping[str, CriticalRank]) -> go.Figure:
     """Margin of each tried rank above or below the threshold, near the crossings.
 
     A vertical line marks the critical rank; the legend has it, and the lasting one.
@@ -293,7 +293,8 @@ def _rank(found: CriticalRank) -> str:
 
 
 def clip_and_ridge(
-    clip: RankSweep | Mapping[str, RankSweep], ridge: RidgeSweep | Mapping[str, RidgeSweep]
+    clip: RankSweep | RankSweeps | Mapping[str, RankSweep],
+    ridge: RidgeSweep | RidgeSweeps | Mapping[str, RidgeSweep],
 ) -> go.Figure:
     """Surprise against the number of directions, for clipping and for ridge.
 
