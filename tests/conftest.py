@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
-os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # before torch; processes of the tests inherit it
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core; processes of the tests inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network is needed; a hub name must fail at once
 
-import torch  # noqa: E402
+import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 collect_ignore = ["benchmarks"]  # run by hand, on an idle machine
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 KNOWN: set = set()  # classes of models
