@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ ROWS = {
     "ms.folded('gpt2', ms.keep(svd)).__enter__()": "TypeError: `model` must be a TransformerLens model",
     "ms.fold(model, svd, 'out')": "TypeError: Only gates and chains of them can be folded into weights, but this is Decomposition",
     "ms.fold(model, ms.keep(svd), 5)": "TypeError: `out` must be a path, but is 5",
-    "ms.fold(model, ms.keep(svd), '.', task)": "FileExistsError: . holds files that `fold` did not write",
+    "ms.fold(model, ms.keep(svd), '.', task)": f"FileExistsError: {Path.cwd()} holds files that `fold` did not write",
     "ms.fold(model, ms.keep(svd), 'out', 'text')": "TypeError: A task is needed, but this is str 'text'",
     "ms.fold(model, ms.keep(svd), 'out', task, position=[1])": "TypeError: `fold` has no option `position`: did you mean `positions`?",
     "ms.folded(model, ms.keep(svd, 3), positions=[1]).__enter__()": "ValueError: `positions` cannot be folded",

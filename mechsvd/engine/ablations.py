@@ -162,7 +162,9 @@ def _pairs(donors: Sequence[Task], texts: Sequence[Task]) -> list[tuple[int, ...
     return tokens
 
 
-def _padded(texts: Sequence[Float[Tensor, "site pos d_model"]]) -> Float[Tensor, "text site pos d"]:
+def _padded(
+    texts: Sequence[Float[Tensor, "site _ d_model"]],
+) -> Float[Tensor, "text site longest d_model"]:
     longest = max(text.shape[1] for text in texts)
     return torch.stack([pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts])
 
