@@ -54,11 +54,20 @@ function drawRest() {  // while nobody waits, so that scrolling does not
 }
 setTimeout(drawRest, 500);
 dark.addEventListener("change", () => recolour(dark.matches));
+const PAPER = 690;  // pixels of a printed page, which wide figures would not fit
+function widen(layout) {
+  for (const place of document.querySelectorAll(".plot.wide .figure"))
+    if (place.data) Plotly.relayout(place, layout);
+}
 addEventListener("beforeprint", () => {
   boxes.filter(box => !box.closest("[hidden]")).forEach(box => draw(box, false));
   recolour(false);
+  widen({width: PAPER});
 });
-addEventListener("afterprint", () => recolour(dark.matches));
+addEventListener("afterprint", () => {
+  recolour(dark.matches);
+  widen({width: null, autosize: true});
+});
 
 const choice = document.getElementById("choice");
 function choose() {
