@@ -213,7 +213,7 @@ def _writers(cards: DirectionCards, place: int) -> str:
             note = "" if score != score else f"induction {score:.2f} (even {chance:.2f})"
         rows.append(
             f"<tr><td>{site}{f' {kind}' if kind != 'not split' else ', not split'}"
-            f"{f' {number}' if number >= 0 else ''}</td><td class=r>{share:.1%}</td>"
+            f"{f' {number}' if number >= 0 else ''}</td><td class=r>{100 * share:.2g} %</td>"
             f"<td class=r>{_bar(share)}</td></tr>"
             + (f"<tr><td colspan=3 class=s>{note}</td></tr>" if note else "")
         )
@@ -222,7 +222,7 @@ def _writers(cards: DirectionCards, place: int) -> str:
     )
     return (
         f"<table>{''.join(rows)}<tr><td>all {len(order) - len(rows)} others</td>"
-        f"<td class=r>{left:.1%}</td><td class=r>{_bar(left)}</td></tr></table>"
+        f"<td class=r>{100 * left:.2g} %</td><td class=r>{_bar(left)}</td></tr></table>"
         f"<p class=s>Shares of the squared size of all its writes; they add up to 100 %, and "
         f"{abs(rest):.1g} of that is in no part.</p>"
     )
