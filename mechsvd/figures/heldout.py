@@ -35,7 +35,7 @@ def held_out(found: HeldOut, order: str = "singular value") -> go.Figure:
     figure = empty_figure(
         f"Held-out texts ({len(found.fold)} texts)",
         "kept directions",
-        "KL divergence of clean ‖ edited (nats per token)",
+        "KL(clean ‖ edited) (nats per token)",
         log_y=True,
     )
     fitted = list(dict.fromkeys(fit.fitted for fit in found.fits))

@@ -35,7 +35,7 @@ from mechsvd.results import require_kind, require_same_model
 FLOOR = 1e-7  # values below it are rounding, and left out of logarithmic axes
 _AXES = {
     "surprise": "−log-probability of the continuation (nats)",
-    "kl_divergence": "KL divergence of clean ‖ edited (nats per token)",
+    "kl_divergence": "KL(clean ‖ edited) (nats per token)",
     "absolute_change": "Σ|Δ log p| over the tokens (nats)",
 }
 
@@ -114,7 +114,7 @@ def deltas(sweep: RankSweep | RankSweeps | Mapping[str, RankSweep]) -> go.Figure
     """
     sweeps = by_name(sweep, RankSweep, "")
     figure = empty_figure(
-        "Attempted and kept writes", "kept directions", f"root-mean-square write ({UNITS})"
+        "Attempted and kept writes", "kept directions", f"RMS write ({UNITS})"
     )
     for colour, (name, one) in colours_of(sweeps):
         which, measured = f"{label(name)}: " if name else "", one.measurement
