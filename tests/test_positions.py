@@ -102,3 +102,11 @@ def test_calls_that_regroup_texts_refuse_a_mask_per_text(model, texts):
     for call in (ms.fit_and_measure, ms.compare_with_random_texts):
         with pytest.raises(ValueError, match="runs texts in other groups"):
             call(model, texts, positions=mask)
+
+
+def test_positions_after_the_last_prediction_are_warned_of():
+    model, task = tiny("Llama"), tiny_task()
+    svd = ms.decompose(ms.collect_writes(model, task))
+    with pytest.warns(UserWarning, match='come after the last scored prediction.*"last" is that'):
+        found = ms.measure(model, task, ms.keep(svd, 2), positions=-1)
+    assert float(found.kl_divergence) == pytest.approx(0, abs=1e-9)

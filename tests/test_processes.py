@@ -317,3 +317,9 @@ def test_an_edit_follows_the_device_of_the_activation(name, alone):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_a_job_without_a_group_is_warned_that_each_runs_everything(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="one of 2 processes, but they have no process group"):
+        ms.collect_writes(tiny("Llama"), tiny_task())

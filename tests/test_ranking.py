@@ -174,3 +174,16 @@ def test_directions_can_be_ranked_after_others_are_removed(embedded, meaning, me
         assert float(ranking.effect[j]) == pytest.approx(float(expected), abs=1e-3)
     with pytest.raises(ValueError, match=r"`after` is \[128\], but must be directions of a single"):
         ms.rank_directions(embedded, meaning, meaning_svd, after=[128])
+
+
+def test_a_large_gain_is_named_beside_the_most_damage(embedded, meaning, meaning_svd):
+    doubt = ms.Metric(
+        "doubt", "", lambda logits, clean, task: -(logits[:, -1].softmax(-1) ** 2).sum(-1)
+    )
+    ranking = ms.rank_directions(embedded, meaning, meaning_svd, metric=doubt)
+    largest = int(ranking.effect.abs().argmax())
+    named = f"the largest change is a gain, {float(ranking.effect[largest]):.4g}, of {largest}"
+    assert (named in repr(ranking)) == bool(ranking.effect[largest] < 0)
+    reverse = ms.Metric("doubt", "", doubt.function, better="less")
+    other = ms.rank_directions(embedded, meaning, meaning_svd, metric=reverse)
+    assert ("the largest change is a gain" in repr(other)) != ("a gain" in repr(ranking))

@@ -138,6 +138,7 @@ class Baseline(Result):
 
     def __repr__(self) -> str:
         texts, sites, positions, d_model = self.values.shape
+        texts = len(self.source.tokens) if self.source and self.source.tokens else texts
         where = f"{positions} positions" if self.by_position else "all positions alike"
         return (
             f"Baseline: the {self.kind}\n"

@@ -107,6 +107,13 @@ def hooks_at(
     return [reading.hook, *hooks]
 
 
+def _advice(source: Provenance | None) -> str:
+    """What to do about a basis of another size."""
+    if source is not None and source.hooks:
+        return f"Its directions are of {source.hooks[0]}; pass the same `at` and `heads`."
+    return "Vectors that are rows make a subspace by `span(vectors, rows=True)`."
+
+
 def require_fitting_edit(
     model: Model, edit: Any, source: Provenance | None, sites: Sequence[Site] = ()
 ) -> None:
@@ -130,8 +137,7 @@ def require_fitting_edit(
         if gate.d_model != width:
             actual = f"the model's is {width}" if is_write else f"{sites[0].place} holds {width}"
             raise ValueError(
-                f"The edit's basis has d_model {gate.d_model}, but {actual}. Vectors that are rows "
-                "make a subspace by `span(vectors, rows=True)`."
+                f"The edit's basis has d_model {gate.d_model}, but {actual}. {_advice(gate.source)}"
             )
         require_same_model(gate.source, source, "The basis and the model")
         if gate.baseline is not None:

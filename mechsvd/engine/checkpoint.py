@@ -170,8 +170,8 @@ def open_checkpoint(path: str | os.PathLike[str] | None) -> Iterator[CheckpointF
             rest.unlink(missing_ok=True)  # of a process that was killed while it wrote
         try:
             yield CheckpointFile(target)
-        except KeyboardInterrupt as stop:
-            raise Stopped(target) from stop
+        except KeyboardInterrupt:
+            raise Stopped(target) from None  # without the traceback of all that was running
 
 
 @contextmanager

@@ -113,6 +113,8 @@ def measure(
     found: dict[int, Measurement] = {}
     edits = once(edits)
     with open_session(model, tasks, **options) as session:
+        for one in tasks:
+            _warn_too_late(session, one)
         for chosen in _groups(session):
             group = [tasks[i] for i in chosen]
             stacks = session.stacks(edits, group)
@@ -129,6 +131,16 @@ def measure(
     parts = tuple(found[i] for i in range(len(tasks)))
     _warn_not_finite(parts)
     return parts[0] if isinstance(task, Task) else Measurements(parts)
+
+
+def _warn_too_late(session: Session, task: Task) -> None:
+    """Warn of positions after all scored predictions, where no edit can have an effect."""
+    positions = session.positions(task)
+    if positions and min(positions) >= task.scored.stop:
+        warn(
+            f"The edited positions {[*positions]!s:.40} come after the last scored prediction, at "
+            f'{task.scored.stop - 1}, so no edit has an effect; "last" is that prediction.'
+        )
 
 
 def estimate_seconds(model: Model, task: Task, edits: int) -> float:

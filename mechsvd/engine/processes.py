@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, distributed
 
-from mechsvd.checks import quiet
+from mechsvd.checks import quiet, warn
 
 Part = TypeVar("Part")
 
@@ -23,6 +23,16 @@ def this_process() -> tuple[int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def warn_lonely() -> None:
+    """Warn of a job of several processes that have no group, so that each would run everything."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1 and this_process()[1] == 1:
+        warn(
+            f"This is one of {count} processes, but they have no process group, so each runs "
+            "everything; call `torch.distributed.init_process_group` first."
+        )
 
 
 def own_share(rows: Int[Tensor, " row"]) -> Int[Tensor, " own"]:

@@ -14,6 +14,7 @@ from mechsvd.edits.hooks import as_stack
 from mechsvd.edits.maps import EditList, for_task, gates_of
 from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import halving, rows_per_pass
+from mechsvd.engine.processes import warn_lonely
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.model.evaluation import OtherHooks, evaluation
 from mechsvd.model.identity import provenance_of, weights_read_once
@@ -186,6 +187,7 @@ def open_session(
             that fails its self-check.
     """
     where = where_of(options)
+    warn_lonely()
     for task in tasks:
         require_fitting(model, task)
     if options.get("batch_size") is not None:

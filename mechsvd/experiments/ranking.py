@@ -176,11 +176,15 @@ class Ranking(Result):
 
     def __repr__(self) -> str:
         worst, noise_count = int(self.effect.argmax()), int(self.is_noise.sum())
+        largest, unit = int(self.effect.abs().argmax()), self.measurement.unit
+        unit = unit and f" {unit}"
+        size = float(self.effect[largest])
+        gain = f"; the largest change is a gain, {size:.4g}, of {self.names[largest]}" * (size < 0)
         return (
             f"Ranking of {len(self.singular_values)} directions, each removed alone: "
             f"direction {self.names[worst]} does most damage\n"
-            f"  {float(self.effect[worst]):.4g} {self.measurement.unit}; {noise_count} effects within the noise floor "
-            f"of {self.noise_floor:.1e} {self.measurement.unit}\n"
+            f"  {float(self.effect[worst]):.4g}{unit}{gain}; {noise_count} effects within the noise "
+            f"floor of {self.noise_floor:.1e}{unit}\n"
             f"  on {self._origin()}"
         )
 

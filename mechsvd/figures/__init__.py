@@ -47,3 +47,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     "accumulated_shares", "interactions", "curvature_ridge", "overlap_map", "pooled_spectrum",
     "side_by_side", "data", "save_image",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

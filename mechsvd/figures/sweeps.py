@@ -113,9 +113,7 @@ def deltas(sweep: RankSweep | RankSweeps | Mapping[str, RankSweep]) -> go.Figure
         ['orig_delta', 'kept_delta']
     """
     sweeps = by_name(sweep, RankSweep, "")
-    figure = empty_figure(
-        "Attempted and kept writes", "kept directions", f"RMS write ({UNITS})"
-    )
+    figure = empty_figure("Attempted and kept writes", "kept directions", f"RMS write ({UNITS})")
     for colour, (name, one) in colours_of(sweeps):
         which, measured = f"{label(name)}: " if name else "", one.measurement
         attempted = line(

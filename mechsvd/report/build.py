@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mechsvd.engine.progress import steps
 from mechsvd.engine.resuming import describe_value, keeping
 from mechsvd.engine.session import open_session
 from mechsvd.experiments.contrast_results import Contrast
+from mechsvd.experiments.random_texts import ALPHA
+from mechsvd.experiments.statistics import smallest_p
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.selfcheck import SelfCheck, self_check
 from mechsvd.model.sites import Model
@@ -78,6 +81,8 @@ def reproduce(
         if kept.exists():
             say(f"Going on from {kept}, which a run that was stopped left.")
         say(str(plan_report(model, made, kinds, choices)))
+        if untold := _too_few(len(made), "told" in choices and not kinds):
+            say(untold)
         earlier = page_stamp(out)
         with keeping(kept, "reproduce", _arguments(made, kinds, choices), provenance_of(model)):
             check = self_check(model)
@@ -109,6 +114,17 @@ def _arguments(
     """What the results depend on."""
     options = {k: v for k, v in choices.options.items() if k != "progress"}
     return {"tasks": made, "groups": kinds} | vars(choices) | {"options": options}
+
+
+def _too_few(prompts: int, is_asked: bool) -> str:
+    """What so few prompts cannot tell, whatever they show; empty if they are enough."""
+    if not is_asked or smallest_p(prompts) <= ALPHA:
+        return ""
+    enough = next(n for n in count(2) if smallest_p(n) <= ALPHA)
+    return (
+        f"{prompts} prompt(s) cannot tell anything of other texts from chance (p ≤ {ALPHA:g}); "
+        f"{enough} can."
+    )
 
 
 def _unfinished(
