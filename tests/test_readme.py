@@ -1,12 +1,14 @@
 """The README's Python runs as it stands, and prints what it says."""
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 
 import torch
 
 import mechsvd as ms
+from mechsvd.cli import _parser
 
 from .conftest import tiny_task
 
@@ -83,3 +85,12 @@ def test_every_file_that_the_readme_names_is_there():
         assert (root / "mechsvd" / room / file).exists()
     for path in re.findall(r"(?:notebooks|tests)/[\w/]+\.\w+", README):
         assert (root / path).exists(), path
+
+
+def test_every_command_of_the_readme_is_one():
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    lines = re.findall(r"^(?:pip install \. && )?mechsvd ([^#\n]+)", blocks, re.MULTILINE)
+    assert len(lines) == 6
+    for line in lines:
+        options = _parser().parse_args(shlex.split(line))
+        assert callable(options.run)
