@@ -118,11 +118,11 @@ def _arguments(
 
 def _too_few(prompts: int, is_asked: bool) -> str:
     """What so few prompts cannot tell, whatever they show; empty if they are enough."""
-    if not is_asked or smallest_p(prompts) <= ALPHA:
+    if not is_asked or prompts < 2 or smallest_p(prompts) <= ALPHA:
         return ""
     enough = next(n for n in count(2) if smallest_p(n) <= ALPHA)
     return (
-        f"{prompts} prompt(s) cannot tell anything of other texts from chance (p ≤ {ALPHA:g}); "
+        f"{prompts} prompts cannot tell anything of other texts from chance (p ≤ {ALPHA:g}); "
         f"{enough} can."
     )
 
