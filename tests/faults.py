@@ -58,6 +58,15 @@ FAULTS = {
     48: "a checkpoint that names pickles or code of its own: refused, and nothing runs",
     49: "a report or a folded model killed while it is written: the old one whole, or the new one",
     50: "markup, control characters, formulas in prompts and names: text, never code",
+    51: "a dependency that drops, shifts or renames its KV cache: found on the user's model; the plain loop, with one warning that names the versions",
+    52: "logits of TransformerLens that differ from those of the wrapped model: an error with the difference and the text's length",
+    53: "what depends on the text's length (rotary factors, windows), with shared prefixes or a cache: as in whole runs, or not shared",
+    54: "a clean run, a logit or a write that is not finite: an error with where, and which dtype works",
+    55: "end, forced or suppressed tokens in the model's own generation settings: as Hugging Face's `generate`, or an error that names the field",
+    56: "data frames, dicts of columns, tables in files, padded batches, −100 labels: read rightly, or an error",
+    57: "a file in another encoding, compressed, or that the tokenizer refuses: an error with file and line, or skipped",
+    58: "edits in place, global modes of torch, threads and processes on one model: no number changes, or an error; no hook is left",
+    59: "NumPy and 0-d numbers, arrays for tensors, tuples in torch hooks, consoles of other code pages: they work",
 }
 UNTESTED: dict[int, str] = {}  # rows without a test, and why
 
