@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import mechsvd as ms
+from mechsvd.model.decoding import continue_tokens
 from mechsvd.model.evaluation import other_hooks
-from mechsvd.model.runs import continue_tokens
 from tests.conftest import ACCEPTED, tiny, tiny_task
 
 PROMPT = ms.SHORTFORM_PROMPTS["meaning"]

@@ -3,7 +3,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mechsvd.model.runs import continue_tokens, run_model
+from mechsvd.model.decoding import continue_tokens
+from mechsvd.model.runs import run_model
 from tests.conftest import tiny, tiny_task
 
 

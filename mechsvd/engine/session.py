@@ -195,7 +195,8 @@ def open_session(
     if not gradients or where.at:  # weights need none; wrong ones are refused before all else
         sites = sites_of(model, where)
     must_pass = options.get("check", True) and where.at is None  # hooks elsewhere are no writes
-    check, notes = require_sound(model, must_pass, where.missing)
+    longest = max((len(task.tokens) for task in tasks), default=None)
+    check, notes = require_sound(model, must_pass, where.missing, longest)
     if where.at is not None:
         check, notes = _elsewhere(check, where, sites)
         warn_norm_inputs(model, sites)

@@ -16,8 +16,8 @@ from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import run_batches
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
+from mechsvd.model.decoding import continue_tokens, end_tokens
 from mechsvd.model.positions import absolute_positions, positions_in
-from mechsvd.model.runs import continue_tokens, end_tokens
 from mechsvd.model.sites import Model, Site, require_model
 from mechsvd.model.tasks import Task, require_known
 from mechsvd.model.tokenization import fit_context, pieces_of, prompt_tokens, warn_unusual_start

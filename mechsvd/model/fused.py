@@ -4,7 +4,7 @@ A bridge computes attention by plain kernels, so that hooks can see its scores a
 every norm twice, so that hooks can see its scale. Nobody looks there while we edit writes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from types import MethodType
@@ -38,9 +38,16 @@ def fused_kernels(model: Model) -> Iterator[None]:
     Raises:
         NotImplementedError: the model is no bridge, so nothing is known to fuse.
     """
+    with swapped(_swaps(model)):
+        yield
+
+
+@contextmanager
+def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
+    """Put attributes in place, and the earlier ones back, also after an exception."""
     saved: list[Swap] = []
     try:
-        for attributes, name, value in _swaps(model):
+        for attributes, name, value in swaps:
             saved.append((attributes, name, attributes.get(name, _MISSING)))
             attributes[name] = value
         yield

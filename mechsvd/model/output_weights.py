@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mechsvd.model.evaluation import evaluation, without_hook_points
 from mechsvd.model.identity import processing_state
+from mechsvd.model.probing import probe_tokens
 from mechsvd.model.runs import run_model
-from mechsvd.model.selfcheck import probe_tokens
 from mechsvd.model.sites import Model, Site
 
 _WRAPPED = "_original_component"

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.model.evaluation import evaluation, without_hook_points
+from mechsvd.model.probing import probe_tokens
 from mechsvd.model.runs import run_model
-from mechsvd.model.selfcheck import probe_tokens
 from mechsvd.model.sites import Model, require_model, stream_names
 
 LARGE, SMALL = 1e3, 1e-3  # entries of the vectors that the norm is asked about

@@ -1,14 +1,14 @@
-"""Run a model once, or let it generate, with hooks that must all fire."""
+"""Run a model once, with hooks that must all fire."""
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.model.cache import taking_cache, with_cache
 from mechsvd.model.evaluation import has_other_hooks
 from mechsvd.model.fused import fused_kernels
 from mechsvd.model.sites import Hook, Model, before_unembedding
@@ -33,7 +33,7 @@ def run_model(
         cut_early: drop the other positions before the unembedding, which takes most of the memory,
             unless a user's hook may see it.
         fused: run on fused kernels, with hooks at writes only; see `fused_kernels`.
-        beginning: keys and values of what comes before `tokens`; see `Beginning.of`.
+        beginning: a cache of what comes before `tokens`; see `Beginning.of` and `empty_cache`.
 
     Returns:
         Logits at the scored positions (all by default).
@@ -48,8 +48,11 @@ def run_model(
     cut_early = cut_early and scored is not None and not has_other_hooks(model)
     if cut_early:
         all_hooks.append((before_unembedding(model), lambda x, hook=None: x[:, scored]))
-    cached = {} if beginning is None else {"past_key_values": beginning}
-    with fused_kernels(model) if fused else nullcontext():
+    cached = {} if beginning is None else with_cache(model, beginning)
+    with (
+        taking_cache(model) if cached else nullcontext(),
+        fused_kernels(model) if fused else nullcontext(),
+    ):
         logits = model.run_with_hooks(tokens, fwd_hooks=all_hooks, return_type="logits", **cached)
     for name, hook in counted:
         if hook.times != 1:
@@ -58,73 +61,6 @@ def run_model(
                 "this model does not pass there once per run."
             )
     return logits if cut_early or scored is None else logits[:, scored]
-
-
-def continue_tokens(
-    model: Model,
-    tokens: Int[Tensor, "batch pos"],
-    max_new_tokens: int,
-    hooks: Sequence[Hook] = (),
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-    use_kv_cache: bool = True,
-) -> list[Int[Tensor, " longer"]]:
-    """Continue tokens by the model's own `generate`, with hooks at every step.
-
-    Args:
-        temperature: 0 takes the most probable token. Above 0, tokens are drawn with `seed`; the
-            global generators do not change.
-
-    Returns:
-        The tokens of each row, the given ones included, up to and with its first end-of-text token.
-
-    Raises:
-        KeyError: the model has no hook point of a given name.
-        RuntimeError: a hook never fired.
-    """
-    _require_points(model, hooks)
-    counted = _counted(hooks, (len(tokens), -1))
-    device = next(model.parameters()).device
-    options = {
-        "do_sample": temperature > 0,
-        "temperature": temperature,
-        "use_past_kv_cache": use_kv_cache,
-        "stop_at_eos": bool(end_tokens(model)),
-    }
-    with (
-        _seeded(seed, device) if temperature > 0 else nullcontext(),
-        model.hooks(fwd_hooks=counted),
-    ):
-        longer = model.generate(
-            tokens.to(device),
-            max_new_tokens=max_new_tokens,
-            return_type="tokens",
-            verbose=False,
-            **options,
-        ).cpu()
-    if silent := [name for name, hook in counted if hook.times == 0]:
-        raise RuntimeError(
-            f"The hook at `{silent[0]}` never fired: "
-            "this model does not pass there when it generates."
-        )
-    return [_until_its_end(model, row, tokens.shape[1]) for row in longer]
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed every generator that `torch.manual_seed` reaches, and restore them at the end."""
-    other = {"device_type": device.type} if device.type not in ("cpu", "cuda") else {}
-    devices = [device] if other else [*range(torch.cuda.device_count())]
-    with torch.random.fork_rng(devices, **other):
-        torch.manual_seed(seed)
-        yield
-
-
-def end_tokens(model: Model) -> list[int]:
-    """The tokens that end a text; none if the tokenizer names none."""
-    end = getattr(model.tokenizer, "eos_token_id", None)
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 def _require_points(model: Model, hooks: Sequence[Hook]) -> None:
@@ -158,8 +94,3 @@ class _Counted:
 
 def _counted(hooks: Sequence[Hook], shape: tuple[int, int]) -> list[tuple[str, _Counted]]:
     return [(name, _Counted(function, shape)) for name, function in hooks]
-
-
-def _until_its_end(model: Model, row: Tensor, start: int) -> Tensor:
-    ends = torch.isin(row[start:], torch.tensor(end_tokens(model), dtype=row.dtype)).nonzero()
-    return row[: start + int(ends[0]) + 1] if len(ends) else row

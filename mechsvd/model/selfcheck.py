@@ -1,18 +1,16 @@
-"""Measure, once per model, whether the hooks' values make up the residual stream.
-
-A few tokens are enough.
-"""
+"""Measure, once per model, whether its hooks are its writes, and its logits right."""
 
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.fields import require_between
-from mechsvd.model.beginnings import read_beginning
+from mechsvd.model.cache import versions, warn_uncached
 from mechsvd.model.evaluation import evaluation, torch_hooks, without_hook_points
+from mechsvd.model.probing import cache_error, probe_length, probe_tokens, run_long
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import (
     COMPONENTS,
@@ -27,6 +25,7 @@ from mechsvd.model.sites import (
 from mechsvd.results import Result, result
 
 _CHECKED: "WeakKeyDictionary[Any, dict[Any, SelfCheck]]" = WeakKeyDictionary()
+_CACHES: "WeakKeyDictionary[Any, dict[Any, float]]" = WeakKeyDictionary()
 
 
 @result
@@ -58,6 +57,14 @@ class SelfCheck(Result):
         beginning_error: the same error for rows that go on from the keys and values of the first
             half of their text; see `Beginning`. If it is larger than `fused_tolerance`, rows
             run whole.
+        length: tokens of the longer text, which begins with BOS.
+        reference_error: error of that text's last logits, compared with the plain Hugging Face
+            model that the bridge wraps, relative to the largest entry. NaN if there is none to
+            compare with.
+        unreferenced: why there is none.
+        cache_error: error of the last logits if the text is read in chunks through a cache. If it
+            is larger than `10 * tolerance`, text is written without a cache.
+        not_finite: where the longer text's logits or writes are not finite; empty if they are.
 
     Example:
         >>> check.to_pandas().columns.tolist()
@@ -74,6 +81,11 @@ class SelfCheck(Result):
     fused_error: float = float("inf")
     fused_tolerance: float = 0.0
     beginning_error: float = float("inf")
+    length: int = 0
+    reference_error: float = float("nan")
+    unreferenced: str = ""
+    cache_error: float = float("inf")
+    not_finite: str = ""
 
     def _require_values(self) -> None:
         errors = (
@@ -86,6 +98,9 @@ class SelfCheck(Result):
             "fused_error",
             "fused_tolerance",
             "beginning_error",
+            "reference_error",
+            "cache_error",
+            "length",
         )
         require_between(self, errors, 0)  # they may hold NaN or inf if the model fails
         require_between(self, ["unchecked"], 0, len(self.block_error) - 1)
@@ -93,6 +108,8 @@ class SelfCheck(Result):
     @property
     def failure(self) -> str | None:
         """The reason why the model fails, or None if it passes."""
+        if self.not_finite:
+            return self.not_finite
         for layer, error in enumerate(self.block_error.tolist()):
             if layer not in self.unchecked and not error <= self.tolerance:
                 return (
@@ -107,6 +124,12 @@ class SelfCheck(Result):
             )
         if not self.output_change > 0:
             return "zeroing all writes leaves the output as it is, so the hooks do not act"
+        if self.reference_error > 10 * self.tolerance:
+            return (
+                f"on a text of {self.length} tokens, TransformerLens's logits differ by "
+                f"{self.reference_error:.2g} of their size from those of the Hugging Face model "
+                f"that it wraps (allowed: {10 * self.tolerance:.0e}; {versions()})"
+            )
         return None
 
     @property
@@ -129,6 +152,11 @@ class SelfCheck(Result):
         """Whether rows may go on from the keys and values of what no edit reaches."""
         return self.beginning_error <= self.fused_tolerance
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether a text may be read in chunks through the model's cache."""
+        return self.cache_error <= 10 * self.tolerance
+
     def to_pandas(self) -> Any:
         """One row per block, with its error."""
         import pandas as pd
@@ -138,28 +166,43 @@ class SelfCheck(Result):
         )
 
     def __repr__(self) -> str:
-        unused = "" if self.runs_fused else "not used, "
+        ways = {
+            "shared prefix": self.shares_prefix,
+            "fused kernels": self.runs_fused,
+            "cache": self.keeps_cache,
+        }
+        unused = [name for name, is_used in ways.items() if not is_used]
+        reference = f"{self.reference_error:.1e} from plain transformers"
+        if self.unreferenced:
+            reference = f"not compared with plain transformers, since {self.unreferenced}"
         return (
             f"SelfCheck: {'passed' if self.failure is None else self.failure}\n"
             f"  writes + stream: {self.block_error.max():.1e} in the worst block; "
-            f"zeroed writes: {self.stream_error:.1e}\n"
-            f"  output changes by {self.output_change:.2g}; shared prefix: {self.sharing_error:.1e}; "
-            f"fused kernels: {unused}{self.fused_error:.1e}"
+            f"zeroed writes: {self.stream_error:.1e}; output changes by {self.output_change:.2g}\n"
+            f"  shared prefix: {self.sharing_error:.1e}; fused kernels: {self.fused_error:.1e}; "
+            f"cache: {self.cache_error:.1e}; not used: {', '.join(unused) or 'none'}; "
+            f"logits of {self.length} tokens: {reference}"
         )
 
 
-def self_check(model: Model) -> SelfCheck:
-    """Measure on six tokens whether the model's hooks are its writes.
+def self_check(model: Model, length: int | None = None) -> SelfCheck:
+    """Measure on two short texts whether the model's hooks are its writes, and its logits right.
 
-    The answer is kept per model, dtype, processing mode, torch hooks and spliced
-    dictionaries. In a clean run,
-    `resid_pre + writes == resid_post` must hold in every block, and every hook must fire once. In a
-    run with all writes zeroed, the stream must stay constant and the output must change. Short runs
-    test what the engine does for speed: it unembeds only some positions, splits the rows of a batch
-    at the first write, runs on fused kernels, and goes on from a beginning.
+    The answer is kept per model, dtype, processing mode, torch hooks and spliced dictionaries. In a
+    clean run of six tokens, `resid_pre + writes == resid_post` must hold in every block, and every
+    hook must fire once. In a run with all writes zeroed, the stream must stay constant and the
+    output must change. Short runs test what the engine does for speed: it unembeds only some
+    positions, splits the rows of a batch at the first write, runs on fused kernels, goes on from a
+    beginning, and reads a text in chunks through a cache. A longer text begins with BOS and crosses
+    each length from which the model computes otherwise: windows of attention, original contexts,
+    rotary factors. On it the logits must be finite, and those of the plain Hugging Face model.
 
     The user's hooks at hook points are off meanwhile. Torch hooks and patched forwards stay: they
     are part of the model that is measured.
+
+    Args:
+        length: tokens of the longest text that is to run. Lengths beyond it are not crossed. By
+            default all up to 128 are.
 
     Raises:
         KeyError: the model lacks the hooks of the residual stream.
@@ -171,20 +214,45 @@ def self_check(model: Model) -> SelfCheck:
         (True, True)
     """
     require_model(model)
-    state = (
+    longer = probe_length(model, length)
+    checks = _CHECKED.setdefault(model, {})
+    state = _state(model)
+    if (state, longer) not in checks:
+        checks[state, longer] = _measure(model, longer)
+    return checks[state, longer]
+
+
+def keeps_cache(model: Model, length: int) -> bool:
+    """Whether texts of up to some length may be read in chunks through the model's cache.
+
+    It is measured once, also for models whose writes have no hooks, and warned of if not.
+    """
+    longer = probe_length(model, length)
+    errors, key = _CACHES.setdefault(model, {}), (_state(model), longer)
+    if key not in errors:
+        with without_hook_points(model), evaluation(model, quiet=True):
+            errors[key] = cache_error(model, longer)
+    if not (is_right := errors[key] <= 10 * _tolerance(model)):
+        warn_uncached(errors[key], longer)
+    return is_right
+
+
+def _state(model: Model) -> tuple[Any, ...]:
+    """What the answers of the checks depend on, besides the model's code and weights."""
+    return (
         next(model.parameters()).dtype,
         getattr(model, "compatibility_mode", False),
         *torch_hooks(model),
         *map(ref, dictionaries(model).values()),
     )
-    checks = _CHECKED.setdefault(model, {})
-    if state not in checks:
-        checks[state] = _measure(model)
-    return checks[state]
+
+
+def _tolerance(model: Model) -> float:
+    return 4 * torch.finfo(next(model.parameters()).dtype).eps + 1e-5
 
 
 def require_sound(
-    model: Model, check: bool = True, missing: str = "error"
+    model: Model, check: bool = True, missing: str = "error", length: int | None = None
 ) -> tuple[SelfCheck, tuple[str, ...]]:
     """Run the self-check, and refuse a model that fails it if `check` is set.
 
@@ -194,7 +262,7 @@ def require_sound(
     Raises:
         ValueError: with the block and the measured error.
     """
-    outcome = self_check(model)
+    outcome = self_check(model, length)
     if outcome.failure and check:
         hooks = [*torch_hooks(model), *dictionaries(model)]
         cause = f", perhaps because of what is on it at {', '.join(hooks)}" if hooks else ""
@@ -210,7 +278,7 @@ def require_sound(
     return outcome, (*([] if check else ["self-check skipped"]), *skipped)
 
 
-def _measure(model: Model) -> SelfCheck:
+def _measure(model: Model, length: int) -> SelfCheck:
     tokens = probe_tokens(model)
     sites, names = find_sites(model, missing="skip"), stream_names(model)
     stored: dict[str, Tensor] = {}
@@ -233,9 +301,9 @@ def _measure(model: Model) -> SelfCheck:
         sharing_error = max(
             _sharing_error(model, tokens, site.hook_name, logits) for site in firsts
         )
-        fused_error = _fused_error(
-            model, tokens, sites, [logits, *(clean[site.hook_name] for site in sites)]
-        )
+        tolerance, eps = _tolerance(model), torch.finfo(logits.dtype).eps
+        fused_tolerance = min(10 * tolerance, 1000 * eps)
+        long = run_long(model, length, sites, fused_tolerance)
     blocks = [
         [clean[s.hook_name] for s in sites if s.layer == layer] for layer in range(len(names))
     ]
@@ -243,12 +311,6 @@ def _measure(model: Model) -> SelfCheck:
         _imbalance([clean[pre], *writes], clean[post])
         for (pre, post), writes in zip(names, blocks, strict=True)
     ]
-    eps = torch.finfo(next(model.parameters()).dtype).eps
-    tolerance = 4 * eps + 1e-5
-    fused_tolerance = min(10 * tolerance, 1000 * eps)
-    runs_fused = fused_error <= fused_tolerance
-    with without_hook_points(model), evaluation(model, quiet=True):
-        beginning_error = _beginning_error(model, tokens, sites, runs_fused)
     return SelfCheck(
         block_error=torch.tensor(block_error),
         stream_error=_imbalance([stored[names[0][0]]], stored[names[-1][1]]),
@@ -257,9 +319,14 @@ def _measure(model: Model) -> SelfCheck:
         scored_error=scored_error,
         sharing_error=sharing_error,
         tolerance=tolerance,
-        fused_error=fused_error,
+        fused_error=long.fused,
         fused_tolerance=fused_tolerance,
-        beginning_error=beginning_error,
+        beginning_error=long.beginning,
+        length=length,
+        reference_error=long.reference,
+        unreferenced=long.unreferenced,
+        cache_error=long.cache,
+        not_finite=long.not_finite,
     )
 
 
@@ -283,69 +350,6 @@ def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> 
     return _difference(shared, logits.expand(2, -1, -1)) if shared.shape[0] == 2 else float("inf")
 
 
-def _fused_error(
-    model: Model, tokens: Tensor, sites: tuple[Site, ...], plain: list[Tensor]
-) -> float:
-    """The largest error on fused kernels, of one row and of two different ones.
-
-    Args:
-        plain: the logits and the writes of the one row.
-    """
-
-    both = torch.cat([tokens, tokens.flip(1)])
-    try:
-        fused = [run for rows in (tokens, both) for run in _values(model, rows, sites, fused=True)]
-    except Exception:  # no bridge, or a version of one in which something is otherwise
-        return float("inf")
-    return _worst(fused, [*plain, *_values(model, both, sites)])
-
-
-def _beginning_error(
-    model: Model, tokens: Tensor, sites: tuple[Site, ...], runs_fused: bool
-) -> float:
-    """The largest error of two texts' second halves, after keys and values of the first ones."""
-    both, half = torch.cat([tokens, tokens.flip(1)]), tokens.shape[1] // 2
-    try:
-        cache = read_beginning(model, both[:, :half]).of(torch.tensor([1, 0]))
-        after = _values(model, both.flip(0)[:, half:], sites, runs_fused, cache)
-    except Exception:  # as above, or a model that keeps something else
-        return float("inf")
-    whole = [value.flip(0)[:, half:] for value in _values(model, both, sites)]
-    return _worst(after, whole)
-
-
-def _values(
-    model: Model, rows: Tensor, sites: tuple[Site, ...], fused: bool = False, beginning: Any = None
-) -> list[Tensor]:
-    """The logits and all writes of one pass."""
-    seen: dict[str, Tensor] = {}
-
-    def see(name: str) -> Any:
-        return name, lambda x, hook=None: seen.__setitem__(name, x.detach())
-
-    hooks = [see(site.hook_name) for site in sites]
-    logits = run_model(model, rows, hooks, fused=fused, beginning=beginning)
-    writes = (seen[site.hook_name] for site in sites)
-    return [logits, *(write.reshape(*rows.shape, write.shape[-1]) for write in writes)]
-
-
-def _worst(measured: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest error of any position; NaN if any is."""
-    pairs = zip(measured, expected, strict=True)
-    return float(torch.stack([_worst_position(*pair) for pair in pairs]).max())
-
-
-def _worst_position(measured: Tensor, expected: Tensor) -> Tensor:
-    """The largest error, relative to the largest entry at its position.
-
-    Entries below a thousandth of the largest of all count as that; they may be rounding alone.
-    """
-    measured, expected = measured.cpu().double(), expected.cpu().double()
-    size = expected.abs().amax(dim=-1)
-    least = 1e-3 * size.max() + torch.finfo(torch.float64).tiny
-    return ((measured - expected).abs().amax(dim=-1) / size.clamp(min=least)).max()
-
-
 def _incomplete_layers(model: Model, sites: tuple[Site, ...]) -> tuple[int, ...]:
     expected = 1 if getattr(model.cfg, "attn_only", False) else len(COMPONENTS)
     counts = [sum(site.layer == layer for site in sites) for layer in range(model.cfg.n_layers)]
@@ -361,15 +365,3 @@ def _imbalance(terms: list[Tensor], total: Tensor) -> float:
 def _difference(measured: Tensor, expected: Tensor) -> float:
     measured, expected = measured.cpu().double(), expected.cpu().double()
     return float((measured - expected).abs().max() / expected.abs().max())
-
-
-def probe_tokens(model: Model) -> Int[Tensor, "1 pos"]:
-    """A few tokens, none of them special, for a short run that checks a model."""
-    generator = torch.Generator().manual_seed(0)
-    count = min(6, model.cfg.n_ctx)
-    tokens = torch.randperm(model.cfg.d_vocab, generator=generator)[: count + 8]
-    special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
-    return torch.tensor(
-        [[t for t in tokens.tolist() if t not in special][:count]],
-        device=next(model.parameters()).device,
-    )

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsvd.model.evaluation import evaluation, without_hook_points
+from mechsvd.model.probing import probe_tokens
 from mechsvd.model.runs import run_model
-from mechsvd.model.selfcheck import probe_tokens
 from mechsvd.model.sites import Hook, Model, Site
 from mechsvd.model.weights import written_vectors
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mechsvd.checks import is_whole
 from mechsvd.fields import require_between, require_declared
+from mechsvd.model.decoding import continue_tokens
 from mechsvd.model.evaluation import evaluation
-from mechsvd.model.runs import continue_tokens
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tokenization import (
     continuation_tokens,

@@ -40,7 +40,7 @@ def prompt_tokens(
             "The model has no tokenizer: make the task from token ids, "
             "`Task(tokens=…, prompt_length=…)`."
         )
-    has_bos = _expected_bos(model) is not None if prepend_bos is None else prepend_bos
+    has_bos = expected_bos(model) is not None if prepend_bos is None else prepend_bos
     start = [model.tokenizer.bos_token_id] if has_bos or not prompt else []
     if start == [None]:
         way_out = (
@@ -169,14 +169,14 @@ def vocabulary_of(model: Model) -> tuple[str, ...]:
 
 def warn_unusual_start(model: Model, ids: Sequence[int], text: str) -> None:
     """Warn of a text that starts with two BOS tokens, or lacks an expected one."""
-    bos = _expected_bos(model)
+    bos = expected_bos(model)
     if bos is None or (ids[0] == bos and bos not in ids[1:2]):
         return
     start = "BOS twice" if ids[0] == bos else "no BOS token, though the model has one"
     warn(f"The text starts with {start}: {text[:40]!r}; models are trained with one.")
 
 
-def _expected_bos(model: Model) -> int | None:
+def expected_bos(model: Model) -> int | None:
     """The token that the model's texts start with, by TransformerLens, or None."""
     has_bos = getattr(model.cfg, "default_prepend_bos", True)
     return getattr(model.tokenizer, "bos_token_id", None) if has_bos else None
