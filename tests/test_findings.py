@@ -255,8 +255,8 @@ def test_other_directions_stand_next_to_a_texts_own_in_its_figures(studies, comp
     assert list(ranks) == fit.ranks.tolist()
 
 
-def test_special_directions_are_claimed_only_where_the_interval_says_so():
-    """A contrast whose effects on the own group are ten times those on others, and one of chance."""
+def test_of_special_directions_numbers_are_given_and_no_need_is_claimed():
+    """A contrast whose effects on the own group are ten times those on others: it may be energy."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(2, 3, 2, 12, generator=generator, dtype=torch.float64) + 0.5
     group = torch.arange(12) % 2
@@ -271,12 +271,14 @@ def test_special_directions_are_claimed_only_where_the_interval_says_so():
         basis = torch.eye(6)[:, :2].expand(2, 3, 2, 1, 6, 2).contiguous()
         return Contrast(("a", "b"), values, null, group, held, basis, 0.05, "pool", 0.0)
 
-    assert "So there are directions that texts of one kind need" in findings_together.special(
-        contrast(10.0)
-    )
-    said = findings_together.special(contrast(1.0))
-    assert "cannot be told from chance" in said
-    assert "So there are" not in said
+    for factor in (1.0, 10.0):
+        said, first = findings_together.special(contrast(factor)), top._special(contrast(factor))
+        assert "it does not follow that texts of one kind need them" in said
+        assert "cannot be told from chance, nor from energy: " in first.sentence
+        assert not first.is_told
+        low = contrast(factor).summary(0.99).query("method == 'special' and group == 'all'").low
+        assert (float(low.iloc[0]) > 1) == (factor > 1)  # what was claimed by
+        assert f"({float(low.iloc[0]):.3g} to " in said
 
 
 def test_of_a_model_that_learnt_nothing_and_random_tokens_no_sentence_claims_anything(embedded):

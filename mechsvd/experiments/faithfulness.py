@@ -113,7 +113,7 @@ class Faithfulness(Result):
 
     @property
     def non_additivity(self) -> Float[Tensor, " task"]:
-        """Joint ÷ summed single effects of the removed directions; 1 if they do not interact."""
+        """Joint ÷ summed single effects of the removed directions; not a test of interaction."""
         return self.joint / torch.where(self.single != 0, self.single, torch.nan)
 
     def to_pandas(self) -> Any:

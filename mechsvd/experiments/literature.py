@@ -96,7 +96,7 @@ CLAIMS = {
         "KL divergence of removing 16 directions ÷ the sum over removing each",
         "arXiv:2602.01442",
         "14",
-        "1, if they added",
+        "1, the sum itself, which is no null",
     ),
     "below": Claim(
         "loss at the best rank below the full one − clean loss, nats per token of other texts",

@@ -7,9 +7,15 @@ from mechsvd.experiments.heldout import ONE, OTHERS, OWN, RANDOM, Fit
 from mechsvd.experiments.intervals import interval_columns
 from mechsvd.report.findings import NEAR
 from mechsvd.report.study import Comparison
-from mechsvd.report.wording import CANNOT, span
+from mechsvd.report.wording import span
 
-CONFIDENCE = 0.99  # of the interval that must exclude 1 before directions are called special
+CONFIDENCE = 0.99  # of the ratios of special directions
+ENERGY = (
+    "Random directions of equal energy are not among these, so it does not follow that texts of one "
+    "kind need them."
+)
+FEWEST = 5  # texts of a 95 % interval
+TOO_FEW = "brackets are a bootstrap of fewer than five texts, and no 95 % interval"
 
 
 def held_out(comparison: Comparison) -> str:
@@ -30,7 +36,8 @@ def held_out(comparison: Comparison) -> str:
 
     return (
         f"Here the lasting rank for {NEAR:g} nat of KL divergence, in the mean over {count} prompts "
-        f"with a 95 % interval, is {number(OWN)} with a prompt’s own directions, {number(OTHERS)} "
+        f"({'with a 95 % interval' if count >= FEWEST else TOO_FEW}), is "
+        f"{number(OWN)} with a prompt’s own directions, {number(OTHERS)} "
         f"with those of other prompts, {number(ONE)} with those of one other, and "
         f"{table.loc[(RANDOM, 'pooled')]['mean']:.0f} at random. With a basis per site it is "
         f"{number(OWN, 'per site')} and {number(OTHERS, 'per site')}. "
@@ -83,7 +90,7 @@ def _anchored(comparison: Comparison) -> str:
 
 
 def special(contrast: Contrast) -> str:
-    """Whether there are directions special to groups of texts, and what is shared by all."""
+    """What removing a kind's special directions costs; their energy is not set apart."""
     table = contrast.summary(CONFIDENCE).set_index(["method", "group"])
 
     def ratio(method: str) -> str:
@@ -91,16 +98,12 @@ def special(contrast: Contrast) -> str:
         return f"{row['ratio']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
 
     own, others = (table.loc[("special", "all"), side] for side in ("own", "others"))
-    if table.loc[("special", "all"), "low"] > 1:
-        verdict = "So there are directions that texts of one kind need and texts of others do not."
-    else:
-        verdict = f"Directions special to a kind of text {CANNOT}."
     return (
         f"Here removing {contrast.k} directions of a kind costs held-out texts of this kind "
         f"{own:.3g} nats per token and texts of the others {others:.3g}: a ratio of "
         f"{ratio('special')}, with a {CONFIDENCE:.0%} interval over texts and splits. It is "
         f"{ratio('singular')} for as many top singular directions, {ratio('random')} for random "
-        f"ones, and {ratio(NULL)} between halves of one kind. {verdict}"
+        f"ones, and {ratio(NULL)} between halves of one kind. {ENERGY}"
     )
 
 

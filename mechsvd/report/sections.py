@@ -278,8 +278,8 @@ def special(contrast: Contrast) -> str:
     top = heading(
         "special",
         "Directions special to a kind of text",
-        "Which directions do the texts of one kind need, and those of other kinds not? The special "
-        "directions of a kind come from some of its texts, by the eigenvectors of its writes’ "
+        "What do directions special to a kind of text cost its texts, and those of other kinds? They "
+        "come from some of its texts, by the eigenvectors of its writes’ "
         "second moment relative to that of the other kinds. They are removed from texts that they "
         "had not seen.",
         "The shortform looked for dimensions general to all texts and special to each in the "
@@ -402,7 +402,8 @@ def held_out(comparison: Comparison) -> str:
         "Held-out texts",
         "Where nothing else is said, the figures above use directions of the very text that they "
         "measure. Here the directions also come from other prompts, from one other prompt, or at "
-        "random. Lines are means over the prompts, bands 95 % intervals of the means.",
+        "random. Lines are means over the prompts, bands 95 % intervals of the means, from "
+        "five prompts on.",
         "The shortform measured each prompt with its own directions.",
         findings_together.held_out(comparison),
     )

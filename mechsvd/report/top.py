@@ -20,7 +20,7 @@ from mechsvd.experiments.random_texts import (
 from mechsvd.experiments.random_texts import OWN as NEEDED
 from mechsvd.experiments.statistics import sign_flip, smallest_p
 from mechsvd.report.findings import NEAR, directions_for, lasting_rank
-from mechsvd.report.findings_together import CONFIDENCE
+from mechsvd.report.findings_together import CONFIDENCE, FEWEST, TOO_FEW
 from mechsvd.report.study import Comparison, Study
 from mechsvd.report.wording import CANNOT, or_none
 
@@ -53,13 +53,13 @@ QUESTIONS = {
     ),
 }
 HELD_OUT = "whether directions of other texts serve better than random ones"
-SPECIAL = "whether there are directions special to a kind of text"
+SPECIAL = "whether texts of one kind need directions that texts of others do not"
 ONE_TEXT = (
     "how many directions another text needs, and so any interval",
     "what is fitted: the directions come from the text that they are measured on",
     "whether texts of random tokens need as many directions",
     "whether texts share directions more than random tokens do",
-    "whether there are directions special to a kind of text",
+    SPECIAL,
 )
 
 
@@ -111,9 +111,10 @@ def _how(random: RandomTextComparison) -> str:
     """How the test is made, and what this number of texts can show."""
     least, count = random.smallest_p, len(random.effects)
     few = "" if least <= random.alpha else f", but {count} texts can show {least:.2g} at best"
+    brackets = "Intervals are 95 % over texts" if count >= FEWEST else TOO_FEW.capitalize()
     return (
         f"Each of {count} texts is compared with a text of random tokens of the same length in the "
-        "same model; the test exchanges the two. Intervals are 95 % over texts. p-values hold for "
+        f"same model; the test exchanges the two. {brackets}. p-values hold for "
         f"all questions of a test together; at most {random.alpha:g} counts as told{few}. "
         "Everything below describes the prompts that were measured."
     )
@@ -181,25 +182,19 @@ def _order_of(found: HeldOut, fitted: str) -> str:
 
 
 def _special(contrast: Contrast) -> Finding:
-    """Whether the directions special to a kind of text cost its texts more than others."""
+    """What directions special to a kind cost its texts and others; nothing is told of need."""
     table = contrast.summary(CONFIDENCE).set_index(["method", "group"])
 
     def ratio(method: str) -> str:
         row = table.loc[(method, "all")]
         return f"{row['ratio']:.3g} times ({row['low']:.3g} to {row['high']:.3g})"
 
-    told = bool(table.loc[("special", "all"), "low"] > 1)
-    lead = (
-        "There are directions that texts of one kind need and texts of others do not"
-        if told
-        else _untold(SPECIAL)
-    )
     numbers = (
         f"removing {contrast.k} that are special to a kind costs its held-out texts "
         f"{ratio('special')} what it costs the others, {CONFIDENCE:.0%} interval, and removing "
         f"random ones {ratio('random')}"
     )
-    return Finding(SPECIAL, f"{lead}: {numbers}.", told)
+    return Finding(SPECIAL, f"{_untold(SPECIAL)}, nor from energy: {numbers}.", False)
 
 
 def one_text(study: Study) -> list[Finding]:
