@@ -119,7 +119,7 @@ def test_a_model_that_keeps_something_else_runs_whole(monkeypatch, begun):
     def refuse(*_):
         raise NotImplementedError
 
-    monkeypatch.setattr("mechsvd.model.selfcheck.read_beginning", refuse)
+    monkeypatch.setattr("mechsvd.model.probing.read_beginning", refuse)
     model, task = tiny("Llama", hf_model=tiny_hf("Llama")), tiny_task()
     assert self_check(model).beginning_error == float("inf")
     ms.measure(model, task, [ms.keep(ms.span(torch.randn(32, 2)))], positions=[8])

@@ -122,7 +122,7 @@ def test_text_ends_at_the_end_of_text_which_is_not_shown(embedded, monkeypatch):
     (free,) = ms.generate_tasks(embedded, PROMPT, [None], max_new_tokens=12)
     end = int(free.tokens[free.prompt_length + 5])
     first = free.continuation.tolist().index(end)
-    monkeypatch.setattr(type(embedded.tokenizer), "eos_token_id", end, raising=False)
+    monkeypatch.setattr(embedded.original_model.generation_config, "eos_token_id", end)
     ended, other = ms.generate_tasks(
         embedded, PROMPT, [None, ms.ablate(torch.eye(128)[:, :1])], max_new_tokens=12
     )
@@ -159,9 +159,10 @@ def test_token_ids_are_gone_on_from_as_they_are(embedded, meaning):
         ms.generate(embedded, torch.tensor([0, 5000]))
 
 
-def test_an_edit_that_gives_nan_warns(embedded):
-    with pytest.warns(
-        UserWarning, match="The edits gave writes that are not finite, first at layer 0 attn"
+@pytest.mark.fault(54)
+def test_no_text_is_written_from_an_edit_that_gives_nan(embedded):
+    with pytest.raises(
+        ValueError, match="run under the edit of text 1 holds NaN or inf, first at layer 0 attn"
     ):
         ms.generate(
             embedded, PROMPT, [None, lambda x, hook=None: x * float("nan")], max_new_tokens=2

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mechsvd as ms
+from mechsvd.model.cache import taking_cache
 from tests.conftest import ACCEPTED, tiny, tiny_task
 
 POSITIONS = [1, 6, 7]
@@ -21,7 +22,8 @@ def zero(x, hook):
 def in_chunks(model, tokens, lengths, hooks):
     """Logits of a text that is read in chunks with a KV cache."""
     found, cache = [], None
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+    # some versions of TransformerLens lose the cache without our adapter
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks), taking_cache(model):
         for chunk in tokens.split(lengths):
             logits, cache = model(
                 chunk[None], return_type="logits_and_cache", use_cache=True, past_key_values=cache
@@ -87,7 +89,7 @@ def test_a_cache_of_fixed_size_tells_the_position_too(llama):
 
     tokens, hooks = tiny_task().tokens, ms.fwd_hooks(llama, zero, positions=POSITIONS)
     cache = StaticCache(config=llama.original_model.config, max_cache_len=32)
-    with torch.no_grad(), llama.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), llama.hooks(fwd_hooks=hooks), taking_cache(llama):
         found = [llama(chunk[None], past_key_values=cache)[0] for chunk in tokens.split([5, 4])]
     torch.testing.assert_close(torch.cat(found), at_once(llama, tokens, hooks), rtol=0, atol=1e-4)
 

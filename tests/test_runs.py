@@ -1,5 +1,3 @@
-from contextlib import nullcontext
-
 import pytest
 import torch
 
@@ -36,11 +34,13 @@ def test_a_hook_that_never_fires_is_an_error_after_the_run(llama, monkeypatch):
 
 
 @pytest.mark.fault(15)
-def test_generating_a_hook_that_never_fires_is_an_error(llama, monkeypatch):
+def test_generating_a_hook_that_does_not_fire_at_each_step_is_an_error(llama, monkeypatch):
+    run = type(llama).run_with_hooks  # as if the model did not know the name
     monkeypatch.setattr(
-        type(llama), "hooks", lambda self, fwd_hooks: nullcontext()
-    )  # as if the model did not know the name
-    with pytest.raises(RuntimeError, match=r"The hook at `blocks.0.hook_mlp_out` never fired"):
+        type(llama), "run_with_hooks", lambda self, x, fwd_hooks, **options: run(self, x, **options)
+    )
+    monkeypatch.setattr("mechsvd.model.decoding.keeps_cache", lambda model, length: False)
+    with pytest.raises(RuntimeError, match=r"`blocks.0.hook_mlp_out` fired 0 of 1 times"):
         continue_tokens(
             llama, tiny_task().tokens[None], 2, [("blocks.0.hook_mlp_out", lambda x, hook=None: x)]
         )

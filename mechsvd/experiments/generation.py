@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_number, require_whole, warn
+from mechsvd.checks import is_number, require_whole
 from mechsvd.edits.hooks import hooks_at
 from mechsvd.edits.maps import Edit, chain
 from mechsvd.edits.stacks import GateStack
@@ -18,7 +18,7 @@ from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.model.decoding import continue_tokens, end_tokens
 from mechsvd.model.positions import absolute_positions, positions_in
-from mechsvd.model.sites import Model, Site, require_model
+from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tasks import Task, require_known
 from mechsvd.model.tokenization import fit_context, pieces_of, prompt_tokens, warn_unusual_start
 
@@ -124,7 +124,8 @@ def generate_tasks(
     Raises:
         TypeError: a prompt that is not a string, or edits that are not edits.
         ValueError: a prompt that does not fit, no BOS to start from, a basis of another model, or
-            a temperature below 0.
+            a temperature below 0, logits that are not finite, or a generation setting of the model
+            that is not honoured.
 
     Example:
         >>> written = ms.generate_tasks(model, "I believe", [None, ms.keep(mine)], max_new_tokens=3)
@@ -146,13 +147,8 @@ def generate_tasks(
             continue_tokens, temperature=temperature, seed=seed, use_kv_cache=use_kv_cache
         )
 
-        broken: dict[Site, Tensor] = {}
-
-        def observe(site: Site, attempted: Tensor, kept: Tensor) -> None:
-            broken[site] = ~kept.isfinite().all() | broken.get(site, False)
-
         def forward(rows: Int[Tensor, " row"]) -> list[Tensor]:
-            hooks = hooks_at(model, stack[rows], sites, positions, observe)
+            hooks = hooks_at(model, stack[rows], sites, positions)
             return extend(model, torch.tensor([start] * len(rows)), max_new_tokens, hooks)
 
         size = 1 if temperature > 0 else session.rows_per_pass(longest)
@@ -163,11 +159,6 @@ def generate_tasks(
             session.halve(longest),
             session.progress,
             "texts",
-        )
-    if wrong := [str(site) for site, is_broken in broken.items() if is_broken]:
-        warn(
-            f"The edits gave writes that are not finite, first at layer {wrong[0]}; "
-            "the text is meaningless."
         )
     has_text = model.tokenizer is not None
     return [

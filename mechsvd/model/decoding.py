@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsvd.model.cache import empty_cache, wrapped
+from mechsvd.model.finite import require_finite_logits
 from mechsvd.model.runs import run_model
 from mechsvd.model.selfcheck import keeps_cache
 from mechsvd.model.sites import Hook, Model
@@ -132,8 +133,9 @@ def continue_tokens(
         while rows.shape[1] < lengths.max():  # an ended row waits for the others
             unread = rows[:, read:]
             last = slice(unread.shape[1] - 1, unread.shape[1])
-            logits = run_model(model, unread, hooks, scored=last, beginning=cache)[:, 0]
-            logits = adjust(rows, logits.to(device, torch.float32, copy=True))
+            logits = run_model(model, unread, hooks, scored=last, beginning=cache)
+            require_finite_logits(model, rows, logits, slice(rows.shape[1] - 1, None), hooks)
+            logits = adjust(rows, logits[:, 0].to(device, torch.float32, copy=True))
             new = _next_tokens(logits, temperature)
             rows = torch.cat([rows, new[:, None]], dim=1)
             read = rows.shape[1] - 1 if is_cached else 0

@@ -1,6 +1,6 @@
 """Measure a model on a text that begins with BOS and is as long as what depends on length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechsvd.model.beginnings import read_beginning
 from mechsvd.model.cache import empty_cache, wrapped
+from mechsvd.model.finite import not_finite
 from mechsvd.model.reference import NoReferenceError, plain_logits
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import Model, Site
@@ -51,11 +52,11 @@ def turning_points(model: Model) -> list[int]:
     return sorted({p for p in _lengths(options) if 1 < p < model.cfg.n_ctx})
 
 
-def _lengths(options: dict[str, Any]) -> Iterator[int]:
+def _lengths(options: dict[Any, Any]) -> Iterator[int]:
     for name, value in options.items():
         if isinstance(value, dict):
             yield from _lengths(value)
-        elif type(value) is int and any(word in name for word in _BY_LENGTH):
+        elif type(value) is int and any(word in str(name) for word in _BY_LENGTH):
             yield value
 
 
@@ -65,8 +66,10 @@ def run_long(model: Model, length: int, sites: tuple[Site, ...], fused_tolerance
     plain = _values(model, rows, sites)
     fused = _fused_error(model, rows, sites, plain)
     reference, unreferenced = _reference_error(model, rows, plain[0])
+    tops = plain[0].amax(dim=-1)  # a logit of −inf is a probability of 0
+    is_finite = all(value.isfinite().all() for value in (tops, *plain[1:]))
     return LongRun(
-        _not_finite(plain, sites, length),
+        "" if is_finite else not_finite(model, rows, f"the logits of {length} tokens"),
         fused,
         _beginning_error(model, rows, sites, plain, fused <= fused_tolerance),
         cache_error(model, length, plain[0]),
@@ -82,18 +85,18 @@ def cache_error(model: Model, length: int, logits: Tensor | None = None) -> floa
         logits: those of a pass over the whole text, if it was run already.
     """
     rows = probe_tokens(model, length, rows=2)
-    start = _last(length).start
     if logits is None:
         logits = run_model(model, rows, scored=_last(length))
-    ends = sorted({_first_chunk(model, length), length // 2, *range(start, length + 1)})
+    ends = sorted({_first_chunk(model, length), length // 2, length - 1, length})
     try:
         cache, read = empty_cache(model, len(rows)), []
         for begin, end in zip([0, *ends], ends, strict=False):
-            last = slice(end - begin - 1, end - begin)
-            read.append(run_model(model, rows[:, begin:end], scored=last, beginning=cache))
+            scored = slice(max(begin, length - SCORED) - begin, end - begin)
+            chunk = rows[:, begin:end]
+            read.append(run_model(model, chunk, scored=scored, beginning=cache))
     except Exception:  # a model without a cache, or with another kind of one
         return float("inf")
-    return worst([torch.cat(read[-SCORED:], dim=1)], [logits])
+    return worst([torch.cat(read, dim=1)[:, -SCORED:]], [logits])
 
 
 def _first_chunk(model: Model, length: int) -> int:
@@ -137,21 +140,6 @@ def _reference_error(model: Model, rows: Tensor, logits: Tensor) -> tuple[float,
     except Exception as error:
         return float("nan"), f"it cannot be built again ({type(error).__name__})"
     return worst([logits[:1]], [plain]), ""
-
-
-def _not_finite(values: Sequence[Tensor], sites: tuple[Site, ...], length: int) -> str:
-    """Where a pass first gives what is not finite."""
-    logits, *writes = values
-    for site, write in zip(sites, writes, strict=True):
-        if len(wrong := (~write.isfinite()).any(dim=(0, -1)).nonzero()):
-            return (
-                f"on a text of {length} tokens that begins with BOS, the write of {site.place} is "
-                f"not finite at position {int(wrong[0])} in {write.dtype}; load the model in "
-                "bfloat16 or float32"
-            )
-    return (
-        "" if logits.isfinite().all() else f"the logits of a text of {length} tokens are not finite"
-    )
 
 
 def _values(

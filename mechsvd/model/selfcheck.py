@@ -166,22 +166,17 @@ class SelfCheck(Result):
         )
 
     def __repr__(self) -> str:
-        ways = {
-            "shared prefix": self.shares_prefix,
-            "fused kernels": self.runs_fused,
-            "cache": self.keeps_cache,
-        }
-        unused = [name for name, is_used in ways.items() if not is_used]
-        reference = f"{self.reference_error:.1e} from plain transformers"
+        fused = f"{'' if self.runs_fused else 'not used, '}{self.fused_error:.1e}"
+        cache = f"{'' if self.keeps_cache else 'not used, '}{self.cache_error:.1e}"
+        reference = f"{self.reference_error:.1e}"
         if self.unreferenced:
-            reference = f"not compared with plain transformers, since {self.unreferenced}"
+            reference = f"not compared, since {self.unreferenced}"
         return (
             f"SelfCheck: {'passed' if self.failure is None else self.failure}\n"
             f"  writes + stream: {self.block_error.max():.1e} in the worst block; "
             f"zeroed writes: {self.stream_error:.1e}; output changes by {self.output_change:.2g}\n"
-            f"  shared prefix: {self.sharing_error:.1e}; fused kernels: {self.fused_error:.1e}; "
-            f"cache: {self.cache_error:.1e}; not used: {', '.join(unused) or 'none'}; "
-            f"logits of {self.length} tokens: {reference}"
+            f"  shared prefix: {self.sharing_error:.1e}; fused kernels: {fused}; cache: {cache}; "
+            f"plain transformers, {self.length} tokens: {reference}"
         )
 
 
