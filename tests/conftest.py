@@ -210,13 +210,16 @@ ACCEPTED = [
 
 
 def tiny_hf(architecture):
-    """A random model of two layers, its biases and norms random too, so that nothing is right by being zero."""
+    """A random model of two layers."""
+    return random_weights(_configurations()[architecture]())
+
+
+def random_weights(config):
+    """A random model, its biases and norms random too, so that nothing is right by being zero."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        _configurations()[architecture](), attn_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     model.config.architectures = [type(model).__name__]
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)

@@ -163,7 +163,8 @@ def _settings(
 
     config = getattr(wrapped(model), "generation_config", None)
     for name in _REFUSED:
-        if (value := getattr(config, name, None)) not in (None, False, 0, 1):
+        value = getattr(config, name, None)
+        if value is True or value not in (None, 0, 1):
             raise ValueError(
                 f"The model's generation settings ask for `{name}` = {value!r:.60}, which greedy "
                 f"text here does not honour; set `model.original_model.generation_config.{name} = "
