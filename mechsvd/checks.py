@@ -156,3 +156,22 @@ def once(values: Any) -> Any:
     if isinstance(values, dict) and any(isinstance(value, Iterator) for value in values.values()):
         return {name: once(value) for name, value in values.items()}
     return tuple(values) if isinstance(values, Iterator) else values
+
+
+def require_numbers(what: str, values: Tensor, use: str) -> Tensor:
+    """Refuse NaN where numbers are compared, such as effects of edits that make a model overflow.
+
+    Args:
+        what: the values in words, each of which has a number of its own.
+        use: what they are compared for.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if values.isnan().any():
+        wrong = values.isnan().nonzero()[:, -1].unique().tolist()
+        raise ValueError(
+            f"{what} {wrong[:10]} {'is' if len(wrong) == 1 else 'are'} NaN, since the model "
+            f"overflows under the edit, but {use} needs numbers; leave them out, or edit less."
+        )
+    return values

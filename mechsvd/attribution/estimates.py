@@ -15,7 +15,7 @@ from mechsvd.attribution.curvature import Function
 from mechsvd.attribution.estimate_results import TOP, RankingEstimate, RankingEstimates
 from mechsvd.attribution.objective import objective_of_removals
 from mechsvd.attribution.slopes import Order, effects_from
-from mechsvd.checks import is_number, require_whole, warn
+from mechsvd.checks import is_number, require_numbers, require_whole, warn
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import Bases, is_several, names_of, removals
 from mechsvd.edits.gates import Gate
@@ -266,6 +266,8 @@ def _run(
     if not len(rows):
         return exact
     measured = measure(model, task, stack[rows], metric=metric, **options)
+    effects = torch.zeros_like(exact).index_copy(0, rows, measured.effect.double())
+    require_numbers("The effects of removing", effects, "an estimate")
     return exact.index_copy(0, rows, measured.effect.double())
 
 

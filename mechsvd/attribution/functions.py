@@ -13,7 +13,7 @@ from torch import Tensor
 from mechsvd.attribution.curvature import Function
 from mechsvd.attribution.objective import Objective, Over, batched, objective_over
 from mechsvd.checks import require_whole
-from mechsvd.engine.metrics import AnyMetric, Metric, log_prob, metric_for
+from mechsvd.engine.metrics import AnyMetric, Metric, log_prob, metric_for, score
 from mechsvd.engine.session import Session
 from mechsvd.model.tasks import Task
 
@@ -50,7 +50,8 @@ def task_function(
     """
     f = objective_over(session, task, over)
     if metric is None and objective != "log_prob":
-        clean = float(f.log_prob(f.point[None]).detach())
+        predictions = f.clean_logits()[None].log_softmax(dim=-1)
+        clean = float(score(predictions, task)[0].double().sum())
         chosen, name, unit = log_prob, "probability", _probability(clean)
         values: Callable[[Tensor], Tensor] = f.log_prob
         relative_to: float | None = clean

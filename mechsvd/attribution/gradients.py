@@ -16,6 +16,7 @@ from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.linalg.decomposition import decompose_groups
 from mechsvd.linalg.subspace import require_orthonormal, rounding
+from mechsvd.model.finite import overflow_advice
 from mechsvd.model.sites import Model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import Provenance, Result, require_kind, result
@@ -242,13 +243,14 @@ def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> GradientBasis:
 
 
 def _jacobian(f: Objective, function: Function) -> Float[Tensor, "scored entry"]:
+    f.clean_logits()  # refused where they are not finite
     w = f.point.clone().requires_grad_()
     log_probs = f.log_probs(w[None])[0]
     if not log_probs.requires_grad:
         return w.new_zeros(len(log_probs), len(w))
     identity = torch.eye(len(log_probs), dtype=log_probs.dtype, device=log_probs.device)
     order, size = torch.arange(len(identity)), function.backward_size
-    return torch.cat(
+    slopes = torch.cat(
         run_batches(
             lambda rows: backward(log_probs, w, identity[rows]),
             order,
@@ -258,3 +260,9 @@ def _jacobian(f: Objective, function: Function) -> Float[Tensor, "scored entry"]
             restored=independent,
         )
     )
+    if not slopes.isfinite().all():
+        raise ValueError(
+            "The gradients hold NaN or inf, though the logits do not."
+            f"{overflow_advice(next(f.model.parameters()).dtype)}"
+        )
+    return slopes

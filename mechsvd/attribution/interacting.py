@@ -143,6 +143,8 @@ class Interactions(Result):
         ).tolist():
             chosen = amounts[task][:, self.basis == number]
             middles = chosen.nansum(dim=1) if total else chosen.nanmedian(dim=1).values
+            lost = self.interaction[task][:, self.basis == number].isnan().any(dim=1)
+            middles = middles.masked_fill(lost, torch.nan)  # 0 ÷ 0 is left out, NaN is not
             rows.append(
                 {
                     "task": task,
@@ -180,5 +182,5 @@ def _beside_random(values: Float[Tensor, " draw"], name: str) -> dict[str, float
         f"random_{name}": float(torch.quantile(random, 0.5)),
         "random_low": float(low),
         "random_high": float(high),
-        "p_value": float((values <= own).double().mean()),
+        "p_value": torch.nan if values.isnan().any() else float((values <= own).double().mean()),
     }

@@ -27,6 +27,7 @@ from mechsvd.linalg.decomposition import (
     require_decompositions,
 )
 from mechsvd.linalg.subspace import at_least_single, widest
+from mechsvd.model.finite import require_finite_logits
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.model.sites import Hook, Model, Site, Where, find_sites, find_weights
 from mechsvd.model.tasks import Task
@@ -46,6 +47,7 @@ class Objective:
             task or checkpoint.
         parts: name and shape of each piece of w, in order.
         hooks: names of the hook points where w acts.
+        model: runs the task.
     """
 
     logits: Callable[[Float[Tensor, "row entry"]], Float[Tensor, "row scored d_vocab"]]
@@ -54,6 +56,18 @@ class Objective:
     over: str
     parts: tuple[Part, ...]
     hooks: tuple[str, ...] = ()
+    model: Any = None
+
+    def clean_logits(self) -> Float[Tensor, "scored d_vocab"]:
+        """The logits of the unchanged model.
+
+        Raises:
+            ValueError: they hold NaN or inf; see `require_finite_logits`.
+        """
+        with torch.no_grad():
+            logits = self.logits(self.point[None])
+        require_finite_logits(self.model, self.task.tokens[None], logits, self.task.scored)
+        return logits[0]
 
     def log_probs(self, rows: Float[Tensor, "row entry"]) -> Float[Tensor, "row scored"]:
         """Natural-log probability of each continuation token, in nats."""
@@ -61,8 +75,7 @@ class Objective:
 
     def metric(self, metric: Metric) -> Callable[[Float[Tensor, "row entry"]], Tensor]:
         """A metric as a function of rows of w, one number per row."""
-        with torch.no_grad():
-            clean = self.logits(self.point[None])[0]
+        clean = self.clean_logits()
 
         def values(rows: Float[Tensor, "row entry"]) -> Float[Tensor, " row"]:
             row_values = evaluate(metric, self.logits(rows), clean, self.task)
@@ -170,7 +183,7 @@ def _over_gains(session: Session, task: Task, svd: Decomposition) -> Objective:
     point = torch.ones(svd.rank + has_rest, device=device, dtype=dtype)
     hooks = tuple(site.name for site in sites)
     over = f"gains of {svd.rank} directions ({_digest([svd])}) at {_at(hooks, positions)}"
-    return Objective(_logits_under(session, task, gate), task, point, over, parts, hooks)
+    return Objective(_logits_under(session, task, gate), task, point, over, parts, hooks, model)
 
 
 def objective_of_removals(
@@ -204,7 +217,7 @@ def objective_of_removals(
     over = f"gains of {sum(ranks)} directions ({_digest(bases)}) at {at}"
     point = torch.ones(sum(ranks), device=device, dtype=dtype)
     logits = _logits_under(session, task, edit)
-    return Objective(logits, task, point, over, (("gain", (sum(ranks),)),), hooks)
+    return Objective(logits, task, point, over, (("gain", (sum(ranks),)),), hooks, session.model)
 
 
 def _logits_under(
@@ -266,7 +279,7 @@ def _over_writes(session: Session, task: Task, chosen: Sequence[Site]) -> Object
     parts = tuple((site.hook_name, tuple(clean.shape[1:])) for site in sites)
     hooks = tuple(site.name for site in sites)
     over = f"writes at {_at(hooks, positions)}"
-    return Objective(logits, task, clean.flatten(), over, parts, hooks)
+    return Objective(logits, task, clean.flatten(), over, parts, hooks, model)
 
 
 def _added(site: Site, shifts: Float[Tensor, "row pos d_model"]) -> Hook:
@@ -298,7 +311,8 @@ def _over_weights(session: Session, task: Task, patterns: Sequence[str]) -> Obje
     point = torch.cat([weight.detach().flatten() for _, weight in weights.values()]).to(dtype)
     _require_used(session.model, weights, run)
     parts = tuple((name, tuple(weight.shape)) for name, (_, weight) in weights.items())
-    return Objective(batched(logits), task, point, f"weights {', '.join(weights)}", parts)
+    over = f"weights {', '.join(weights)}"
+    return Objective(batched(logits), task, point, over, parts, model=session.model)
 
 
 def _require_used(model: Any, weights: dict[str, tuple[list[str], Tensor]], run: nn.Module) -> None:

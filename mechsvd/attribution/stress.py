@@ -154,7 +154,7 @@ def _ascend(
     best, worst, path = points[0].clone(), -torch.inf, []
     for step in range(steps + 1):
         effects, slopes = _slopes(lambda rows: sign * (cost(rows) - clean), points, size, session)
-        if float(effects.max()) > worst:
+        if worst == worst and not float(effects.max()) <= worst:  # NaN is worse than any number
             worst, best = float(effects.max()), points[int(effects.argmax())].clone()
         path.append(worst)
         target = torch.where(slopes[:, : svd.rank] > 0, 1.0, 0.0).to(points)

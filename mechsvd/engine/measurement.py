@@ -27,7 +27,7 @@ class Measurement(Result):
     Attributes:
         log_probs: natural-log probability of each continuation token, in nats.
         is_greedy: whether each continuation token is the most probable one; if all are, greedy
-            text would be the same.
+            text would be the same. Where there is no probability, none is.
         orig_deltas, kept_deltas: root-mean-square L2 norm over positions of the attempted write
             and of the kept write (what the edit let through), at each site, in the units of the
             residual stream.
@@ -139,8 +139,9 @@ class Measurement(Result):
 
     @property
     def greedy_share(self) -> Float[Tensor, " edit"]:
-        """Share of the continuation's tokens that are the most probable ones."""
-        return self.is_greedy.double().mean(dim=-1)
+        """Share of the continuation's tokens that are the most probable ones; NaN if one is NaN."""
+        share = self.is_greedy.double().mean(dim=-1)
+        return share.masked_fill(self.log_probs.isnan().any(dim=-1), torch.nan)
 
     @property
     def value(self) -> Float[Tensor, " edit"]:

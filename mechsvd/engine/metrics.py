@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechsvd.checks import is_whole
 from mechsvd.linalg.subspace import at_least_single
+from mechsvd.model.finite import give_probabilities, require_finite_logits
 from mechsvd.model.runs import run_model
 from mechsvd.model.selfcheck import SelfCheck
 from mechsvd.model.sites import Hook, Model
@@ -61,8 +62,12 @@ class Metric:
     profile: Profile | None = None
 
     def __call__(self, logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:
-        """The value of each edit."""
-        return self.function(logits, clean, task)
+        """The value of each edit; NaN where its logits hold NaN or inf. −inf is a masked token."""
+        values = self.function(logits, clean, task)
+        is_right = give_probabilities(logits).all(dim=-1)
+        if is_right.all() or getattr(values, "shape", None) != is_right.shape:
+            return values
+        return values.where(is_right, torch.nan)
 
 
 AnyMetric = Metric | Function
@@ -105,8 +110,8 @@ def evaluate(metric: Metric, logits: Logits, clean: Clean, task: Task) -> Float[
 
     Raises:
         TypeError: it returns no tensor of floats.
-        ValueError: it returns another shape, or NaN or inf for finite logits, or changes what it
-            was given in place.
+        ValueError: it returns another shape, or NaN or inf for logits that give probabilities, or
+            changes what it was given in place.
     """
     before = None if clean.is_inference() else (clean._version, logits._version)
     values = metric(logits, clean, task)
@@ -125,10 +130,10 @@ def evaluate(metric: Metric, logits: Logits, clean: Clean, task: Task) -> Float[
             f"{len(logits)} edits; it must return one number for each, [edit]."
         )
     wrong = ~values.isfinite()
-    if wrong.any() and logits[wrong].isfinite().all():
+    if wrong.any() and give_probabilities(logits[wrong]).any():
         raise ValueError(
-            f"The metric `{metric.name}` returned {values[wrong][0].item()} for finite logits; "
-            "it must return finite numbers."
+            f"The metric `{metric.name}` returned {values[wrong][0].item()} for logits without NaN; "
+            "it must return finite numbers, also where a logit is −inf (a masked token)."
         )
     return values
 
@@ -169,6 +174,17 @@ def predict(
     return logits.to(at_least_single(logits.dtype))
 
 
+def predict_clean(model: Model, task: Task, check: SelfCheck) -> Clean:
+    """Run one task without an edit; see `predict`.
+
+    Raises:
+        ValueError: its logits hold NaN or inf; see `require_finite_logits`.
+    """
+    logits = predict(model, [task], check)
+    require_finite_logits(model, task.tokens[None], logits, task.scored)
+    return logits[0]
+
+
 def scored_by(tasks: Sequence[Task]) -> slice:
     """The positions that any of the tasks scores, and those between."""
     starts, stops = zip(*((task.scored.start, task.scored.stop) for task in tasks), strict=True)
@@ -190,22 +206,23 @@ def score(
     """
     target = _target(task, predictions)
     log_probs = predictions.gather(-1, target[..., None])[..., 0]
-    return log_probs, predictions.argmax(dim=-1) == target
+    return log_probs, (predictions.argmax(dim=-1) == target) & log_probs.isfinite()
 
 
 def divergences(edited: Logits, clean: Clean) -> Float[Tensor, "edit scored"]:
     """The KL divergence of clean ‖ edited at each scored position, in nats.
 
-    It is 0 where the predictions are the same, and never cancels over tokens.
+    It is 0 where the predictions are the same, and never cancels over tokens. It is NaN where
+    either of them is, and infinite where the edit masks a token that the clean run does not.
 
     Args:
-        edited, clean: log-probabilities of all tokens.
+        edited, clean: log-probabilities of all tokens; −inf for a masked one.
     """
     probabilities, change = clean.exp(), clean - edited
     divergence = torch.einsum("sv,esv->es", probabilities, change)  # one pass over the vocabulary
     if not divergence.isfinite().all():  # a masked token has p = 0, and its terms count as 0
-        terms = torch.where(probabilities > 0, probabilities * change, 0.0)
-        divergence = terms.sum(dim=-1)
+        is_masked = (probabilities == 0) & ~edited.isnan()
+        divergence = (probabilities * change).masked_fill(is_masked, 0.0).sum(dim=-1)
     return divergence
 
 
@@ -219,13 +236,17 @@ def token_drops(edited: Logits, clean: Clean) -> Float[Tensor, "edit d_vocab"]:
         edited, clean: log-probabilities of all tokens.
     """
     drops = clean.mean(dim=0) - edited.mean(dim=1)  # no copy of edit × scored × vocabulary
-    return torch.where((clean == -torch.inf).any(dim=0) & drops.isnan(), 0.0, drops)
+    is_masked = (clean == -torch.inf).any(dim=0)
+    if is_masked.any():
+        is_masked = is_masked & give_probabilities(edited).all(dim=-1)[:, None]
+    return drops.masked_fill(is_masked & drops.isnan(), 0.0)
 
 
 def token_log_probs(logits: Logits, task: Task) -> Float[Tensor, "edit scored"]:
     """The log-probability of each continuation token, in nats, from logits."""
     chosen = logits.gather(-1, _target(task, logits)[..., None])[..., 0]
-    return chosen - logits.logsumexp(dim=-1)
+    total = logits.logsumexp(dim=-1)
+    return chosen - total.masked_fill(total == torch.inf, torch.nan)  # inf − inf, or finite − inf
 
 
 def _log_prob(logits: Logits, clean: Clean, task: Task) -> Float[Tensor, " edit"]:

@@ -37,6 +37,7 @@ from mechsvd.engine.resuming import describe_value, runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.linalg.subspace import at_least_single
 from mechsvd.model.beginnings import Beginning, read_beginning
+from mechsvd.model.finite import not_finite, overflow_advice, require_finite_logits
 from mechsvd.model.sites import Model, Site, Where, require_model
 from mechsvd.model.tasks import Task, as_tasks
 
@@ -326,6 +327,7 @@ class _Setup:
         if text in self._before:  # the same pass again, for the very same clean logits
             self._before.pop(text)()
         if text not in self._clean:  # clones, since a view would keep the whole batch
+            self._require_finite(task, logits[:1], predictions[:1], orig[0])
             self._clean[text] = (logits[0].clone(), predictions[0].clone())
         clean_logits, clean = self._clean[text]
         scored, is_greedy = score(predictions, task)
@@ -347,6 +349,24 @@ class _Setup:
             profiles=None if profile is None else profile.cpu(),
         )
 
+    def _require_finite(
+        self, task: Task, logits: Logits, predictions: Logits, sizes: Float[Tensor, " site"]
+    ) -> None:
+        """Refuse a clean run whose logits, writes or scored log-probabilities are not finite."""
+        model, tokens = self.session.model, task.tokens[None]
+        require_finite_logits(model, tokens, logits, task.scored)
+        is_write = torch.tensor([site.is_write for site in self.session.sites])
+        if not sizes[is_write].isfinite().all():
+            raise ValueError(not_finite(model, tokens, "the writes"))
+        wrong = (~score(predictions, task)[0][0].isfinite()).nonzero()
+        if len(wrong):
+            place = int(wrong[0])
+            raise ValueError(
+                f"The scored token {int(task.continuation[place])} at position "
+                f"{task.scored.start + place + 1} has probability 0 in the clean run, since its "
+                "logit is −inf (masked), but must have one; score another continuation."
+            )
+
     def _remember(
         self, stacks: Sequence["_CleanFirst"], chunks: Sequence[Int[Tensor, " _"]], width: int
     ) -> None:
@@ -363,6 +383,11 @@ class _Setup:
         """
         dtype = next(self.session.model.parameters()).dtype
         spreads = spread_by_rounding(partial(self._values_under, clean), dtype)
+        if not spreads.isfinite().all():
+            raise ValueError(
+                "Changes of the writes by rounding noise make the clean run overflow, so no effect "
+                f"can be told from noise.{overflow_advice(dtype)}"
+            )
         return [float(spread) for spread in spreads]
 
     def _values_under(self, clean: Sequence[Measurement], perturbed: Stack) -> Tensor:

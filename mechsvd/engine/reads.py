@@ -12,11 +12,12 @@ from typing_extensions import Unpack
 from mechsvd.checks import require_whole
 from mechsvd.edits.hooks import bind
 from mechsvd.engine.batches import independent, run_batches
-from mechsvd.engine.metrics import predict
+from mechsvd.engine.metrics import predict, predict_clean
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.linalg.subspace import at_least_single
+from mechsvd.model.finite import overflow_advice
 from mechsvd.model.places import width_of
 from mechsvd.model.sites import Hook, Model, Site
 from mechsvd.model.tasks import Task, as_tasks
@@ -155,7 +156,7 @@ def _reads_of(
     """The gradients of one text at the edited positions."""
     model, check = session.model, session.check
     with torch.no_grad():
-        clean = predict(model, [task], check)[0].log_softmax(dim=-1)
+        clean = predict_clean(model, task, check).log_softmax(dim=-1)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.multinomial(clean.exp().cpu(), draws, replacement=True, generator=generator).T
     signs = 2.0 * torch.randint(0, 2, drawn.shape, generator=generator) - 1
@@ -181,6 +182,11 @@ def _reads_of(
     with torch.enable_grad():
         parts = run_batches(slopes, order, size, halve, False, restored=independent)
     every = torch.cat(parts).transpose(0, 1)
+    if not every.isfinite().all():
+        raise ValueError(
+            "The gradients of the predictions hold NaN or inf, though the logits do not."
+            f"{overflow_advice(next(model.parameters()).dtype)}"
+        )
     positions = session.positions(task)
     return every if positions is None else every[:, :, list(positions)]
 

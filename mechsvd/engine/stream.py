@@ -20,6 +20,7 @@ from mechsvd.engine.stream_results import WriteStream
 from mechsvd.engine.writes import run_by_length
 from mechsvd.linalg.moments import Accumulator, merge_moments, no_moments
 from mechsvd.model.corpus import Document, read_documents, size_in_bytes
+from mechsvd.model.finite import overflow_advice
 from mechsvd.model.places import width_of
 from mechsvd.model.rows import (
     Layout,
@@ -227,14 +228,9 @@ def _require_finite(
     wrong = (~values.isfinite().all(dim=-1).cpu() & kept).nonzero()
     if len(wrong):
         row, position = wrong[0].tolist()
-        hint = (
-            " Half precision overflows easily: load the model with dtype=torch.float32."
-            if values.element_size() < 4
-            else ""
-        )
         raise ValueError(
             f"The writes hold NaN or inf, first at {site.place}, position {position} of a row of "
-            f"{documents[row]} ({values.dtype}).{hint}"
+            f"{documents[row]} ({values.dtype}).{overflow_advice(values.dtype)}"
         )
 
 

@@ -14,6 +14,7 @@ from mechsvd.engine.batches import run_batches
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
+from mechsvd.model.finite import overflow_advice
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import COMPONENTS, Hook, Model, Site
 from mechsvd.model.tasks import Task, as_tasks
@@ -303,12 +304,7 @@ def _require_finite(values: Tensor, sites: Sequence[Site], kept: Tensor, number:
     if values.isfinite().all():
         return
     site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
-    hint = (
-        " Half precision overflows easily: load the model with dtype=torch.float32."
-        if values.element_size() < 4
-        else ""
-    )
     raise ValueError(
         f"The writes hold NaN or inf, first at {sites[site].place}, "
-        f"position {int(kept[pos])} of prompt {number} ({values.dtype}).{hint}"
+        f"position {int(kept[pos])} of prompt {number} ({values.dtype}).{overflow_advice(values.dtype)}"
     )

@@ -9,11 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
+from mechsvd.checks import require_numbers
 from mechsvd.edits.bases import is_several, site_index
 from mechsvd.edits.gates import Basis, Gate, directions_of
 from mechsvd.edits.hooks import bind
 from mechsvd.engine.batches import independent, run_batches
-from mechsvd.engine.metrics import divergences, own_positions, predict, scored_by
+from mechsvd.engine.metrics import divergences, own_positions, predict, predict_clean, scored_by
 from mechsvd.engine.progress import progress_bar
 from mechsvd.engine.session import Session
 from mechsvd.linalg.subspace import at_least_single, complete, widest
@@ -38,7 +39,7 @@ class Texts:
         tasks = session.tasks
         with torch.no_grad():
             clean = tuple(
-                predict(session.model, [task], session.check)[0].log_softmax(dim=-1)
+                predict_clean(session.model, task, session.check).log_softmax(dim=-1)
                 for task in tasks
             )
         longest = max(tasks, key=lambda task: len(task.tokens))
@@ -109,6 +110,7 @@ def descend(
         for step in range(steps + 1):
             bases = rotation.weight[..., :rank]
             values, slope = texts.slopes(bases)
+            require_numbers("The divergences of texts", values, "a descent")
             loss = float(values.double().mean())
             losses.append(loss)
             if loss < best[0]:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_number
+from mechsvd.checks import is_number, require_numbers
 from mechsvd.edits.gates import cheapest_gate
 from mechsvd.engine.metrics import AnyMetric, kl_divergence
 from mechsvd.engine.passes import measure
@@ -66,6 +66,7 @@ def order_by_elimination(
         if not len(removed):
             warn_other_sites(svd, measured[0].sites)
         costs = measured.effect.double().mean(dim=0)
+        require_numbers("Of the remaining directions, the costs of", costs, "an order")
         # stable, from the smallest singular value on
         cheapest = len(remaining) - 1 - costs.flip(0).argsort(stable=True)
         going = cheapest[: max(1, math.floor(share * len(remaining)))]

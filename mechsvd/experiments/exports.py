@@ -31,6 +31,7 @@ from mechsvd.model.exporting import (
     whole_logits,
     write_checkpoint,
 )
+from mechsvd.model.finite import require_finite_logits
 from mechsvd.model.sites import Model, Site, require_model
 from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import UNFINISHED, Provenance, Result, result
@@ -204,6 +205,7 @@ def _compare(session: Session, folded: FoldedWeights, folder: Path) -> dict[str,
     rows = []
     for task, as_saved in zip(tasks, saved, strict=True):
         own = whole_logits(model, task.tokens, [])
+        require_finite_logits(model, task.tokens[None], own[None])
         with in_single_precision(model):
             clean = whole_logits(model, task.tokens, [])
             hooked = whole_logits(model, task.tokens, folded.hooks)
@@ -216,7 +218,7 @@ def _compare(session: Session, folded: FoldedWeights, folder: Path) -> dict[str,
                 "difference": _largest(inside, hooked),
                 "saved_difference": _largest(as_saved, hooked),
                 "dtype_difference": _largest(own, clean),
-                "largest_logit": hooked.abs().max().double(),
+                "largest_logit": hooked[hooked.isfinite()].abs().max().double(),
                 "kl_divergence": divergences(predictions[2][None], predictions[1]).mean(),
                 "edit_divergence": divergences(predictions[1][None], predictions[0]).mean(),
             }
@@ -226,13 +228,14 @@ def _compare(session: Session, folded: FoldedWeights, folder: Path) -> dict[str,
 
 
 def _largest(first: Tensor, second: Tensor) -> Tensor:
-    return (first.double() - second.double()).abs().max()
+    difference = (first.double() - second.double()).abs()
+    return difference.masked_fill(first == second, 0.0).max()  # −inf is a masked token
 
 
 def _require_equal(measured: Tensor, hooked: Tensor, session: Session) -> None:
     """Refuse logits that differ by more than ten times what the self-check allows a block."""
     tolerance = 10 * (4 * torch.finfo(measured.dtype).eps + 1e-5)
-    error = float(_largest(measured, hooked) / hooked.abs().max())
+    error = float(_largest(measured, hooked) / hooked[hooked.isfinite()].abs().max())
     if not error <= tolerance:
         raise ValueError(
             f"The folded model is not the hooked one: its logits differ by {error:.1e} of the "

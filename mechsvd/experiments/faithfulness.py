@@ -126,14 +126,16 @@ class Faithfulness(Result):
         """
         import pandas as pd
 
-        sizes = self.token_changes.abs()
+        lost = self.divergences.isnan()[:, None]  # NaN at a token, not only beyond the last one
+        changes = self.token_changes.masked_fill(lost, torch.nan)
+        sizes = changes.abs()
         worst = sizes.nan_to_num(-1).argmax(dim=1)
         dropped = self.effects[:, 2:] - self.effects[:, :1]
         columns = {
             "task": torch.arange(len(sizes)),
             "effect": self.effects[:, 0],
             "mean_abs_change": sizes.nanmean(dim=1),
-            "abs_mean_change": self.token_changes.nanmean(dim=1).abs(),
+            "abs_mean_change": changes.nanmean(dim=1).abs(),
             "worst_change": sizes.gather(1, worst[:, None])[:, 0],
             "worst_token": worst,
             "kl_divergence": self.divergences,

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.checks import require_numbers
 from mechsvd.edits.baselines import Baseline, Shifted
 from mechsvd.edits.gates import Gate
 from mechsvd.engine.ablations import mean_baseline, resample_baseline
@@ -119,6 +120,7 @@ def optimal_baseline(
         every = torch.arange(svd.rank)
         tried = torch.tensor([-1.0, 0.0, 1.0]).double().repeat_interleave(svd.rank)
         costs = cost(every.repeat(3), tried).view(3, svd.rank)
+        require_numbers("The costs of replacing directions", costs, "a minimum")
         shifts = _minimum(costs)
         sample = torch.linspace(0, svd.rank - 1, max(1, int(SHARE * svd.rank / (FINE + 1)))).long()
         fine = torch.linspace(-FARTHEST, FARTHEST, FINE).double().repeat(len(sample), 1)

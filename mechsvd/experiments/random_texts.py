@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_number, quiet, require_whole
+from mechsvd.checks import is_number, quiet, require_numbers, require_whole
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import collect_writes
@@ -222,13 +222,16 @@ def numbers_of(model: Model, texts: Sequence[Task], nats: float, options: RunOpt
     own = torch.tensor([lasting(i, pooled[i]) for i in places])
     by_site = torch.tensor([lasting(i, decompose_texts(writes, [i], "site")) for i in places])
     rankings = [rank_directions(model, texts[i], pooled[i], **options) for i in places]
+    for ranking in rankings:
+        damage = ranking.measurement.kl_divergence
+        require_numbers("The KL divergences of removing", damage, "a correlation")
     trend = torch.tensor([ranking.correlation() for ranking in rankings])
     k = min(SHARED, model.cfg.d_model // 2, *(svd.rank for svd in pooled))
     firsts = [svd.directions[:, :k].cpu().double() for svd in pooled]
     return Numbers(
         own.double(),
         by_site.double(),
-        trend.double().nan_to_num(0.0),
+        trend.double().nan_to_num(0.0),  # of one direction, or of damage that is all the same
         cache(lambda i, j: lasting(i, pooled[j]) - float(own[i])),
         cache(lambda i, j: float((firsts[i].T @ firsts[j]).square().sum())),
         k,

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import whole_numbers
+from mechsvd.checks import require_numbers, whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import Bases, is_several, names_of, names_of_directions, removals
 from mechsvd.engine.measurement import Measurement
@@ -175,8 +175,10 @@ class Ranking(Result):
         return table
 
     def __repr__(self) -> str:
-        worst, noise_count = int(self.effect.argmax()), int(self.is_noise.sum())
-        largest, unit = int(self.effect.abs().argmax()), self.measurement.unit
+        known, broken = self.effect.nan_to_num(nan=-torch.inf), int(self.effect.isnan().sum())
+        worst, noise_count = int(known.argmax()), int(self.is_noise.sum())
+        largest, unit = int(self.effect.abs().nan_to_num(nan=0.0).argmax()), self.measurement.unit
+        lost = f"; {broken} effects are NaN" * (broken > 0)
         unit = unit and f" {unit}"
         size = float(self.effect[largest])
         gain = f"; the largest change is a gain, {size:.4g}, of {self.names[largest]}" * (size < 0)
@@ -184,7 +186,7 @@ class Ranking(Result):
             f"Ranking of {len(self.singular_values)} directions, each removed alone: "
             f"direction {self.names[worst]} does most damage\n"
             f"  {float(self.effect[worst]):.4g}{unit}{gain}; {noise_count} effects within the noise "
-            f"floor of {self.noise_floor:.1e}{unit}\n"
+            f"floor of {self.noise_floor:.1e}{unit}{lost}\n"
             f"  on {self._origin()}"
         )
 
@@ -370,17 +372,19 @@ def order_by_effect(ranking: Ranking | Rankings, by: By = "effect") -> Int[Tenso
             change of each token's log-probability.
 
     Raises:
-        ValueError: another name, or a ranking of an older version that lacks the divergence.
+        ValueError: another name, a ranking of an older version that lacks the divergence, or damage
+            that is NaN.
 
     Example:
         >>> order = ms.order_by_effect(ranking, by="kl_divergence")
         >>> bool(order[0] == ranking.measurement.kl_divergence.argmax())
         True
     """
-    if isinstance(ranking, Rankings):
-        return ranking.mean(by).argsort(descending=True, stable=True)
-    require_kind(ranking, Ranking)
-    return damage_by(ranking, by).argsort(descending=True, stable=True)
+    if not isinstance(ranking, Rankings):
+        require_kind(ranking, Ranking)
+    damage = ranking.mean(by) if isinstance(ranking, Rankings) else damage_by(ranking, by)
+    require_numbers("The effects of removing", damage, "an order")
+    return damage.argsort(descending=True, stable=True)
 
 
 def damage_by(ranking: Ranking, by: str) -> Float[Tensor, " rank"]:
@@ -390,7 +394,7 @@ def damage_by(ranking: Ranking, by: str) -> Float[Tensor, " rank"]:
             f"`by` is {by!r:.60}, but must be 'effect', 'kl_divergence' or 'absolute_change'."
         )
     damage: Tensor = ranking.effect if by == "effect" else getattr(ranking.measurement, by)
-    if damage.isnan().all():
+    if by == "kl_divergence" and ranking.measurement.kl_divergences is None:
         raise ValueError(
             "The ranking is of an older version, without the KL divergence; "
             "rank the directions again, or choose `by='absolute_change'`."

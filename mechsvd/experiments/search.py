@@ -481,7 +481,8 @@ def _margins(threshold: Criterion, measurement: Measurement) -> Float[Tensor, " 
             "`criterion` must return a float for each edit, 0 or more where it is met, "
             f"but gave {returned} for {len(measurement)}."
         )
-    return margins
+    # what is not a number reaches nothing, whatever a criterion makes of it
+    return margins.masked_fill(measurement.log_probs.isnan().any(dim=-1), torch.nan)
 
 
 def _next_ranks(search: CriticalRank) -> list[int]:
@@ -504,7 +505,8 @@ def _next_ranks(search: CriticalRank) -> list[int]:
 
 def _middles(search: CriticalRank, first: int) -> list[int]:
     """The middles of the gaps below `first`, those nearest to the threshold first."""
-    tried = list(zip(search.sweep.ranks.tolist(), search.margins.tolist(), strict=True))
+    margins = search.margins.nan_to_num(nan=-torch.inf)
+    tried = list(zip(search.sweep.ranks.tolist(), margins.tolist(), strict=True))
     gaps = [
         (max(m, n), (a + b) // 2) for (a, m), (b, n) in pairwise(tried) if b - a > 1 and b <= first
     ]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.checks import require_numbers
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.results import Provenance, Result, result
 
@@ -81,6 +82,7 @@ class TokenColumns(Result):
         if column not in COLUMNS:
             raise ValueError(f"`column` is {column!r:.40}, but must be one of {list(COLUMNS)}.")
         values = self.as_written(direction, column)
+        require_numbers("The changes of tokens", values, "an order")
         return values.argsort(descending=count > 0, stable=True)[: abs(count)]
 
     def as_written(self, direction: int, column: str) -> Float[Tensor, " d_vocab"]:
@@ -192,6 +194,7 @@ def token_columns(
     null = torch.stack(drawn)
     # two orders that are equal but for rounding count as equal
     p_values = (1 + (null >= own - 1e-12).sum(dim=0)) / (1.0 + DRAWS)
+    p_values = p_values.masked_fill(own.isnan(), torch.nan)
     bounds = null.quantile(0.95, dim=0)
     return TokenColumns(
         directions,
@@ -226,7 +229,7 @@ def _paired(values: Float[Tensor, "direction other"], seed: int) -> dict[str, fl
     """The mean of the diagonal, of the rest, and how rarely another pairing reaches the first."""
     count = len(values)
     own = float(values.diagonal().mean())
-    if count < 2:
+    if count < 2 or own != own:
         return {"spearman": own, "other": torch.nan, "p": torch.nan}
     other = float((values.sum() - values.diagonal().sum()) / (count * (count - 1)))
     if count <= 6:
