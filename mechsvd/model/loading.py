@@ -1,6 +1,10 @@
 """Load a model. TransformerLens is imported only then, since it takes seconds."""
 
 import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +108,29 @@ def _load(name: str, options: dict[str, Any], allow_pickle: bool) -> Any:
             has_weights = options.get("hf_model") is None and options.get("load_weights", True)
             if is_local and has_weights and not trusted:
                 require_all_weights(Path(name), shards)
-        return TransformerBridge.boot_transformers(name, **options)
+        with _nothing_installed():
+            return TransformerBridge.boot_transformers(name, **options)
+
+
+@contextmanager
+def _nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from installing packages while it loads a model.
+
+    It runs `pip install torchvision` for a model that also reads images, which may replace torch.
+    It catches the error, and the text part loads without.
+    """
+    original, owner = subprocess.check_call, threading.get_ident()
+
+    def check_call(command: Any, *arguments: Any, **options: Any) -> int:
+        if threading.get_ident() == owner and "install" in command:
+            raise RuntimeError(f"mechsvd installs nothing, but TransformerLens ran {command}.")
+        return original(command, *arguments, **options)
+
+    subprocess.check_call = check_call
+    try:
+        yield
+    finally:
+        subprocess.check_call = original
 
 
 def _require_transformer_lens() -> None:
