@@ -20,15 +20,12 @@ class Plain:
     def __init__(self, directory: str, tokens: Tensor) -> None:
         from transformers import AutoModelForCausalLM
 
-        options: dict[str, Any] = {"dtype": torch.float64, "attn_implementation": "eager"}
-        try:
-            self.model = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
-            self.logits(tokens)
-            self.precision = "float64"
-        except RuntimeError:  # kernels that do not exist in float64
-            options["dtype"] = torch.float32
-            self.model = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
-            self.precision = "float32"
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            experts_implementation="eager",  # the default one has no float64
+        ).eval()
         self.writes = [self._writes_of(layer, tokens) for layer in self._layers()]
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -65,7 +62,7 @@ class Plain:
             return []
         added = (seen.pop(layer).reshape(ends[0].shape) - ends[0]).flatten()
         outputs = [(m, v.flatten()) for m, v in seen.items() if v.numel() == added.numel()]
-        return _summands(outputs, added, 1e-9 if self.precision == "float64" else 1e-5)
+        return _summands(outputs, added)
 
     @contextmanager
     def edited(self, edit: Edit | None) -> Iterator[None]:
@@ -124,7 +121,7 @@ def _tensor(output: Any) -> Any:
 
 
 def _summands(
-    outputs: list[tuple[nn.Module, Tensor]], added: Tensor, precision: float
+    outputs: list[tuple[nn.Module, Tensor]], added: Tensor
 ) -> list[tuple[nn.Module, float]]:
     for count in (1, 2):
         for chosen in combinations(outputs, count):
@@ -132,8 +129,7 @@ def _summands(
             factors = torch.linalg.lstsq(values.T @ values, values.T @ added[:, None]).solution[
                 :, 0
             ]
-            if (
-                values @ factors - added
-            ).norm() <= precision * added.norm() and factors.abs().min() > 0:
+            # norms within a model may compute in float32
+            if (values @ factors - added).norm() <= 1e-7 * added.norm() and factors.abs().min() > 0:
                 return [(m, f.item()) for (m, _), f in zip(chosen, factors, strict=True)]
     return []
