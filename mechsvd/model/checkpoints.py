@@ -73,6 +73,12 @@ def safe_weights(name: str, revision: str | None = None) -> list[str]:
     return [_own_safetensors(name, shard) for shard in _shards(read(weights_file))]
 
 
+def config_of(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of a directory or a hub model; empty if it cannot be reached."""
+    files, read = _in_directory(Path(name)) if Path(name).is_dir() else _on_hub(name, revision)
+    return read("config.json") if "config.json" in files else {}
+
+
 def require_all_weights(directory: Path, shards: list[str]) -> None:
     """Refuse a checkpoint with fewer weights than its model.
 

@@ -1,7 +1,14 @@
 """Load a model. TransformerLens is imported only then, since it takes seconds."""
 
 import os
+import subprocess
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,6 +16,7 @@ import torch
 from mechsvd.demo import WEIGHTS
 from mechsvd.model.checkpoints import (
     CheckpointError,
+    config_of,
     only_trusted,
     require_all_weights,
     require_checkpoint,
@@ -44,8 +52,8 @@ def load_model(
             the checkpoint runs only with `trust_remote_code=True`, whatever its configuration says.
 
     Raises:
-        ValueError: the directory is no model, the weights are not safetensors or do not fit, or
-            the code is not trusted.
+        ValueError: the directory is no model, the weights are not safetensors or do not fit, the
+            code is not trusted, or TransformerLens or transformers cannot build the model.
         OSError: the hub model is unknown, gated or out of reach.
         ImportError: TransformerLens is missing, or its version is not supported.
 
@@ -79,16 +87,12 @@ def load_model(
         name = os.path.abspath(name)  # a relative one may be an alias for a hub model
     elif isinstance(model, Path) or name.startswith((".", "/", "~")) or Path(name).exists():
         raise ValueError(f"There is no directory {name}.")
-    from safetensors import SafetensorError
-
     try:
         return _load(name, {"device": device, "dtype": dtype, **options}, allow_pickle)
-    except CheckpointError:  # our own message
+    except (CheckpointError, MemoryError, torch.OutOfMemoryError):  # said as well as can be
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        if not is_local and not isinstance(error, OSError):
-            raise
-        raise (_damaged(name, error) if is_local else _unreachable(name, error)) from error
+    except Exception as error:
+        raise _reason(name, is_local, error) from error
 
 
 def _load(name: str, options: dict[str, Any], allow_pickle: bool) -> Any:
@@ -99,12 +103,37 @@ def _load(name: str, options: dict[str, Any], allow_pickle: bool) -> Any:
     if is_local:
         require_checkpoint(Path(name), allow_pickle)
     with only_trusted(name, pickles=allow_pickle, code=trusted):
+        if not options.keys() & {"hf_model", "model_class", "hf_config_overrides"}:
+            _require_adapter(config_of(name, options.get("revision")))
         if not allow_pickle:
             shards = safe_weights(name, options.get("revision"))
             has_weights = options.get("hf_model") is None and options.get("load_weights", True)
             if is_local and has_weights and not trusted:
                 require_all_weights(Path(name), shards)
-        return TransformerBridge.boot_transformers(name, **options)
+        with _nothing_installed():
+            return TransformerBridge.boot_transformers(name, **options)
+
+
+@contextmanager
+def _nothing_installed() -> Iterator[None]:
+    """Keep TransformerLens from installing packages while it loads a model.
+
+    It runs `pip install torchvision` for a model that also reads images, which may replace torch.
+    It catches the error, and the text part loads without.
+    """
+    original: Any = subprocess.check_call
+    owner = threading.get_ident()
+
+    def check_call(command: Any, *arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() == owner and "install" in command:
+            raise RuntimeError(f"mechsvd installs nothing, but TransformerLens ran {command}.")
+        return original(command, *arguments, **options)
+
+    vars(subprocess)["check_call"] = check_call
+    try:
+        yield
+    finally:
+        vars(subprocess)["check_call"] = original
 
 
 def _require_transformer_lens() -> None:
@@ -133,12 +162,54 @@ def _require_placement(device: str | torch.device | None, dtype: torch.dtype) ->
         ) from error
 
 
-def _damaged(name: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300]
-    return ValueError(
-        f"The checkpoint in {name} cannot be loaded; "
-        f"is its model.safetensors or config.json damaged? {reason}"
+def _require_adapter(config: dict[str, Any]) -> None:
+    """Refuse a model that TransformerLens does not know.
+
+    Of a decoder that it does not know, it takes another class of the same model type, and fills
+    what the checkpoint lacks with random numbers.
+    """
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformer_lens.model_bridge.sources.transformers import (
+        determine_architecture_from_hf_config,
     )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = [*(config.get("architectures") or [])]
+    if not config or {*named} & SUPPORTED_ARCHITECTURES.keys():
+        return
+    if not {*named} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
+        try:
+            determine_architecture_from_hf_config(SimpleNamespace(**config))
+            return
+        except ValueError:
+            pass
+    architecture = " or ".join(named) or f"of model type {config.get('model_type')!r}"
+    raise CheckpointError(
+        f"TransformerLens {installed_version()} has no adapter for the architecture {architecture} "
+        "of this model, so mechsvd cannot read it."
+    )
+
+
+def _reason(name: str, is_local: bool, error: Exception) -> Exception:
+    """The error that says who failed: the hub, transformers, TransformerLens, or the files."""
+    if isinstance(error, OSError) and not is_local:
+        return _unreachable(name, error)
+    frames = traceback.extract_tb(error.__traceback__)
+    calls = {frame.name for frame in frames}
+    said = " ".join(str(error).split())[:300] or frames[-1].line  # of a bare assertion, the line
+    text = f"{type(error).__name__}: {said}"
+    transformers = f"transformers {version('transformers')}"
+    if "from_config" in calls:
+        return ValueError(f"{transformers} cannot build the model that {name} describes: {text}")
+    if "from_pretrained" not in calls and any("transformer_lens" in f.filename for f in frames):
+        lens = f"TransformerLens {installed_version()}"
+        return ValueError(f"{lens} cannot read the model in {name}: {text}")
+    if is_local:
+        return ValueError(
+            f"The checkpoint in {name} cannot be loaded; "
+            f"is its model.safetensors or config.json damaged? {text}"
+        )
+    return ValueError(f"{transformers} cannot load {name!r} from the hub: {text}")
 
 
 def _unreachable(name: str, error: Exception) -> OSError:
