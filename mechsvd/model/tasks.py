@@ -10,6 +10,7 @@ from torch import Tensor
 from mechsvd.checks import is_whole
 from mechsvd.fields import require_between, require_declared
 from mechsvd.model.evaluation import evaluation
+from mechsvd.model.padding import NO_LABEL, warn_pads
 from mechsvd.model.runs import continue_tokens
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tokenization import (
@@ -87,6 +88,12 @@ class Task(Result):
             )
         # a numpy integer becomes an int
         object.__setattr__(self, "prompt_length", int(self.prompt_length))
+        if not isinstance(self.pieces, tuple):
+            raise TypeError(
+                f"`pieces` must be a tuple of texts, but is {type(self.pieces).__name__}. A task "
+                "takes no attention mask: give `input_ids` and `attention_mask` to `tasks_from`, or "
+                "the tokens without pads."
+            )
         require_declared(self)
         if self.pieces and len(self.pieces) != len(self.tokens):
             raise ValueError(
@@ -145,13 +152,7 @@ class Task(Result):
         else:
             require_text("continuation", continuation)
             scored = continuation_tokens(model, prompt, continuation)
-        prompt_ids = fit_context(
-            model, prompt_ids, max_new_tokens if scored is None else len(scored), truncate
-        )
-        ids = prompt_ids + (
-            _greedy(model, prompt_ids, max_new_tokens) if scored is None else scored
-        )
-        return cls(torch.tensor(ids), len(prompt_ids), pieces_of(model, ids))
+        return continued(model, prompt_ids, scored, max_new_tokens, truncate)
 
     @classmethod
     def from_choice(
@@ -273,8 +274,44 @@ def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
     return task_list
 
 
+def continued(
+    model: Model,
+    prompt_ids: list[int],
+    scored: list[int] | None,
+    max_new_tokens: int,
+    truncate: Literal["left"] | None,
+) -> Task:
+    """The task of a prompt's tokens, with the scored ones or a greedy continuation."""
+    new_tokens = max_new_tokens if scored is None else len(scored)
+    prompt_ids = fit_context(model, prompt_ids, new_tokens, truncate)
+    ids = prompt_ids + (_greedy(model, prompt_ids, max_new_tokens) if scored is None else scored)
+    pieces = () if model.tokenizer is None else pieces_of(model, ids)
+    return Task(torch.tensor(ids), len(prompt_ids), pieces)
+
+
+def task_of_tokens(
+    model: Model,
+    tokens: Sequence[int],
+    scored: int,
+    max_new_tokens: int,
+    truncate: Literal["left"] | None,
+) -> Task:
+    """The task of a row of tokens without pads; its last `scored` ones, or greedy text if 0.
+
+    Raises:
+        ValueError: the model lacks a token, or its context holds fewer.
+    """
+    require_known(model, torch.tensor(tokens))
+    warn_pads(model, tokens)
+    count = len(tokens) - scored
+    prompt = [*tokens[:count]]
+    task = continued(model, prompt, [*tokens[count:]] or None, max_new_tokens, truncate)
+    warn_unusual_start(model, tokens[:2], task.text()[0])
+    return task
+
+
 def require_fitting(model: Model, task: Task) -> None:
-    """Refuse a task that the model cannot read.
+    """Refuse a task that the model cannot read, and warn of one that looks padded.
 
     Raises:
         ValueError: the model does not have a token id, or its context holds fewer tokens.
@@ -293,6 +330,8 @@ def require_fitting(model: Model, task: Task) -> None:
     require_known(model, task.tokens)
     require_known(model, task.continuation, as_outputs=True)
     warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0])
+    if not task.pieces and task.targets is None:
+        warn_pads(model, task.tokens.tolist())
 
 
 def require_known(model: Model, tokens: Int[Tensor, " pos"], as_outputs: bool = False) -> None:
@@ -303,6 +342,11 @@ def require_known(model: Model, tokens: Int[Tensor, " pos"], as_outputs: bool = 
     """
     low, high = int(tokens.min()), int(tokens.max())
     count = model.cfg.d_vocab
+    if (tokens == NO_LABEL).any():
+        raise ValueError(
+            f"Token id {NO_LABEL} is no token: it marks what is not scored in `labels`. Give the "
+            "`input_ids`, and `labels` next to them to `tasks_from`."
+        )
     if as_outputs and getattr(model.cfg, "d_vocab_out", -1) > 0:
         count = min(count, model.cfg.d_vocab_out)
     if low < 0 or high >= count:
