@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mechsvd.checks import file_path
 from mechsvd.engine.metrics import READY, Metric, logit_difference
 from mechsvd.model.loading import EMBEDDED, load_model
 from mechsvd.model.sites import COMPONENTS
@@ -25,7 +26,7 @@ RUN = (*SITES, "positions", "batch_size", "check", "same_model")
 
 def path(text: str) -> Path:
     """A path as it is typed, where ~ is the home folder."""
-    return Path(text).expanduser()
+    return file_path("path", text)
 
 
 def positions(text: str) -> Any:

@@ -1,6 +1,5 @@
 """Edits over a basis, or over one basis per site: gates, and what is built from them."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -8,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.checks import is_whole
+from mechsvd.checks import is_number, is_whole
 from mechsvd.edits.baselines import Baseline
 from mechsvd.edits.gates import Basis, Gate, directions_of, gate_of
 from mechsvd.edits.stacks import SiteGates, SiteRemovals
@@ -162,8 +161,9 @@ def shrink(
         >>> ms.shrink(plane, alpha=1.0)(torch.tensor([[5.0, 5.0]])).round(decimals=4)
         tensor([[4.0000, 2.5000]])
     """
-    if not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"`alpha` is {alpha}, but must be finite and at least 0.")
+    if not is_number(alpha, 0):
+        raise ValueError(f"`alpha` is {alpha!r:.40}, but must be finite and at least 0.")
+    alpha = float(alpha)
     if is_several(svd):
         return site_gates(svd, [shrink(one, alpha, baseline=baseline) for one in svd])  # type: ignore[union-attr,arg-type]
     return gate_of(svd, ridge_gains(svd.singular_values, torch.tensor(alpha)), 0.0, baseline)  # type: ignore[union-attr,arg-type]

@@ -1,5 +1,6 @@
 """Streaming: the moments of the writes over a corpus of any length, in memory that does not grow."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any

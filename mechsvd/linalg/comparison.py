@@ -191,9 +191,11 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
     """
     if not is_whole(rank, 0, d_model):
         raise ValueError(f"`rank` is {rank}, but must be from 0 to `d_model` = {d_model}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(require_whole("seed", seed))
     return Subspace(
-        torch.linalg.qr(torch.randn(d_model, rank, generator=generator, dtype=torch.float64))[0]
+        torch.linalg.qr(torch.randn(d_model, int(rank), generator=generator, dtype=torch.float64))[
+            0
+        ]
     )
 
 

@@ -12,10 +12,17 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.checks import is_whole, require_whole, warn, whole_numbers
+from mechsvd.checks import (
+    is_whole,
+    real_tensor,
+    require_whole,
+    warn,
+    whole_numbers,
+    with_plain_arguments,
+)
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
-from mechsvd.linalg.svd import numerical_rank, thin_svd
+from mechsvd.linalg.svd import numerical_rank, require_representable, thin_svd
 from mechsvd.results import Provenance, Result, result, with_notes
 
 Scale = Literal["site", "norm"]
@@ -215,6 +222,7 @@ def decompose(
     center: bool = False,
     scale: Scale | None = None,
 ) -> tuple[Decomposition, ...]: ...
+@with_plain_arguments
 def decompose(
     writes: Sample | Tensor,
     *,
@@ -392,7 +400,7 @@ def kept_directions(svd: Decomposition, kept: Any) -> Int[Tensor, " direction"]:
     Raises:
         ValueError: directions out of range or repeated, or none or all of them.
     """
-    first = torch.arange(require_whole("kept", kept)) if isinstance(kept, int) else None
+    first = torch.arange(require_whole("kept", kept)) if is_whole(kept) else None
     chosen = whole_numbers("kept", kept) if first is None else first
     is_valid = len(chosen.unique()) == len(chosen) and (chosen >= 0).all()
     if not is_valid or len(chosen) in (0, svd.rank) or chosen.max() >= svd.rank:
@@ -432,6 +440,7 @@ def decompose_groups(
             t.to(device=device, dtype=dtype)
             for t in (sizes[:rank], directions[:, :rank] * sign, left)
         )
+        require_representable(sizes)
         svds.append(Decomposition(sizes, directions, left, layer, source))
     return tuple(svds)
 
@@ -459,6 +468,7 @@ def _require_sample(values: Any) -> None:
             "`writes` must be what `collect_writes` gives (of several tasks, too), "
             "or a tensor [site, pos, d_model]; what `stream_writes` gives has its own `.decompose`."
         )
+    real_tensor("writes", values, "site pos d_model")
     if values.ndim != 3 or values.numel() == 0 or not values.is_floating_point():
         raise ValueError(
             "`writes` must be a non-empty float tensor [site, pos, d_model], "

@@ -250,10 +250,11 @@ def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[
     n_layers = model.cfg.n_layers
     if layers is None:
         return range(n_layers)
-    numbers = sorted({layers} if isinstance(layers, int) else set(layers))
+    several = isinstance(layers, Iterable) and not is_whole(layers)
+    numbers: list[Any] = [*layers] if several else [layers]  # type: ignore[misc]
     if wrong := [layer for layer in numbers if not is_whole(layer, 0, n_layers - 1)]:
         raise KeyError(f"No layers {wrong}: the model has layers 0–{n_layers - 1}.")
-    return [int(layer) for layer in numbers]
+    return sorted({int(layer) for layer in numbers})
 
 
 def _valid_components(components: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechsvd.checks import is_whole
+from mechsvd.checks import is_whole, require_whole, with_plain_arguments
 from mechsvd.fields import require_between, require_declared
 from mechsvd.model.evaluation import evaluation
 from mechsvd.model.padding import NO_LABEL, warn_pads
@@ -118,6 +118,7 @@ class Task(Result):
         require_between(self, ["tokens", "right", "wrong", "targets"], 0)
 
     @classmethod
+    @with_plain_arguments
     def from_text(
         cls,
         model: Model,
@@ -155,6 +156,7 @@ class Task(Result):
         return continued(model, prompt_ids, scored, max_new_tokens, truncate)
 
     @classmethod
+    @with_plain_arguments
     def from_choice(
         cls,
         model: Model,
@@ -282,9 +284,14 @@ def continued(
     truncate: Literal["left"] | None,
 ) -> Task:
     """The task of a prompt's tokens, with the scored ones or a greedy continuation."""
-    new_tokens = max_new_tokens if scored is None else len(scored)
+    if scored is None and is_whole(max_new_tokens, most=0):
+        raise ValueError(
+            f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1."
+        )
+    given = None if scored is None else len(scored)
+    new_tokens = require_whole("max_new_tokens", max_new_tokens, 1) if given is None else given
     prompt_ids = fit_context(model, prompt_ids, new_tokens, truncate)
-    ids = prompt_ids + (_greedy(model, prompt_ids, max_new_tokens) if scored is None else scored)
+    ids = prompt_ids + (_greedy(model, prompt_ids, new_tokens) if scored is None else scored)
     pieces = () if model.tokenizer is None else pieces_of(model, ids)
     return Task(torch.tensor(ids), len(prompt_ids), pieces)
 
@@ -374,10 +381,6 @@ def _require_ids(name: str, ids: Any) -> None:
 
 
 def _greedy(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1."
-        )
     with evaluation(model):
         return continue_tokens(model, torch.tensor([prompt_ids]), max_new_tokens)[0][
             len(prompt_ids) :

@@ -39,8 +39,9 @@ def file_of_texts(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError):  # a text, too long for a name
         is_file = False
     if not is_file:
+        shown = str(found).replace("\0", "\\0")
         raise FileNotFoundError(
-            f"There is no file of texts {found!s:.200}; give a text itself in a list, [text]."
+            f"There is no file of texts {shown:.200}; give a text itself in a list, [text]."
         )
     with open(found, "rb") as file:
         start = file.read(8)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mechsvd.checks import warn
+from mechsvd.checks import warn, with_plain_arguments
 from mechsvd.model.padding import unpadded
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.sources import FIELDS, IDS, KEYS, LABELS, MASK, TEXT, plain, read_entries
@@ -36,6 +36,7 @@ class Text:
     scored: int = 0
 
 
+@with_plain_arguments
 def tasks_from(
     model: Model,
     source: Any,
