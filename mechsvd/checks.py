@@ -227,7 +227,7 @@ def with_plain_arguments(call: Call, more: Mapping[str, Any] = MappingProxyType(
     parameters = inspect.signature(call).parameters
     hints = {name: _parts(p.annotation) for name, p in parameters.items()}
     hints |= {name: _parts(hint) for name, hint in more.items()}
-    plain = {name: parts for name, parts in hints.items() if parts & {bool, int, float}}
+    plain = {name: parts for name, parts in hints.items() if any(map(_is_of_numbers, parts))}
     names = [*parameters]
 
     @functools.wraps(call)
@@ -250,8 +250,13 @@ def _parts(hint: Any) -> set[Any]:
     return {*get_args(hint)} if get_origin(hint) in (Union, UnionType) else {hint}
 
 
+def _is_of_numbers(hint: Any) -> bool:
+    """Whether an annotation is of a number, of on or off, or of several numbers."""
+    return hint in (bool, int, float) or get_args(hint) in ((int,), (float,))
+
+
 def _taken(name: str, value: Any, parts: set[Any]) -> Any:
-    value = single(value)
+    value = [single(v) for v in value] if type(value) is list else single(value)
     is_switch = bool in parts and parts <= {bool, NoneType}
     if is_switch and not isinstance(value, bool) and not (value is None and NoneType in parts):
         raise TypeError(f"`{name}` is {value!r:.40}, but must be True or False.")

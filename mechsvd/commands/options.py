@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from mechsvd.checks import file_path
 from mechsvd.engine.metrics import READY, Metric, logit_difference
 from mechsvd.model.loading import EMBEDDED, load_model
 from mechsvd.model.sites import COMPONENTS
@@ -26,7 +25,7 @@ RUN = (*SITES, "positions", "batch_size", "check", "same_model")
 
 def path(text: str) -> Path:
     """A path as it is typed, where ~ is the home folder."""
-    return file_path("path", text)
+    return Path(text).expanduser()
 
 
 def positions(text: str) -> Any:

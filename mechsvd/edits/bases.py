@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.checks import is_number, is_whole
+from mechsvd.checks import is_number, is_whole, with_plain_arguments
 from mechsvd.edits.baselines import Baseline
 from mechsvd.edits.gates import Basis, Gate, directions_of, gate_of
 from mechsvd.edits.stacks import SiteGates, SiteRemovals
@@ -18,7 +19,7 @@ from mechsvd.linalg.subspace import Subspace
 Bases = Basis | Sequence[Basis]
 
 
-Rest = float | int | Float[Tensor, "*rest"]
+Rest = float | int | Float[Tensor, "*rest"] | np.ndarray
 
 
 @overload
@@ -77,6 +78,7 @@ def keep(subspace: Basis, rank: int | None = None, *, baseline: Baseline | None 
 def keep(
     subspace: Sequence[Basis], rank: int | None = None, *, baseline: Baseline | None = None
 ) -> SiteGates: ...
+@with_plain_arguments
 def keep(
     subspace: Bases, rank: int | None = None, *, baseline: Baseline | None = None
 ) -> Gate | SiteGates:
@@ -108,6 +110,7 @@ def ablate(
 def ablate(
     subspace: Sequence[Basis], rank: int | None = None, *, baseline: Baseline | None = None
 ) -> SiteGates: ...
+@with_plain_arguments
 def ablate(
     subspace: Bases, rank: int | None = None, *, baseline: Baseline | None = None
 ) -> Gate | SiteGates:

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.linalg.subspace import Subspace, at_least_single, complete, require_orthonormal
 from mechsvd.results import Provenance
 
-Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"]
+Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"] | np.ndarray
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
@@ -258,8 +258,8 @@ def _add_product(
 
 def gate_of(
     basis: Basis,
-    gains: Float[Tensor, "*edit gain"] | Sequence[float],
-    rest: float | int | Float[Tensor, "*rest"] = 0.0,
+    gains: Any,
+    rest: Any = 0.0,
     baseline: Baseline | None = None,
 ) -> Gate:
     """The gate over one basis, with its input checked; see `mechsvd.gate`."""

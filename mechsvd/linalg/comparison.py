@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.checks import is_whole, require_whole
+from mechsvd.checks import is_whole, require_whole, with_plain_arguments
 from mechsvd.fields import require_between, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace
 from mechsvd.results import Provenance, Result, require_same_model, result
@@ -179,6 +179,7 @@ def principal_angles(first: Subspace, second: Subspace) -> Float[Tensor, " small
     return torch.where(cosines.square() < 0.5, cosines.arccos(), sines.arcsin())
 
 
+@with_plain_arguments
 def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
     """A uniformly random subspace, in double precision.
 

@@ -113,6 +113,7 @@ class Decomposition(Result):
         """Dimension of the residual stream."""
         return self.directions.shape[0]
 
+    @with_plain_arguments
     def subspace(self, rank: int | Iterable[int] | Int[Tensor, " chosen"]) -> Subspace:
         """The span of the first `rank` directions, or of the directions of some numbers.
 
@@ -468,12 +469,12 @@ def _require_sample(values: Any) -> None:
             "`writes` must be what `collect_writes` gives (of several tasks, too), "
             "or a tensor [site, pos, d_model]; what `stream_writes` gives has its own `.decompose`."
         )
-    real_tensor("writes", values, "site pos d_model")
     if values.ndim != 3 or values.numel() == 0 or not values.is_floating_point():
         raise ValueError(
             "`writes` must be a non-empty float tensor [site, pos, d_model], "
             f"but is {values.dtype} of shape {list(values.shape)}."
         )
+    real_tensor("writes", values, "site pos d_model")
     if not values.isfinite().all():
         site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
         raise ValueError(

@@ -79,11 +79,13 @@ def _document_of_text(model: Model, place: str, name: str, entry: Any) -> Docume
     if text.tokens:
         return _document_of_tokens(model, place, torch.tensor(text.tokens))
     whole = prompt_of(model, text) + (text.continuation or "")
-    return Document(
-        place,
-        b"text " + whole.encode("utf-8", "surrogatepass"),
-        lambda: torch.tensor(prompt_tokens(model, whole)),
-    )
+
+    def read() -> Tensor:
+        tokens = torch.tensor(prompt_tokens(model, whole))
+        require_known(model, tokens)
+        return tokens
+
+    return Document(place, b"text " + whole.encode("utf-8", "surrogatepass"), read)
 
 
 def _is_empty(entry: Any) -> bool:

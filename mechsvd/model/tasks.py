@@ -291,6 +291,7 @@ def continued(
     given = None if scored is None else len(scored)
     new_tokens = require_whole("max_new_tokens", max_new_tokens, 1) if given is None else given
     prompt_ids = fit_context(model, prompt_ids, new_tokens, truncate)
+    require_known(model, torch.tensor(prompt_ids))
     ids = prompt_ids + (_greedy(model, prompt_ids, new_tokens) if scored is None else scored)
     pieces = () if model.tokenizer is None else pieces_of(model, ids)
     return Task(torch.tensor(ids), len(prompt_ids), pieces)
