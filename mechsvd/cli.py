@@ -17,6 +17,7 @@ from mechsvd.commands.directions import add_describe, add_fold, add_stream, add_
 from mechsvd.commands.doctor import add_doctor
 from mechsvd.commands.studies import add_literature, add_reproduce
 from mechsvd.commands.wording import in_flags
+from mechsvd.consoles import any_console
 from mechsvd.engine.checkpoint import Stopped
 from mechsvd.version import __version__
 
@@ -38,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 after an error, which is printed in one line; 130 after Ctrl-C.
     """
-    typed = sys.argv[1:] if arguments is None else [*arguments]
+    with any_console():
+        return _main(sys.argv[1:] if arguments is None else [*arguments])
+
+
+def _main(typed: Sequence[str]) -> int:
     options = _parser().parse_args(typed)
     with _notes(options):
         try:

@@ -20,6 +20,7 @@ _DTYPES: dict[str, tuple[str, set[torch.dtype]]] = {
     ),
     "Bool": ("a tensor of truth values", {torch.bool}),
 }
+ROUNDED = -1e-4  # the least divergence: none is negative but by rounding
 _WORDS = {
     int: "a whole number",
     float: "a number",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
+from mechsvd.checks import file_path
+from mechsvd.consoles import prints
 from mechsvd.fields import named, require_declared
 from mechsvd.packing import pack, unpack
 from mechsvd.version import __version__
@@ -38,6 +40,10 @@ def result(cls: type[T]) -> type[T]:
     if not hasattr(cls, "__post_init__"):
         cls.__post_init__ = require_declared  # type: ignore[attr-defined]
     cls = dataclass(frozen=True, eq=False, repr=cls.__repr__ is object.__repr__)(cls)
+    if "__repr__" in cls.__dict__:
+        cls.__repr__ = prints(cls.__repr__)  # type: ignore[method-assign]
+    if "__str__" in cls.__dict__:
+        cls.__str__ = prints(cls.__str__)  # type: ignore[method-assign]
     no_type_check(cls.__init__)  # else the tests' shape checks raise first, with other messages
     _CLASSES[cls.__name__] = cls
     return cls
@@ -198,7 +204,7 @@ def load_result(cls: type[T], path: str | os.PathLike[str]) -> T:
             impossible values, or has a newer format.
         FileNotFoundError: there is no such file.
     """
-    metadata, tensors = _read(Path(path).expanduser())
+    metadata, tensors = _read(file_path("path", path))
     _require_format(path, metadata)
     if _digest(metadata["mechsvd"], tensors) != metadata["sha256"]:
         raise ValueError(
@@ -252,7 +258,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         FileNotFoundError, OSError: the folder is missing, read-only or full; the message names it.
     """
-    target = Path(path).expanduser()
+    target = file_path("path", path)
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"Cannot write {target}: the folder {target.parent} does not exist; create it first."

@@ -380,3 +380,80 @@ def test_a_command_that_is_typed_again_is_the_same_command(loaded, capsys, monke
     line = capsys.readouterr().err.splitlines()[1]
     assert shlex.split(line.removeprefix("Begin again with: mechsvd ")) == typed
     assert isinstance(_parser().parse_args(typed), Namespace)
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("way", ["itself", "a link", "a hard link", "another spelling"])
+def test_no_command_writes_over_what_it_reads(loaded, svd, tmp_path, capsys, monkeypatch, way):
+    monkeypatch.chdir(tmp_path)
+    texts = tmp_path / "same.csv"
+    texts.write_text("text\nWe think so\n", encoding="utf-8")
+    svd.save("svd.safetensors")
+
+    def out(path):
+        other = tmp_path / f"other{path.suffix}"
+        other.unlink(missing_ok=True)
+        if way == "a link":
+            other.symlink_to(path)
+        elif way == "a hard link":
+            other.hardlink_to(path)
+        return str({"itself": path, "another spelling": tmp_path / "." / path.name}.get(way, other))
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "svd.csv").write_bytes(texts.read_bytes())
+    for command in (
+        ["stream", "same.csv", "--out", out(texts)],
+        ["sweep", "--prompts", "same.csv", "--out", out(texts)],
+        ["describe", "--prompts", "same.csv", "--out", out(texts)],
+        ["literature", "--prompts", "same.csv", "--out", out(texts)],
+        ["sweep", *TEXT, "--svd", "svd.safetensors", "--out", out(tmp_path / "svd.safetensors")],
+        ["stream", "folder/svd.csv", "--out", "folder"],
+    ):
+        assert main([*command, "--replace"]) == 1
+        assert "is what the command reads" in capsys.readouterr().err
+    assert texts.read_text(encoding="utf-8") == "text\nWe think so\n"
+
+
+@pytest.mark.fault(30)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: 1 / 0)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "folder.csv").mkdir()
+    for command in (["sweep", *TEXT], ["describe", *TEXT], ["stream", str(tmp_path / "file")]):
+        assert main([*command, "--replace", "--out", str(tmp_path / "file")]) == 1
+        assert "file, a file, but must be a folder" in capsys.readouterr().err
+        assert main([*command, "--replace", "--out", str(tmp_path / "folder.csv")]) == 1
+        assert "folder.csv, a folder, but must be a file" in capsys.readouterr().err
+    for name in ("table", "table.html"):
+        assert main(["literature", *TEXT, "--out", str(tmp_path / name)]) == 1
+        assert "but must end in .csv." in capsys.readouterr().err
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.fault(28)
+def test_the_corrected_command_goes_on_after_one_that_failed(loaded, tmp_path, capsys, monkeypatch):
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "svd.csv"
+    given = ["stream", str(corpus), "--out", str(out), "--layers", "0"]
+    corpus.write_text("", encoding="utf-8")
+    assert main(given) == 1
+    assert "There are no texts" in capsys.readouterr().err
+    corpus.write_text("We think so\n", encoding="utf-8")
+    assert main(given) == 0
+    assert "1 documents" in capsys.readouterr().out
+    monkeypatch.setattr(stream, "WINDOW", 4)
+    corpus.write_bytes(b"We think so\n" * 4 + b"\xe9\n")
+    assert main([*given, "--replace"]) == 1
+    assert "is not UTF-8" in capsys.readouterr().err
+    corpus.write_bytes(b"We think so\n" * 4 + b"I believe it\n")
+    assert main([*given, "--replace"]) == 0
+    assert "5 documents" in capsys.readouterr().out
+    sweep = ["sweep", *TEXT, "--out", str(tmp_path / "s.csv"), "--ranks", "0", "9"]
+    monkeypatch.setattr("mechsvd.commands.directions.write", lambda *_: int("no number"))
+    assert main(sweep) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr("mechsvd.commands.options.load_model", lambda *_, **__: loaded)
+    assert main([*sweep, "--batch-size", "2"]) == 0
+    assert not [*tmp_path.glob("*.unfinished")]

@@ -176,3 +176,13 @@ def test_the_table_and_the_printed_form():
     assert list(table.columns) == ["direction", "singular_value", "cumulative_share"]
     assert table["cumulative_share"].iloc[-1] == pytest.approx(1)
     assert len(repr(svd).splitlines()) == 3
+
+
+@pytest.mark.fault(1, 36)
+@pytest.mark.parametrize("size", [1e-200, 1e-160, 1e160, 1e200])
+def test_writes_whose_squares_leave_double_precision_are_decomposed_all_the_same(size):
+    for shape in ((1, 40, 6), (2, 2, 6)):
+        values = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        right, scaled = decompose(values), decompose(values * size)
+        torch.testing.assert_close(scaled.singular_values / size, right.singular_values)
+        torch.testing.assert_close(scaled.directions, right.directions)

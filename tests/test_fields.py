@@ -71,7 +71,7 @@ def tiny_results():
         SOURCE,
     )
     moments = Moments(
-        whole[1:], sizes[:2].double(), torch.eye(2).expand(2, 2, 2).double(), "float32"
+        whole[[2, 2]], sizes[:2].double(), torch.eye(2).expand(2, 2, 2).double(), "float32"
     )
     place = Place((0, 2), 3, 9, 0, 1, whole, "ab")
     layout = Layout(8, False, True, (1, 2), 0)

@@ -492,3 +492,15 @@ def test_the_default_text_is_read_by_the_model(embedded, meaning_svd, tmp_path):
         )
         == 2
     )
+
+
+def test_many_folds_leave_nothing_behind_in_transformer_lens(embedded, meaning_svd, tmp_path):
+    def notes():
+        points = (getattr(p, "hook_conversion", None) for p in embedded.hook_dict.values())
+        return sum(len(getattr(point, "_conversion_state", ())) for point in points)
+
+    before = notes()
+    for _ in range(2):
+        ms.fold(embedded, ms.keep(meaning_svd, 3), tmp_path / "model")
+        ms.collect_writes(embedded, ms.Task.from_text(embedded, "We think", " so"))
+    assert notes() == before

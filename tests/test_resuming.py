@@ -258,7 +258,7 @@ def test_a_file_that_has_changed_is_refused(embedded, tmp_path):
     source.write_text("I believe\nWe think\n")
     ms.stream_writes(embedded, source, checkpoint=path)
     source.write_text("I believe\nWe think that\n")
-    with pytest.raises(ValueError, match="`size of the file` is 24, but was 19"):
+    with pytest.raises(ValueError, match="The first 2 documents are not those"):
         ms.stream_writes(embedded, source, checkpoint=path)
     source.write_text("I believe\nWe drink\n")
     with pytest.raises(ValueError, match="The first 2 documents are not those"):
@@ -340,3 +340,38 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(tmp_path
     assert killed.is_finished
     assert same(killed.state, whole.state)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+@pytest.mark.fault(29, 30)
+def test_a_checkpoint_behind_a_link_is_locked_and_stays_a_link(embedded, tmp_path):
+    (tmp_path / "disk").mkdir()
+    real, link, folder = tmp_path / "disk" / "run", tmp_path / "link", tmp_path / "folder"
+    link.symlink_to(real)
+    folder.symlink_to(tmp_path / "disk")
+    ms.stream_writes(embedded, texts(2), layers=[0], checkpoint=link)
+    assert link.is_symlink()
+    assert real.is_file()
+    assert not real.is_symlink()
+    for held, other in ((real, link), (link, real), (link, folder / "run"), (folder / "run", real)):
+        with (
+            open_checkpoint(held),
+            pytest.raises(RuntimeError, match="is in use by another run"),
+            open_checkpoint(other),
+        ):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "link", "folder"}
+
+
+@pytest.mark.fault(30)
+def test_results_and_folded_models_behind_a_link_stay_behind_it(embedded, meaning_svd, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("svd", "model", "round"):
+        (tmp_path / name).symlink_to(tmp_path / ("round" if name == "round" else f"disk/{name}"))
+    for _ in range(2):
+        meaning_svd.save(tmp_path / "svd")
+        ms.fold(embedded, ms.keep(meaning_svd, 3), tmp_path / "model", layers=[0])
+    assert all((tmp_path / name).is_symlink() for name in ("svd", "model"))
+    assert ms.load(tmp_path / "disk" / "svd").rank == 128
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"svd", "model"}
+    with pytest.raises((ValueError, OSError), match="round"):
+        meaning_svd.save(tmp_path / "round")

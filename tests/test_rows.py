@@ -166,5 +166,5 @@ def test_options_that_cannot_be_are_refused(embedded):
     for context in (1, 0, 257, 8.0, True):
         with pytest.raises(ValueError, match="`context` is .*, but must be a whole number from 2"):
             layout_of(embedded, context, False, False, None)
-    with pytest.raises(TypeError, match="`packing` must be True or False, but is 1"):
+    with pytest.raises(TypeError, match="`packing` is 1, but must be True or False"):
         layout_of(embedded, None, 1, False, None)

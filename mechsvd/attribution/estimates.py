@@ -15,7 +15,7 @@ from mechsvd.attribution.curvature import Function
 from mechsvd.attribution.estimate_results import TOP, RankingEstimate, RankingEstimates
 from mechsvd.attribution.objective import objective_of_removals
 from mechsvd.attribution.slopes import Order, effects_from
-from mechsvd.checks import is_number, require_numbers, require_whole, warn
+from mechsvd.checks import is_number, require_numbers, require_whole, single, warn
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import Bases, is_several, names_of, removals
 from mechsvd.edits.gates import Gate
@@ -198,6 +198,7 @@ class _How:
         self, order: Any, verify: float, calibrate: Any, products: Any, steps: Any, seed: Any,
         count: int,
     ):  # fmt: skip
+        order = single(order)
         if (
             isinstance(order, bool)
             or not isinstance(order, int | str)
@@ -206,8 +207,6 @@ class _How:
             raise ValueError(f"`order` is {order!r:.40}, but must be 1, 2 or 'path'.")
         if products is not None and order != 2:
             raise ValueError("`products` are Hessian products, which only order 2 takes.")
-        if calibrate is not None and not isinstance(calibrate, bool):
-            raise TypeError(f"`calibrate` is {calibrate!r:.40}, but must be True or False.")
         self.calibrate = order != "path" if calibrate is None else calibrate
         self.order: Order = order  # type: ignore[assignment]
         self.verify, self.seed = verify, require_whole("seed", seed)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsvd.checks import with_plain_arguments
 from mechsvd.fields import require_between, require_declared, require_finite, require_length
 from mechsvd.results import Provenance, Result, result
 
@@ -115,6 +116,7 @@ class Interactions(Result):
         whole = pd.concat(tables, ignore_index=True)
         return whole if len(tables) > 1 else whole.drop(columns="task")
 
+    @with_plain_arguments
     def summary(self, of: Amount = "interaction", total: bool = False) -> Any:
         """One row per basis: the median over its pairs, next to that of its random bases.
 

@@ -37,7 +37,7 @@ def add_sweep(commands: Any) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    model, tasks, svd = _open(options)
+    model, tasks, svd = _open(options, "sweep")
     ranks = options.ranks
     if options.step is not None:
         if ranks or options.step < 1:
@@ -84,7 +84,7 @@ def add_describe(commands: Any) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
-    model, tasks, svd = _open(options)
+    model, tasks, svd = _open(options, "cards")
     with kept_beside(options.out) as kept:
         cards = describe(
             model,
@@ -127,7 +127,7 @@ def add_fold(commands: Any) -> None:
 
 
 def _fold(options: argparse.Namespace) -> None:
-    model, tasks, svd = _open(options, is_free=True)
+    model, tasks, svd = _open(options)
     k = options.keep
     edit = ablate(svd.subspace(options.ablate)) if k is None else keep(svd, k)
     print(fold(model, edit, options.out, tasks, **run_options(options)))
@@ -156,9 +156,9 @@ def add_stream(commands: Any) -> None:
 
 
 def _stream(options: argparse.Namespace) -> None:
-    require_free(options.out, options.replace)
+    require_free(options, "svd")
     model = load(options)
-    with kept_beside(options.out) as kept:
+    with kept_beside(options.out, goes_on=True) as kept:
         stream = stream_writes(
             model,
             options.texts,
@@ -185,16 +185,14 @@ def _page(figure: Any) -> str:
     return str(figure.to_html(include_plotlyjs=True, full_html=True))
 
 
-def _open(
-    options: argparse.Namespace, is_free: bool = False
-) -> tuple[Model, list[Task], Decomposition]:
+def _open(options: argparse.Namespace, name: str = "") -> tuple[Model, list[Task], Decomposition]:
     """The model, the tasks, and the directions of a file or of the tasks' writes.
 
     Args:
-        is_free: the call itself checks its `out`.
+        name: of the files that are written; "" where the call itself checks its `out`.
     """
-    if not is_free:
-        require_free(options.out, options.replace)
+    if name:
+        require_free(options, name)
     texts_of(options)  # a bad one is refused before the model is loaded
     svd = None if options.svd is None else _saved(options.svd)
     model = load(options)

@@ -106,7 +106,7 @@ def add_literature(commands: Any) -> None:
 def _literature(options: argparse.Namespace) -> None:
     from mechsvd.report.tables import as_csv
 
-    require_free(options.out, options.replace)
+    require_free(options, endings=(".csv",))
     texts_of(options)  # a bad one is refused before the model is loaded
     model = load(options)
     if has_own_texts(options):

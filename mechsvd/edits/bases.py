@@ -1,14 +1,14 @@
 """Edits over a basis, or over one basis per site: gates, and what is built from them."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.checks import is_whole
+from mechsvd.checks import is_number, is_whole, with_plain_arguments
 from mechsvd.edits.baselines import Baseline
 from mechsvd.edits.gates import Basis, Gate, directions_of, gate_of
 from mechsvd.edits.stacks import SiteGates, SiteRemovals
@@ -19,7 +19,7 @@ from mechsvd.linalg.subspace import Subspace
 Bases = Basis | Sequence[Basis]
 
 
-Rest = float | int | Float[Tensor, "*rest"]
+Rest = float | int | Float[Tensor, "*rest"] | np.ndarray
 
 
 @overload
@@ -78,6 +78,7 @@ def keep(subspace: Basis, rank: int | None = None, *, baseline: Baseline | None 
 def keep(
     subspace: Sequence[Basis], rank: int | None = None, *, baseline: Baseline | None = None
 ) -> SiteGates: ...
+@with_plain_arguments
 def keep(
     subspace: Bases, rank: int | None = None, *, baseline: Baseline | None = None
 ) -> Gate | SiteGates:
@@ -109,6 +110,7 @@ def ablate(
 def ablate(
     subspace: Sequence[Basis], rank: int | None = None, *, baseline: Baseline | None = None
 ) -> SiteGates: ...
+@with_plain_arguments
 def ablate(
     subspace: Bases, rank: int | None = None, *, baseline: Baseline | None = None
 ) -> Gate | SiteGates:
@@ -162,8 +164,9 @@ def shrink(
         >>> ms.shrink(plane, alpha=1.0)(torch.tensor([[5.0, 5.0]])).round(decimals=4)
         tensor([[4.0000, 2.5000]])
     """
-    if not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(f"`alpha` is {alpha}, but must be finite and at least 0.")
+    if not is_number(alpha, 0):
+        raise ValueError(f"`alpha` is {alpha!r:.40}, but must be finite and at least 0.")
+    alpha = float(alpha)
     if is_several(svd):
         return site_gates(svd, [shrink(one, alpha, baseline=baseline) for one in svd])  # type: ignore[union-attr,arg-type]
     return gate_of(svd, ridge_gains(svd.singular_values, torch.tensor(alpha)), 0.0, baseline)  # type: ignore[union-attr,arg-type]

@@ -1,20 +1,52 @@
 """The gate: a gain per direction of a basis, and one gain for the rest. Most edits are gates."""
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsvd.checks import real_tensor, single
 from mechsvd.edits.baselines import Baseline, Shifted, require_baseline
 from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.linalg.subspace import Subspace, at_least_single, complete, require_orthonormal
 from mechsvd.results import Provenance
 
-Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"]
+Basis = Subspace | Decomposition | Float[Tensor, "d_model rank"] | np.ndarray
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def takes_tuples(call: Call) -> Call:
+    """Let an edit take the tuple that a hook of torch gets: it edits the first element.
+
+    Attention of transformers returns its write first. The others stay as they are.
+    """
+    place = [*inspect.signature(call).parameters].index("x")
+
+    @functools.wraps(call)
+    def edited(*args: Any, **options: Any) -> Any:
+        x = args[place] if len(args) > place else options.get("x")
+        if isinstance(x, Tensor):
+            return call(*args, **options)
+        if not isinstance(x, tuple) or not x or not isinstance(x[0], Tensor):
+            raise TypeError(
+                f"An edit takes a tensor, or a tuple that begins with one, but this is "
+                f"{type(x).__name__} {x!r:.40}; pass it the tensor of the writes."
+            )
+        first, *rest = x
+        own = {**options, "x": first} if "x" in options else options
+        return (
+            call(*args[:place], *([first] if own is options else []), *args[place + 1 :], **own),
+            *rest,
+        )
+
+    return edited  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +72,7 @@ class Gate:
     source: Provenance | None = None
     baseline: Baseline | Shifted | None = None
 
+    @takes_tuples
     def __call__(
         self, x: Float[Tensor, "... d_model"], hook: Any = None
     ) -> Float[Tensor, "... d_model"]:
@@ -225,13 +258,15 @@ def _add_product(
 
 def gate_of(
     basis: Basis,
-    gains: Float[Tensor, "*edit gain"] | Sequence[float],
-    rest: float | int | Float[Tensor, "*rest"] = 0.0,
+    gains: Any,
+    rest: Any = 0.0,
     baseline: Baseline | None = None,
 ) -> Gate:
     """The gate over one basis, with its input checked; see `mechsvd.gate`."""
     directions, source = directions_of(basis)
-    rank, gains = directions.shape[1], torch.as_tensor(gains)
+    rank, gains = directions.shape[1], real_tensor("gains", gains, "rank")
+    if not isinstance(rest, int | float):
+        rest = single(real_tensor("rest", rest, "edit"))
     if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
         raise ValueError(
             f"`gains` has shape {list(gains.shape)}, but the basis has {rank} directions; "
@@ -264,11 +299,12 @@ def directions_of(basis: Basis) -> tuple[Float[Tensor, "d_model rank"], Provenan
         return basis.basis, basis.source
     if isinstance(basis, Decomposition):
         return basis.directions, basis.source
-    if not isinstance(basis, Tensor):
+    if not isinstance(basis, Tensor | np.ndarray):
         raise TypeError(
             "A basis must be a Subspace, a Decomposition or a tensor [d_model, rank], "
             f"but is {type(basis).__name__}."
         )
+    basis = real_tensor("basis", basis, "d_model rank")
     require_orthonormal(basis)
     return basis, None
 

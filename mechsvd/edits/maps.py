@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from mechsvd.edits.gates import Gate
+from mechsvd.checks import real_tensor
+from mechsvd.edits.gates import Gate, takes_tuples
 from mechsvd.edits.stacks import SiteGates, SiteRemovals
 from mechsvd.model.sites import Site
 from mechsvd.model.tasks import Task
@@ -25,7 +27,7 @@ class Stack(Protocol):
     def __getitem__(self, rows: Int[Tensor, " row"]) -> Edit: ...
 
 
-def shift(vector: Float[Tensor, " d_model"]) -> Edit:
+def shift(vector: Any) -> Edit:
     """Add one vector to every write, as activation steering does.
 
     Every chosen site adds it at every position, so its effect grows with their number; `layers` and
@@ -39,15 +41,17 @@ def shift(vector: Float[Tensor, " d_model"]) -> Edit:
         >>> ms.shift(torch.tensor([1.0, -1.0]))(torch.tensor([[4.0, 4.0]]))
         tensor([[5., 3.]])
     """
-    if not isinstance(vector, Tensor):
+    if not isinstance(vector, Tensor | np.ndarray | list | tuple):
         raise TypeError(
             f"`vector` must be a tensor [d_model], but is {type(vector).__name__}; a direction is a "
             "column of `svd.directions` or `subspace.basis`."
         )
+    vector = real_tensor("vector", vector, "d_model")
     if vector.ndim != 1 or not vector.isfinite().all():
         what = "holds NaN or inf" if vector.ndim == 1 else f"has shape {list(vector.shape)}"
         raise ValueError(f"`vector` must be finite and of shape [d_model], but {what}.")
 
+    @takes_tuples
     def shifted(x: Tensor, hook: Any = None) -> Tensor:
         if x.shape[-1] != len(vector):
             raise ValueError(
@@ -82,6 +86,7 @@ class Chain:
 
     edits: tuple[Edit, ...]
 
+    @takes_tuples
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
         """Apply each edit in turn to the writes `x`."""
         for edit in self.edits:
@@ -103,6 +108,7 @@ class EditList:
         """Number of edits."""
         return len(self.edits)
 
+    @takes_tuples
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
         """Edit each row of the writes `x` by its own edit.
 

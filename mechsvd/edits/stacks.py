@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsvd.edits.gates import Gate
+from mechsvd.edits.gates import Gate, takes_tuples
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,7 @@ class SiteGates:
     gates: tuple[Gate, ...]
     index: dict[str, int]
 
+    @takes_tuples
     def __call__(
         self, x: Float[Tensor, "... d_model"], hook: Any = None
     ) -> Float[Tensor, "... d_model"]:

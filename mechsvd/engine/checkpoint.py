@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from mechsvd.checks import warn
+from mechsvd.checks import file_path, warn
 from mechsvd.results import UNFINISHED, Provenance, Result, load_result, result
 
 try:
@@ -112,7 +112,7 @@ class CheckpointFile:
         if changes := call.differences(saved):
             raise ValueError(
                 f"{self._path} is the checkpoint of another call: {'; '.join(changes)}. "
-                "Give the same arguments and model, or another path."
+                "Give the same arguments and model, or another path, or delete the file."
             )
         self._call = call
         return saved
@@ -141,7 +141,8 @@ def describe(call: str, arguments: Mapping[str, Any], source: Provenance) -> Che
 def open_checkpoint(path: str | os.PathLike[str] | None) -> Iterator[CheckpointFile]:
     """Open the file of a checkpoint, before anything runs, and lock it until the block ends.
 
-    The lock is on a hidden file beside it. The system frees it when the process ends in any way.
+    The lock is on a hidden file beside it; of a link, beside the file that it names. The system
+    frees it when the process ends in any way.
 
     Args:
         path: None for no checkpoint.
@@ -155,9 +156,7 @@ def open_checkpoint(path: str | os.PathLike[str] | None) -> Iterator[CheckpointF
     if path is None:
         yield CheckpointFile(None)
         return
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"`checkpoint` must be a path, but is {path!r:.60}.")
-    target = Path(path).expanduser()
+    target = file_path("checkpoint", path)
     if not target.parent.is_dir():
         raise FileNotFoundError(
             f"Cannot keep the checkpoint {target}: the folder {target.parent} does not exist; "
@@ -195,7 +194,7 @@ def locked(target: Path) -> Iterator[None]:
 def _lock(side: Path, target: Path) -> IO[str]:
     while True:
         try:
-            file = open(side, "a+")  # noqa: SIM115 (the lock lasts as long as the file is open)
+            file = open(side, "a+", encoding="utf-8")  # noqa: SIM115 (the lock lasts as long as the file is open)
         except OSError as error:
             raise type(error)(f"Cannot keep the checkpoint {target}: {error}.") from error
         try:

@@ -12,7 +12,7 @@ from mechsvd.engine.metrics import (
     READY,
     log_prob,
 )
-from mechsvd.fields import require_between, require_declared, require_length
+from mechsvd.fields import ROUNDED, require_between, require_declared, require_length
 from mechsvd.model.sites import Site
 from mechsvd.model.tasks import APART
 from mechsvd.results import OverTexts, Provenance, Result, result
@@ -78,6 +78,7 @@ class Measurement(Result):
         # NaN where an edit made the model overflow
         require_between(self, ["log_probs"], -float("inf"), 0)
         require_between(self, ["orig_deltas", "kept_deltas", "noise_floor"], 0)
+        require_between(self, ["kl_divergences"], ROUNDED)
 
     def __getitem__(self, edits: slice | Tensor) -> "Measurement":
         """Some of the edits, in the order of `edits`, with the same clean run."""

@@ -72,7 +72,10 @@ def _cgroups(root: Path) -> Iterator[Path]:
     """The folders of the control groups that the process is in, and of those around them."""
     try:
         lines = [
-            line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()
+            line.split(":", 2)
+            for line in (root / "proc/self/cgroup")
+            .read_text(encoding="utf-8", errors="replace")
+            .splitlines()
         ]
     except OSError:
         return
@@ -102,7 +105,9 @@ def _bytes_in(file: Path, name: str = "", unit: int = 1) -> int | None:
     """The number in a system file, after `name` if it has several; None if there is none."""
     try:
         words = next(
-            line.split() for line in file.read_text().splitlines() if line.startswith(name)
+            line.split()
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith(name)
         )
         return int(words[1 if name else 0]) * unit
     except (OSError, StopIteration, ValueError, IndexError):

@@ -27,6 +27,7 @@ from mechsvd.model.sites import (
     SiteOptions,
     Where,
     dictionaries,
+    forgets_conversions,
     where_of,
 )
 from mechsvd.model.tasks import APART, Task, require_fitting
@@ -208,6 +209,7 @@ def open_session(
     with (
         evaluation(model, gradients=gradients, batched_hooks=batched) as other_hooks,
         weights_read_once(model),
+        forgets_conversions(model),
     ):
         if gradients or where.at is not None or other_hooks.places or not options.get("fast", True):
             # the plain kernels, on whole texts

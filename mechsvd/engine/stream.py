@@ -1,7 +1,7 @@
 """Streaming: the moments of the writes over a corpus of any length, in memory that does not grow."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import fields, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from mechsvd.engine.session import RunOptions, Session, open_session
 from mechsvd.engine.stream_results import WriteStream
 from mechsvd.engine.writes import run_by_length
 from mechsvd.linalg.moments import Accumulator, merge_moments, no_moments
-from mechsvd.model.corpus import Document, read_documents, size_in_bytes
+from mechsvd.model.corpus import Document, read_documents
 from mechsvd.model.finite import overflow_advice
 from mechsvd.model.places import width_of
 from mechsvd.model.rows import (
@@ -33,6 +33,7 @@ from mechsvd.model.rows import (
 )
 from mechsvd.model.sites import Model, Site, require_model
 from mechsvd.model.tasks import Task
+from mechsvd.model.text_files import file_of_texts
 
 # tokens between two states: enough that rows of one length fill the passes, and little to run
 # again after an interruption
@@ -42,7 +43,7 @@ WINDOW = 2**16
 @with_options(RunOptions)
 def stream_writes(
     model: Model,
-    texts: str | os.PathLike[str] | Task | Iterable[Any],
+    texts: Any,
     *,
     context: int | None = None,
     packing: bool = False,
@@ -59,8 +60,9 @@ def stream_writes(
     shard, and all of them get the stream of all documents.
 
     Args:
-        texts: a file with one document per line, or of JSON lines with `prompt` or `text`; or an
-            iterable of texts, tasks, or objects such as rows of a dataset. Empty texts are counted.
+        texts: a file with one document per line, of JSON lines or a table (CSV, TSV, Parquet) with
+            `prompt` or `text`; or an iterable of texts, tasks, or objects such as rows of a
+            dataset; or a table, as in `tasks_from`. Empty texts are counted.
         context: longest row; by default what the model's context holds.
         packing: join the documents and cut rows of `context` tokens from them. It wastes nothing,
             but writes then depend on the documents before in the row, and so does the spectrum.
@@ -86,7 +88,10 @@ def stream_writes(
         (2, 128)
     """
     require_model(model)
-    start, size = _own_place(first_place(shard)), size_in_bytes(texts)
+    start = _own_place(first_place(shard))
+    is_file = isinstance(texts, str | os.PathLike)
+    if is_file:  # a missing one is refused before all else
+        file_of_texts(texts)
     path = own_file(options.pop("checkpoint", None))
     with (
         one_voice(),
@@ -95,13 +100,14 @@ def stream_writes(
         open_session(model, **options) as session,
     ):
         layout = layout_of(model, context, packing, skip_bos, session.where.positions)
-        arguments = {"shard": start.shard, "window": WINDOW, "size of the file": size}
+        arguments = {"shard": start.shard, "window": WINDOW}
         source = session.provenance(session.sites)
         saved = file.resume(describe("stream_writes", _described(layout) | arguments, source))
         state = saved.state
         stream = state if isinstance(state, WriteStream) else _begin(session, layout, start)
         documents = read_documents(model, texts, start.shard)
-        length = len(texts) // start.shard[1] if isinstance(texts, Sized) and size is None else None
+        is_list = isinstance(texts, Sized) and not (is_file or isinstance(texts, Mapping))
+        length = len(texts) // start.shard[1] if is_list else None
 
         def run() -> WriteStream:
             if saved.is_finished:

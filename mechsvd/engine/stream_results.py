@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, overload
 
+from mechsvd.checks import with_plain_arguments
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.decomposition import Decomposition, Scale
 from mechsvd.linalg.moments import Moments, decompose_moments, merge_moments
@@ -46,6 +47,14 @@ class WriteStream(Result):
         require_declared(self)
         require_length(self, "sites", len(self.moments.count), "site of `moments`")
         require_between(self, ["tokens_per_pass"], 1)
+
+    def _require_values(self) -> None:
+        counts = self.moments.count
+        if (counts != counts[:1]).any() or (counts > self.tokens).any():
+            raise ValueError(
+                f"`moments` count {counts.tolist()!s:.40} writes, but each site has one per token at "
+                f"most, of {self.tokens} tokens, and all have as many."
+            )
 
     def __len__(self) -> int:
         """Number of writes: sites × positions."""
@@ -101,6 +110,7 @@ class WriteStream(Result):
         center: bool = False,
         scale: Scale | None = None,
     ) -> tuple[Decomposition, ...]: ...
+    @with_plain_arguments
     def decompose(
         self,
         *,

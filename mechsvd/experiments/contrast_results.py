@@ -8,8 +8,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsvd.checks import is_number, require_whole
-from mechsvd.fields import require_between, require_declared, require_finite, require_length
-from mechsvd.linalg.subspace import Subspace
+from mechsvd.fields import (
+    ROUNDED,
+    require_between,
+    require_declared,
+    require_finite,
+    require_length,
+)
+from mechsvd.linalg.subspace import Subspace, require_orthonormal
 from mechsvd.results import Provenance, Result, result
 
 CONTROLS = ("singular", "random")
@@ -57,6 +63,10 @@ class Contrast(Result):
     def _require_values(self) -> None:
         require_finite(self, "directions", "damping", "noise_floor")
         require_between(self, ["text_group"], 0, len(self.groups) - 1)
+        require_between(self, ["values", "null_values"], ROUNDED)
+        require_between(self, ["damping", "noise_floor"], 0)
+        for basis in self.directions.flatten(0, -3):
+            require_orthonormal(basis, name="`directions` of a Contrast")
         for name, axes in (("values", (1, 2)), ("null_values", (1,))):
             wrong = (~getattr(self, name).isfinite()).any(dim=axes) & self.held_out
             if wrong.any():

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.checks import is_number
+from mechsvd.checks import is_number, with_plain_arguments
 from mechsvd.engine.measurement import Measurement
 from mechsvd.engine.metrics import absolute_change, kl_divergence, log_prob
 
@@ -39,6 +39,7 @@ class Criterion:
         return self.margin(measured)
 
 
+@with_plain_arguments
 def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
     """The threshold that the continuation loses at most `nats` of log-probability.
 

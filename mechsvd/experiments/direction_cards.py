@@ -11,7 +11,7 @@ from mechsvd.experiments.direction_writers import DirectionWriters
 from mechsvd.experiments.dose import DoseResponse
 from mechsvd.experiments.token_columns import COLUMNS, TokenColumns
 from mechsvd.experiments.value_vectors import ValueVectors
-from mechsvd.fields import require_between, require_declared, require_finite
+from mechsvd.fields import ROUNDED, require_between, require_declared, require_finite
 from mechsvd.results import Provenance, Result, result
 
 EXAMPLES = 3  # positions of each kind
@@ -67,6 +67,7 @@ class DirectionCards(Result):
     def _require_values(self) -> None:
         require_finite(self, "singular_values")
         require_between(self, ["singular_values"], 0)
+        require_between(self, ["kl_divergences"], ROUNDED)
         require_between(self, ["examples"], 0, len(self.writers.tokens) - 1)
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.checks import file_path
 from mechsvd.edits.maps import Edit
 from mechsvd.engine.checkpoint import locked
 from mechsvd.engine.folds import FoldedWeights, fold_weights
@@ -24,7 +25,13 @@ from mechsvd.engine.metrics import divergences
 from mechsvd.engine.processes import this_process
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, Session, open_session
-from mechsvd.fields import require_between, require_declared, require_finite, require_length
+from mechsvd.fields import (
+    ROUNDED,
+    require_between,
+    require_declared,
+    require_finite,
+    require_length,
+)
 from mechsvd.model.exporting import (
     checkpoint_logits,
     in_single_precision,
@@ -90,6 +97,7 @@ class FoldReport(Result):
         sizes = ["difference", "saved_difference", "dtype_difference", "largest_logit"]
         require_finite(self, *sizes, "kl_divergence", "edit_divergence")
         require_between(self, sizes, 0)
+        require_between(self, ["kl_divergence", "edit_divergence"], ROUNDED)
 
     def to_pandas(self) -> Any:
         """One row per text: task, and the numbers that `FoldReport` explains."""
@@ -252,9 +260,7 @@ def _default_task(model: Model) -> Task:
 
 
 def _folder(out: str | os.PathLike[str]) -> Path:
-    if not isinstance(out, str | os.PathLike):
-        raise TypeError(f"`out` must be a path, but is {out!r:.60}.")
-    folder = Path(out).expanduser().absolute()
+    folder = file_path("out", out).absolute()
     if not folder.parent.is_dir():
         raise FileNotFoundError(
             f"Cannot write {folder}: the folder {folder.parent} does not exist; create it first."

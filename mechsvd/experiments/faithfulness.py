@@ -16,7 +16,13 @@ from mechsvd.engine.passes import measure
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions
 from mechsvd.experiments.sweeps import RankSweep, RankSweeps
-from mechsvd.fields import require_declared, require_finite, require_length
+from mechsvd.fields import (
+    ROUNDED,
+    require_between,
+    require_declared,
+    require_finite,
+    require_length,
+)
 from mechsvd.linalg.decomposition import (
     Decomposition,
     kept_directions,
@@ -110,6 +116,7 @@ class Faithfulness(Result):
 
     def _require_values(self) -> None:
         require_finite(self, "divergences", "effects", "single", "joint", "stress")
+        require_between(self, ["divergences"], ROUNDED)
 
     @property
     def non_additivity(self) -> Float[Tensor, " task"]:

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import Unpack
 
-from mechsvd.checks import is_whole, quiet, require_whole
+from mechsvd.checks import is_whole, quiet, require_whole, whole_numbers
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session, require_same_positions
 from mechsvd.engine.writes import Writes, collect_writes
@@ -192,18 +192,22 @@ def fit_and_measure(
     require_same_positions(options)
     texts = as_tasks(tasks)
     fold = folds_of(len(texts), groups, folds, require_whole("seed", seed))
-    if wrong := [order for order in orders if order not in ORDERS]:
+    named = [orders] if isinstance(orders, str) else [*orders]
+    if wrong := [order for order in named or ["nothing"] if order not in ORDERS]:
         raise ValueError(f"`orders` holds {wrong[0]!r:.40}, but must be of {list(ORDERS)}.")
-    chosen_ranks = None if ranks is None else [*ranks]
+    chosen_ranks = None if ranks is None else whole_numbers("ranks", ranks).tolist()
     found: dict[tuple[str, str, str], dict[int, RankSweep]] = {}
     with open_session(model, texts, **options):
         everything = collect_writes(model, texts, **options)
+        random = random_directions(everything, seed)
+        if wrong := [k for k in chosen_ranks or () if not 0 <= k <= random.rank]:
+            raise ValueError(f"`ranks` holds {wrong[:5]}, but must be from 0 to {random.rank}.")
 
         def sweep(key: tuple[str, str], svd: Any, fitted_on: list[int], own: list[int]) -> None:
-            for order in orders:
+            for order in named:
                 places = _order(model, [texts[i] for i in fitted_on], svd, order, seed, options)
                 most = max(one.rank for one in (svd if isinstance(svd, tuple) else [svd]))
-                kept = chosen_ranks and [rank for rank in chosen_ranks if rank <= most]
+                kept = chosen_ranks and _up_to(most, chosen_ranks)
                 sweeps = sweep_rank(model, [texts[i] for i in own], svd, kept, places, **options)
                 found.setdefault((*key, order), {}).update(zip(own, sweeps.parts, strict=True))
 
@@ -221,7 +225,6 @@ def fit_and_measure(
                 for fitted, source in ((OWN, i), (ONE, other)):
                     svd = decompose_texts(everything, [source], per)
                     sweep((fitted, basis), svd, [source], [i])
-        random = random_directions(everything, seed)
         sweeps = sweep_rank(model, texts, random, chosen_ranks, **options)
         found[RANDOM, "pooled", "random"] = dict(enumerate(sweeps.parts))
     fits = tuple(
@@ -229,6 +232,11 @@ def fit_and_measure(
         for key, parts in found.items()
     )
     return HeldOut(fits, fold)
+
+
+def _up_to(most: int, ranks: list[int]) -> list[int]:
+    """The ranks that a basis has; all of them where it has none, to be refused by name."""
+    return [rank for rank in ranks if rank <= most] or ranks
 
 
 def folds_of(count: int, groups: Any, folds: Any, seed: int) -> Int[Tensor, " task"]:

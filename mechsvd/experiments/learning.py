@@ -14,7 +14,7 @@ from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.engine.writes import collect_writes
 from mechsvd.experiments.descent import Texts, descend, start_bases
-from mechsvd.fields import require_declared, require_finite
+from mechsvd.fields import ROUNDED, require_between, require_declared, require_finite
 from mechsvd.linalg.decomposition import decompose
 from mechsvd.linalg.subspace import Subspace
 from mechsvd.model.places import width_of
@@ -52,6 +52,7 @@ class LearnedSubspace(Result):
 
     def _require_values(self) -> None:
         require_finite(self, "losses", "divergences")
+        require_between(self, ["losses", "divergences"], ROUNDED)
 
     @property
     def subspace(self) -> Subspace | tuple[Subspace, ...]:

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from mechsvd.experiments.heldout import OTHERS, OWN
 from mechsvd.experiments.intervals import interval_columns
-from mechsvd.fields import require_between, require_declared, require_finite, require_length
+from mechsvd.fields import (
+    ROUNDED,
+    require_between,
+    require_declared,
+    require_finite,
+    require_length,
+)
 from mechsvd.results import Provenance, Result, result
 
 SIDES = (OWN, OTHERS)
@@ -56,6 +62,7 @@ class OrderComparison(Result):
     def _require_values(self) -> None:
         require_finite(self, "values", "random")
         require_between(self, ["ranks", "fold"], 0)
+        require_between(self, ["values", "random"], ROUNDED)
 
     def of(
         self, order: str, basis: str = "pooled", fitted: str = OTHERS

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.checks import is_number, require_whole
+from mechsvd.checks import is_number, require_whole, with_plain_arguments
 
 EXACT = 12  # texts, up to which all sign patterns are always tried
 BLOCK = 2**19  # numbers in one block of sign patterns or of resampled means
@@ -18,6 +18,7 @@ TIE = 1e-7  # of the largest statistic of an item; float32 effects tie only up t
 ROUNDING = 1e-12  # of the largest value; a difference below it comes from rounding
 
 
+@with_plain_arguments
 def interval(
     values: Float[Tensor, " text *item"],
     confidence: float = 0.95,
@@ -137,6 +138,7 @@ class SignFlip:
     flips: int
 
 
+@with_plain_arguments
 def sign_flip(
     effects: Float[Tensor, "text item"],
     permutations: int = 10_000,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
+from mechsvd.checks import with_plain_arguments
 from mechsvd.engine.writes import Writes
 from mechsvd.figures.display import label
 from mechsvd.figures.multiples import multiples
@@ -21,6 +22,7 @@ from mechsvd.linalg.decomposition import Decomposition
 from mechsvd.results import require_kind, require_same_model
 
 
+@with_plain_arguments
 def singular_values(
     svd: Decomposition | Mapping[str, Decomposition], *, log: bool = False
 ) -> go.Figure:

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from mechsvd.checks import with_plain_arguments
 from mechsvd.engine.measurement import Measurement
 from mechsvd.experiments.order_comparison import OrderComparison
 from mechsvd.experiments.ridge import RidgeSweep, RidgeSweeps
@@ -138,6 +139,7 @@ def deltas(sweep: RankSweep | RankSweeps | Mapping[str, RankSweep]) -> go.Figure
 
 
 @multiples
+@with_plain_arguments
 def delta_map(sweep: RankSweep, *, kept: bool = True) -> go.Figure:
     """Sizes of every site's writes by number of kept directions, relative to the clean run.
 

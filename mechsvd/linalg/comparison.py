@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsvd.checks import is_whole, require_whole
+from mechsvd.checks import is_whole, require_whole, with_plain_arguments
 from mechsvd.fields import require_between, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace
 from mechsvd.results import Provenance, Result, require_same_model, result
@@ -179,6 +179,7 @@ def principal_angles(first: Subspace, second: Subspace) -> Float[Tensor, " small
     return torch.where(cosines.square() < 0.5, cosines.arccos(), sines.arcsin())
 
 
+@with_plain_arguments
 def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
     """A uniformly random subspace, in double precision.
 
@@ -191,9 +192,11 @@ def random_subspace(d_model: int, rank: int, seed: int = 0) -> Subspace:
     """
     if not is_whole(rank, 0, d_model):
         raise ValueError(f"`rank` is {rank}, but must be from 0 to `d_model` = {d_model}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(require_whole("seed", seed))
     return Subspace(
-        torch.linalg.qr(torch.randn(d_model, rank, generator=generator, dtype=torch.float64))[0]
+        torch.linalg.qr(torch.randn(d_model, int(rank), generator=generator, dtype=torch.float64))[
+            0
+        ]
     )
 
 

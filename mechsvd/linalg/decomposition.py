@@ -12,10 +12,17 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsvd.checks import is_whole, require_whole, warn, whole_numbers
+from mechsvd.checks import (
+    is_whole,
+    real_tensor,
+    require_whole,
+    warn,
+    whole_numbers,
+    with_plain_arguments,
+)
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
-from mechsvd.linalg.svd import numerical_rank, thin_svd
+from mechsvd.linalg.svd import numerical_rank, require_representable, thin_svd
 from mechsvd.results import Provenance, Result, result, with_notes
 
 Scale = Literal["site", "norm"]
@@ -106,6 +113,7 @@ class Decomposition(Result):
         """Dimension of the residual stream."""
         return self.directions.shape[0]
 
+    @with_plain_arguments
     def subspace(self, rank: int | Iterable[int] | Int[Tensor, " chosen"]) -> Subspace:
         """The span of the first `rank` directions, or of the directions of some numbers.
 
@@ -215,6 +223,7 @@ def decompose(
     center: bool = False,
     scale: Scale | None = None,
 ) -> tuple[Decomposition, ...]: ...
+@with_plain_arguments
 def decompose(
     writes: Sample | Tensor,
     *,
@@ -392,7 +401,7 @@ def kept_directions(svd: Decomposition, kept: Any) -> Int[Tensor, " direction"]:
     Raises:
         ValueError: directions out of range or repeated, or none or all of them.
     """
-    first = torch.arange(require_whole("kept", kept)) if isinstance(kept, int) else None
+    first = torch.arange(require_whole("kept", kept)) if is_whole(kept) else None
     chosen = whole_numbers("kept", kept) if first is None else first
     is_valid = len(chosen.unique()) == len(chosen) and (chosen >= 0).all()
     if not is_valid or len(chosen) in (0, svd.rank) or chosen.max() >= svd.rank:
@@ -432,6 +441,7 @@ def decompose_groups(
             t.to(device=device, dtype=dtype)
             for t in (sizes[:rank], directions[:, :rank] * sign, left)
         )
+        require_representable(sizes)
         svds.append(Decomposition(sizes, directions, left, layer, source))
     return tuple(svds)
 
@@ -464,6 +474,7 @@ def _require_sample(values: Any) -> None:
             "`writes` must be a non-empty float tensor [site, pos, d_model], "
             f"but is {values.dtype} of shape {list(values.shape)}."
         )
+    real_tensor("writes", values, "site pos d_model")
     if not values.isfinite().all():
         site, pos, _ = (~values.isfinite()).nonzero()[0].tolist()
         raise ValueError(

@@ -20,7 +20,7 @@ from mechsvd.linalg.decomposition import (
     warn_unseen,
 )
 from mechsvd.linalg.subspace import at_least_single, signs
-from mechsvd.linalg.svd import eigh_or_again, numerical_rank
+from mechsvd.linalg.svd import eigh_or_again, numerical_rank, require_representable
 from mechsvd.results import Provenance, Result, result, with_notes
 
 BLOCK = 1024  # vectors per product: wide enough for its speed, and little memory
@@ -299,6 +299,7 @@ def _decompose(
         [((scatter_about(part, centre)[0] @ directions) * directions).sum(dim=0) for part in group]
     ).clamp(min=0)  # rounding of a share near zero
     dtype = at_least_single(getattr(torch, moments.dtype))
+    require_representable(sizes.to(dtype))
     return Decomposition(
         sizes.to(dtype),
         (directions * signs(directions)).to(dtype),

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.checks import real_tensor, with_plain_arguments
 from mechsvd.fields import require_declared
 from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
 
@@ -71,8 +72,9 @@ class Subspace(Result):
         )
 
 
+@with_plain_arguments
 def span(
-    vectors: Float[Tensor, "d_model n"] | Float[Tensor, "n d_model"],
+    vectors: Any,
     source: Provenance | None = None,
     *,
     rows: bool = False,
@@ -80,7 +82,7 @@ def span(
     """Build the subspace that some vectors span, with an orthonormal basis.
 
     Args:
-        vectors: columns of any length, dependent or not.
+        vectors: columns of any length, dependent or not, "d_model n": a tensor or an array.
         source: the model they come from, if any.
         rows: the vectors are rows "n d_model", as in the decoder of a dictionary or in `W_out`. A
             square matrix does not show which they are.
@@ -96,6 +98,7 @@ def span(
         >>> ms.span(torch.tensor([[3.0, 0.0, 0.0]]), rows=True).basis.flatten().abs().tolist()
         [1.0, 0.0, 0.0]
     """
+    vectors = real_tensor("vectors", vectors, "d_model n")
     require_matrix(vectors)
     vectors = vectors.T if rows else vectors
     dtype = at_least_single(vectors.dtype)
@@ -171,8 +174,9 @@ def signs(directions: Float[Tensor, "d_model rank"]) -> Float[Tensor, " rank"]:
     return directions.gather(0, largest).sign().flatten()
 
 
-def require_matrix(vectors: Tensor) -> None:
+def require_matrix(vectors: Any) -> None:
     """Refuse anything but a finite float matrix; it may have no columns."""
+    real_tensor("basis", vectors, "d_model rank")
     if vectors.ndim != 2 or not vectors.is_floating_point() or vectors.shape[0] == 0:
         raise ValueError(
             "A basis must be a float matrix of shape [d_model, rank], "

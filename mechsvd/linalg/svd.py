@@ -23,6 +23,10 @@ def thin_svd(
         Left singular vectors, singular values (falling), directions as columns.
     """
     sample, d_model = vectors.shape[-2:]
+    largest = float(vectors.abs().max()) if vectors.numel() else 0.0
+    if largest and not 1e-100 < largest < 1e100:  # their squares leave float64
+        left, sizes, directions = thin_svd(vectors / largest)
+        return left, sizes * largest, directions
     if sample <= d_model:
         left, sizes, right = _svd(vectors)
         return left, sizes, right.mT
@@ -31,6 +35,19 @@ def thin_svd(
     # at a singular value of zero the left vector is undefined; dividing by 1 leaves it zero
     left = vectors @ directions / torch.where(sizes > 0, sizes, 1.0)[..., None, :]
     return left, sizes, directions
+
+
+def require_representable(sizes: Float[Tensor, " r"]) -> None:
+    """Refuse singular values that are too large for their dtype.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if not sizes.isfinite().all():
+        raise ValueError(
+            f"The singular values are too large for {sizes.dtype}; divide the writes by a constant, "
+            "or give them in float64."
+        )
 
 
 def numerical_rank(sizes: Float[Tensor, " r"], shape: torch.Size) -> int:

@@ -1,6 +1,5 @@
 """Corpora: documents read one by one from tasks, texts or a file, and tokenised when they run."""
 
-import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -10,8 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechsvd.model.sites import Model
+from mechsvd.model.sources import TEXT, read_entries
 from mechsvd.model.tasks import Task, require_known
-from mechsvd.model.texts import TEXT, file_of_texts, prompt_of, read_entries, text_of
+from mechsvd.model.texts import prompt_of, text_of
 from mechsvd.model.tokenization import prompt_tokens, warn_unusual_start
 
 
@@ -44,18 +44,7 @@ def read_documents(model: Model, source: Any, shard: tuple[int, int]) -> Iterato
         if is_first:  # once, not for each of very many
             warn_unusual_start(model, entry.tokens[:2].tolist(), entry.text()[0])
         is_first = False
-        yield _document_of_task(model, place, entry)
-
-
-def size_in_bytes(source: Any) -> int | None:
-    """The size of a file of texts; None for anything else.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    if not isinstance(source, str | os.PathLike):
-        return None
-    return file_of_texts(source).stat().st_size
+        yield _document_of_tokens(model, place, entry.tokens.cpu().long())
 
 
 def tokens_of(document: Document) -> Int[Tensor, " pos"]:
@@ -75,9 +64,7 @@ def to_hash(document: Document) -> bytes:
     return f"{len(document.raw)}:".encode() + document.raw
 
 
-def _document_of_task(model: Model, place: str, task: Task) -> Document:
-    tokens = task.tokens.cpu().long()
-
+def _document_of_tokens(model: Model, place: str, tokens: Int[Tensor, " pos"]) -> Document:
     def read() -> Tensor:
         require_known(model, tokens)
         return tokens
@@ -89,12 +76,16 @@ def _document_of_text(model: Model, place: str, name: str, entry: Any) -> Docume
     if _is_empty(entry):
         return Document(place, b"", lambda: torch.empty(0, dtype=torch.int64))
     text = text_of(place, name, entry)
+    if text.tokens:
+        return _document_of_tokens(model, place, torch.tensor(text.tokens))
     whole = prompt_of(model, text) + (text.continuation or "")
-    return Document(
-        place,
-        b"text " + whole.encode("utf-8", "surrogatepass"),
-        lambda: torch.tensor(prompt_tokens(model, whole)),
-    )
+
+    def read() -> Tensor:
+        tokens = torch.tensor(prompt_tokens(model, whole))
+        require_known(model, tokens)
+        return tokens
+
+    return Document(place, b"text " + whole.encode("utf-8", "surrogatepass"), read)
 
 
 def _is_empty(entry: Any) -> bool:

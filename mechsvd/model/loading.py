@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mechsvd.checks import with_plain_arguments
 from mechsvd.demo import WEIGHTS
 from mechsvd.model.checkpoints import (
     CheckpointError,
@@ -29,6 +30,7 @@ OLDEST, NEWEST = (3, 9), (5, 0)  # of transformer-lens: from the first, below th
 INSTALL = "pip install 'transformer-lens>=3.9,<5'"
 
 
+@with_plain_arguments
 def load_model(
     model: Any = EMBEDDED,
     *,
@@ -68,7 +70,7 @@ def load_model(
                 "options are for models that are loaded by name."
             )
         return model
-    if not isinstance(model, (str, Path)) or not str(model):
+    if not isinstance(model, (str, Path)) or not str(model) or "\0" in str(model):
         raise TypeError(
             f"`model` must be a name, a directory or a TransformerLens model, but it is {model!r}."
         )
@@ -154,7 +156,8 @@ def _require_placement(device: str | torch.device | None, dtype: torch.dtype) ->
             f"`dtype` must be a floating torch.dtype such as torch.float32, but is {dtype!r}."
         )
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split(":")[0].splitlines()[0]
         raise ValueError(

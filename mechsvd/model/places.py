@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -149,12 +149,16 @@ def _require_vectors(name: str, shapes: list[tuple[int, ...]], length: int) -> N
         )
 
 
+def _listed(heads: Any) -> list[Any]:
+    return [*heads] if isinstance(heads, Iterable) and not is_whole(heads) else [heads]
+
+
 def _heads(heads: Any, shape: tuple[int, ...], name: str) -> list[int | None]:
     if len(shape) == 1:
         if heads is not None:
             raise ValueError(f"`{name}` has no axis of heads, so `heads` has no meaning there.")
         return [None]
-    chosen = range(shape[0]) if heads is None else [heads] if is_whole(heads) else list(heads)
+    chosen = range(shape[0]) if heads is None else _listed(heads)
     wrong = [head for head in chosen if not is_whole(head, 0, shape[0] - 1)]
     if wrong or not chosen:
         raise KeyError(f"No heads {wrong}: `{name}` has heads 0–{shape[0] - 1}.")

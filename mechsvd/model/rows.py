@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechsvd.checks import is_whole, require_whole
+from mechsvd.checks import is_whole, require_whole, with_plain_arguments
 from mechsvd.fields import require_between, require_declared
 from mechsvd.model.corpus import Document, to_hash, tokens_of
 from mechsvd.model.positions import Positions, absolute_positions
@@ -77,6 +77,12 @@ class Place(Result):
 
     def _require_values(self) -> None:
         require_between(self, ["rest", "shard"], 0)
+        first_place(self.shard)
+        if self.empty + self.split > self.documents or (self.documents and not self.fingerprint):
+            raise ValueError(
+                f"A Place has {self.empty} empty and {self.split} split of {self.documents} documents"
+                ", and a fingerprint of them; this one cannot be."
+            )
 
 
 class Row(NamedTuple):
@@ -93,8 +99,9 @@ class Window(NamedTuple):
     place: Place
 
 
+@with_plain_arguments
 def layout_of(
-    model: Model, context: Any, packing: Any, skip_bos: Any, positions: Positions
+    model: Model, context: Any, packing: bool, skip_bos: bool, positions: Positions
 ) -> Layout:
     """Describe how documents become rows, by default of up to the model's whole context.
 
@@ -102,9 +109,6 @@ def layout_of(
         TypeError, ValueError: an option that cannot be.
     """
     n_ctx = int(model.cfg.n_ctx)
-    for name, value in {"packing": packing, "skip_bos": skip_bos}.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"`{name}` must be True or False, but is {value!r:.40}.")
     return Layout(
         n_ctx if context is None else require_whole("context", context, 2, n_ctx),
         packing,

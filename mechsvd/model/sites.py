@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from typing_extensions import Protocol, TypedDict, runtime_checkable
 
-from mechsvd.checks import is_whole, once
+from mechsvd.checks import is_whole, once, with_plain_arguments
 from mechsvd.fields import require_declared
 from mechsvd.model.positions import Positions
 from mechsvd.results import result
@@ -113,6 +114,25 @@ def require_model(model: Any) -> None:
         )
 
 
+@contextmanager
+def forgets_conversions(model: Model) -> Iterator[None]:
+    """Let go of what TransformerLens notes about each tensor of a hooked run, and never forgets.
+
+    `AttentionAutoConversion` has a dict for each that passed a hook point of attention, by its id.
+    """
+    points = (getattr(point, "hook_conversion", None) for point in model.hook_dict.values())
+    notes = [s for p in points if isinstance(s := getattr(p, "_conversion_state", None), dict)]
+    before = [{*state} for state in notes]  # of a run that we are called in
+    try:
+        yield
+    finally:
+        for state, own in zip(notes, before, strict=True):
+            for key in [*state]:
+                if key not in own:
+                    del state[key]
+
+
+@with_plain_arguments
 def find_sites(
     model: Model,
     layers: int | Iterable[int] | None = None,
@@ -250,10 +270,11 @@ def _valid_layers(model: Model, layers: int | Iterable[int] | None) -> Sequence[
     n_layers = model.cfg.n_layers
     if layers is None:
         return range(n_layers)
-    numbers = sorted({layers} if isinstance(layers, int) else set(layers))
+    several = isinstance(layers, Iterable) and not is_whole(layers)
+    numbers: list[Any] = [*layers] if several else [layers]  # type: ignore[misc]
     if wrong := [layer for layer in numbers if not is_whole(layer, 0, n_layers - 1)]:
         raise KeyError(f"No layers {wrong}: the model has layers 0–{n_layers - 1}.")
-    return [int(layer) for layer in numbers]
+    return sorted({int(layer) for layer in numbers})
 
 
 def _valid_components(components: Sequence[str]) -> list[str]:

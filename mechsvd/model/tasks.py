@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechsvd.checks import is_whole
+from mechsvd.checks import is_whole, require_whole, with_plain_arguments
 from mechsvd.fields import require_between, require_declared
 from mechsvd.model.decoding import continue_tokens
 from mechsvd.model.evaluation import evaluation
+from mechsvd.model.padding import NO_LABEL, warn_pads
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tokenization import (
     continuation_tokens,
@@ -87,6 +88,12 @@ class Task(Result):
             )
         # a numpy integer becomes an int
         object.__setattr__(self, "prompt_length", int(self.prompt_length))
+        if not isinstance(self.pieces, tuple):
+            raise TypeError(
+                f"`pieces` must be a tuple of texts, but is {type(self.pieces).__name__}. A task "
+                "takes no attention mask: give `input_ids` and `attention_mask` to `tasks_from`, or "
+                "the tokens without pads."
+            )
         require_declared(self)
         if self.pieces and len(self.pieces) != len(self.tokens):
             raise ValueError(
@@ -111,6 +118,7 @@ class Task(Result):
         require_between(self, ["tokens", "right", "wrong", "targets"], 0)
 
     @classmethod
+    @with_plain_arguments
     def from_text(
         cls,
         model: Model,
@@ -145,15 +153,10 @@ class Task(Result):
         else:
             require_text("continuation", continuation)
             scored = continuation_tokens(model, prompt, continuation)
-        prompt_ids = fit_context(
-            model, prompt_ids, max_new_tokens if scored is None else len(scored), truncate
-        )
-        ids = prompt_ids + (
-            _greedy(model, prompt_ids, max_new_tokens) if scored is None else scored
-        )
-        return cls(torch.tensor(ids), len(prompt_ids), pieces_of(model, ids))
+        return continued(model, prompt_ids, scored, max_new_tokens, truncate)
 
     @classmethod
+    @with_plain_arguments
     def from_choice(
         cls,
         model: Model,
@@ -273,8 +276,50 @@ def as_tasks(tasks: Task | Sequence[Task]) -> tuple[Task, ...]:
     return task_list
 
 
+def continued(
+    model: Model,
+    prompt_ids: list[int],
+    scored: list[int] | None,
+    max_new_tokens: int,
+    truncate: Literal["left"] | None,
+) -> Task:
+    """The task of a prompt's tokens, with the scored ones or a greedy continuation."""
+    if scored is None and is_whole(max_new_tokens, most=0):
+        raise ValueError(
+            f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1."
+        )
+    given = None if scored is None else len(scored)
+    new_tokens = require_whole("max_new_tokens", max_new_tokens, 1) if given is None else given
+    prompt_ids = fit_context(model, prompt_ids, new_tokens, truncate)
+    require_known(model, torch.tensor(prompt_ids))
+    ids = prompt_ids + (_greedy(model, prompt_ids, new_tokens) if scored is None else scored)
+    pieces = () if model.tokenizer is None else pieces_of(model, ids)
+    return Task(torch.tensor(ids), len(prompt_ids), pieces)
+
+
+def task_of_tokens(
+    model: Model,
+    tokens: Sequence[int],
+    scored: int,
+    max_new_tokens: int,
+    truncate: Literal["left"] | None,
+) -> Task:
+    """The task of a row of tokens without pads; its last `scored` ones, or greedy text if 0.
+
+    Raises:
+        ValueError: the model lacks a token, or its context holds fewer.
+    """
+    require_known(model, torch.tensor(tokens))
+    warn_pads(model, tokens)
+    count = len(tokens) - scored
+    prompt = [*tokens[:count]]
+    task = continued(model, prompt, [*tokens[count:]] or None, max_new_tokens, truncate)
+    warn_unusual_start(model, tokens[:2], task.text()[0])
+    return task
+
+
 def require_fitting(model: Model, task: Task) -> None:
-    """Refuse a task that the model cannot read.
+    """Refuse a task that the model cannot read, and warn of one that looks padded.
 
     Raises:
         ValueError: the model does not have a token id, or its context holds fewer tokens.
@@ -293,6 +338,8 @@ def require_fitting(model: Model, task: Task) -> None:
     require_known(model, task.tokens)
     require_known(model, task.continuation, as_outputs=True)
     warn_unusual_start(model, task.tokens[:2].tolist(), task.text()[0])
+    if not task.pieces and task.targets is None:
+        warn_pads(model, task.tokens.tolist())
 
 
 def require_known(model: Model, tokens: Int[Tensor, " pos"], as_outputs: bool = False) -> None:
@@ -303,6 +350,11 @@ def require_known(model: Model, tokens: Int[Tensor, " pos"], as_outputs: bool = 
     """
     low, high = int(tokens.min()), int(tokens.max())
     count = model.cfg.d_vocab
+    if (tokens == NO_LABEL).any():
+        raise ValueError(
+            f"Token id {NO_LABEL} is no token: it marks what is not scored in `labels`. Give the "
+            "`input_ids`, and `labels` next to them to `tasks_from`."
+        )
     if as_outputs and getattr(model.cfg, "d_vocab_out", -1) > 0:
         count = min(count, model.cfg.d_vocab_out)
     if low < 0 or high >= count:
@@ -330,10 +382,6 @@ def _require_ids(name: str, ids: Any) -> None:
 
 
 def _greedy(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"Nothing to score: `max_new_tokens` is {max_new_tokens}, but must be at least 1."
-        )
     with evaluation(model):
         return continue_tokens(model, torch.tensor([prompt_ids]), max_new_tokens)[0][
             len(prompt_ids) :

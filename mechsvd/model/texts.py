@@ -1,18 +1,14 @@
-"""Many texts as tasks: from a file, a list, rows of a dataset, or chat messages."""
+"""Many texts as tasks: from a file, a list, a table, tokens of a batch, or chat messages."""
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from mechsvd.checks import warn
+from mechsvd.checks import warn, with_plain_arguments
+from mechsvd.model.padding import unpadded
 from mechsvd.model.sites import Model, require_model
-from mechsvd.model.tasks import Task
-
-KEYS = ("name", "prompt", "continuation", "wrong", "messages", "group")
-TEXT = "text"  # another name of `prompt`, as in many datasets
+from mechsvd.model.sources import FIELDS, IDS, KEYS, LABELS, MASK, TEXT, plain, read_entries
+from mechsvd.model.tasks import Task, task_of_tokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +20,8 @@ class Text:
         wrong: texts of single tokens, for a choice.
         messages: of a chat, instead of a prompt.
         group: its kind, for a contrast of kinds.
+        tokens: instead of a prompt, without pads; the last `scored` of them are the continuation,
+            or none where it is greedy.
         place: for messages, such as "text 3 (line 5 of prompts.txt)".
     """
 
@@ -34,11 +32,14 @@ class Text:
     wrong: str | list[str] | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     group: str = ""
+    tokens: tuple[int, ...] = ()
+    scored: int = 0
 
 
+@with_plain_arguments
 def tasks_from(
     model: Model,
-    source: str | os.PathLike[str] | Iterable[Any],
+    source: Any,
     *,
     max_new_tokens: int = 40,
     prepend_bos: bool | None = None,
@@ -50,11 +51,14 @@ def tasks_from(
     All texts are read and checked before the model runs.
 
     Args:
-        source: a file with one prompt per line, of JSON lines or of one JSON document; or a list.
-            An entry is a prompt, a pair of prompt and continuation, or an object (a row of a
-            dataset) with `prompt` (or `text`) and, as wanted, `continuation`, `wrong` (a choice between single
-            tokens; see `Task.from_choice`) and `name`. Instead of `prompt` it may have `messages`,
-            a chat that the tokenizer's template turns into text.
+        source: a file with one prompt per line, of JSON lines or of one JSON document, or a CSV, TSV
+            or Parquet table; a list; a dict of texts by their names; or a table, such as a data
+            frame, a dict of columns or a dataset. An entry is a prompt, a pair of prompt and
+            continuation, or a row with `prompt` (or `text`) and, as wanted, `continuation`, `wrong`
+            (a choice between single tokens; see `Task.from_choice`) and `name`. Instead of
+            `prompt` it may have `messages`, a chat that the tokenizer's template turns into text;
+            or `input_ids`, as they come from a tokenizer, with `attention_mask` (pads are left
+            out) and `labels` (what they label is the continuation).
         max_new_tokens, prepend_bos, truncate: as in `Task.from_text`.
         on_bad: "skip" leaves out bad texts, with a warning that names them.
 
@@ -93,9 +97,7 @@ def tasks_from(
     return tasks
 
 
-def read_texts(
-    source: str | os.PathLike[str] | Iterable[Any], bad: list[str] | None = None
-) -> Iterator[Text]:
+def read_texts(source: Any, bad: list[str] | None = None) -> Iterator[Text]:
     """Read the texts of a source; see `tasks_from`.
 
     Args:
@@ -113,79 +115,15 @@ def read_texts(
             bad.append(str(error))
 
 
-def read_entries(source: Any) -> Iterator[tuple[str, str, Any]]:
-    """Each entry with its place and, in a JSON object, its name; those of a file one by one."""
-    if not isinstance(source, str | os.PathLike):
-        if isinstance(source, Mapping):
-            for number, (name, entry) in enumerate(source.items()):
-                yield f"text {number} ({name})", str(name), entry
-        elif isinstance(source, Iterable):
-            for number, entry in enumerate(source):
-                yield f"text {number}", "", entry
-        else:
-            raise TypeError(
-                f"`source` must be a file or a list of texts, but is {type(source).__name__}."
-            )
-        return
-    path = file_of_texts(source)
-    if path.suffix == ".json":
-        yield from _entries_of_json(path, path.read_text(encoding="utf-8-sig"))
-        return
-    with open(path, encoding="utf-8-sig") as file:
-        lines = ((i, line.rstrip("\n")) for i, line in enumerate(file, start=1) if line.strip())
-        for number, (line_number, line) in enumerate(lines):
-            place = f"text {number} (line {line_number} of {path.name})"
-            yield place, "", _entry_of_line(place, line) if path.suffix == ".jsonl" else line
-
-
-def file_of_texts(path: str | os.PathLike[str]) -> Path:
-    """The path of a file of texts.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = Path(path).expanduser()
-    try:
-        is_file = found.is_file()
-    except (OSError, ValueError):  # a text, too long for a name
-        is_file = False
-    if not is_file:
-        raise FileNotFoundError(
-            f"There is no file of texts {found!s:.200}; give a text itself in a list, [text]."
-        )
-    return found
-
-
-def _entry_of_line(place: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}.") from error
-
-
-def _entries_of_json(path: Path, content: str) -> Iterator[tuple[str, str, Any]]:
-    try:
-        document = json.loads(content, object_pairs_hook=_without_repetition)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(document, dict | list):
-        raise ValueError(f"{path} must hold an object or a list of texts.")
-    yield from read_entries(document)
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"The file names {sorted(repeated)} more than once; name each text once.")
-    return dict(pairs)
-
-
 def text_of(place: str, name: str, entry: Any) -> Text:
     """The text of one entry of a source.
 
     Raises:
         ValueError, TypeError: it is no text, with its place.
     """
+    if isinstance(entry, Exception):  # the source could not read it
+        raise type(entry)(f"{place} {entry}") from entry
+    entry = plain(entry)
     if isinstance(entry, str):
         entry = {"prompt": entry}
     elif isinstance(entry, list | tuple) and len(entry) == 2:
@@ -195,12 +133,25 @@ def text_of(place: str, name: str, entry: Any) -> Text:
             f"{place} must be a prompt, a pair of prompt and continuation, or an object, "
             f"but is {entry!r:.60}."
         )
-    if entry.get("prompt") is None and entry.get(TEXT) is not None:
-        entry = {**entry, "prompt": entry[TEXT]}
-    fields = {key: entry[key] for key in KEYS if entry.get(key) is not None}
+    row = {k: value for k in FIELDS if k in entry and (value := plain(entry[k])) is not None}
+    if row.get("prompt") is None and row.get(TEXT) is not None:
+        row["prompt"] = row[TEXT]
+    if IDS in row and not (
+        {"prompt", "messages"} & {*row} and not isinstance(row.get(LABELS), list)
+    ):
+        tokens, scored = unpadded(place, row[IDS], row.get(MASK), row.get(LABELS))
+        return Text(
+            place, row.get("name", name), group=row.get("group", ""), tokens=tokens, scored=scored
+        )
+    fields = {key: row[key] for key in KEYS if key in row}
     messages = tuple(fields.pop("messages", ()))
     fields.setdefault("name", name)
-    if not messages and not fields.get("prompt"):
+    _require_fields(place, fields, bool(messages))
+    return Text(place, messages=messages, **fields)
+
+
+def _require_fields(place: str, fields: Mapping[str, Any], is_chat: bool) -> None:
+    if not is_chat and not fields.get("prompt"):
         raise ValueError(f"{place} has no `prompt`: it is empty or missing.")
     for key in ("name", "prompt", "continuation", "group"):
         if key in fields and not isinstance(fields[key], str):
@@ -209,7 +160,6 @@ def text_of(place: str, name: str, entry: Any) -> Text:
         raise ValueError(f"{place}: `continuation` is empty; leave it out for greedy text.")
     if "wrong" in fields and "continuation" not in fields:
         raise ValueError(f"{place}: `wrong` needs `continuation`, the right token.")
-    return Text(place, messages=messages, **fields)
 
 
 def prompt_of(model: Model, text: Text) -> str:
@@ -242,6 +192,10 @@ def task_of(
     Raises:
         ValueError, TypeError: it does not fit the model.
     """
+    if text.tokens:
+        if prepend_bos is not None:
+            raise ValueError("`prepend_bos` is for texts; tokens are taken as they are.")
+        return task_of_tokens(model, text.tokens, text.scored, max_new_tokens, truncate)
     prompt = prompt_of(model, text)
     if text.wrong is not None and text.continuation is not None:
         return Task.from_choice(

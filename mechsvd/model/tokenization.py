@@ -1,5 +1,6 @@
 """Text to tokens and back: BOS, prompt boundary, context, text of each token."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,11 @@ def require_text(name: str, text: Any) -> None:
         )
     if not text:
         raise ValueError(f"`{name}` is empty; give some text.")
+    if broken := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"`{name}` holds half of a character ({broken[0]!a} at {broken.start()}), as text read in "
+            "a wrong encoding does; read it as what it is, such as UTF-8."
+        )
 
 
 def prompt_tokens(
@@ -183,4 +189,7 @@ def expected_bos(model: Model) -> int | None:
 
 
 def _encode(model: Model, text: str) -> list[int]:
-    return model.tokenizer.encode(text, add_special_tokens=False)
+    try:
+        return model.tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # of any kind, by tokenizer
+        raise ValueError(f"The tokenizer cannot read {text!r:.40}: {error}") from error
