@@ -145,9 +145,27 @@ def test_after_what_is_scored_nan_in_a_write_is_refused_too(silent):
     last = len(texts[0].tokens) - 1  # no prediction depends on it
     with (
         model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", spoilt(NAN, last))]),
-        pytest.raises(ValueError, match=f"layer 1 mlp, position {last}, so the writes"),
+        pytest.raises(ValueError, match=f"layer 1 mlp, position {last} of prompt 0, so the writes"),
     ):
         ms.measure(model, texts[0], ms.keep(svd, 9))
+
+
+@pytest.mark.fault(54)
+def test_of_several_texts_the_one_that_is_not_finite_is_named(silent):
+    model, texts, svd = small()
+    special = int(texts[1].tokens[4])
+    assert all(special not in text.tokens for text in (texts[0], *texts[2:]))
+    with torch.no_grad():
+        weight = next(p for n, p in model.named_parameters() if "embed" in n)
+        saved = weight[special].clone()
+        weight[special] = INF
+        try:
+            with pytest.raises(
+                ValueError, match="resid_pre, position 4 of prompt 1, so the logits"
+            ):
+                ms.measure(model, texts, ms.keep(svd, 9), same_model=False)
+        finally:
+            weight[special] = saved
 
 
 def half(dtype, scale):
@@ -161,7 +179,7 @@ def half(dtype, scale):
 @pytest.mark.fault(54)
 def test_of_float16_that_overflows_the_error_names_the_dtypes_that_work(silent):
     model, task = half(torch.float16, 1e3), tiny_task()
-    advice = r"float16 overflows: load the model with dtype=torch.bfloat16 or torch.float32"
+    advice = r"float16 overflows: load the model with dtype=torch.float32 or torch.bfloat16"
     for call in (
         lambda: ms.measure(model, task, ms.chain(), check=False),
         lambda: ms.collect_writes(model, task, check=False),

@@ -354,10 +354,11 @@ class _Setup:
     ) -> None:
         """Refuse a clean run whose logits, writes or scored log-probabilities are not finite."""
         model, tokens = self.session.model, task.tokens[None]
-        require_finite_logits(model, tokens, logits, task.scored)
+        number = next((i for i, one in enumerate(self.session.tasks) if one is task), 0)
+        require_finite_logits(model, tokens, logits, task.scored, prompt=number)
         is_write = torch.tensor([site.is_write for site in self.session.sites])
         if not sizes[is_write].isfinite().all():
-            raise ValueError(not_finite(model, tokens, "the writes"))
+            raise ValueError(not_finite(model, tokens, "the writes", prompt=number))
         wrong = (~score(predictions, task)[0][0].isfinite()).nonzero()
         if len(wrong):
             place = int(wrong[0])

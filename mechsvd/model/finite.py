@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mechsvd.model.evaluation import other_hooks
 from mechsvd.model.sites import COMPONENTS, Hook, Model, Site, end_of_stream, passed_on
 
-ROOMIER = {torch.float16: "torch.bfloat16 or torch.float32", torch.bfloat16: "torch.float32"}
+ROOMIER = {torch.float16: "torch.float32 or torch.bfloat16", torch.bfloat16: "torch.float32"}
 
 
 def require_finite_logits(
@@ -19,6 +19,7 @@ def require_finite_logits(
     logits: Float[Tensor, "batch scored d_vocab"],
     scored: slice | None = None,
     hooks: Sequence[Hook] = (),
+    prompt: int | None = None,
 ) -> None:
     """Refuse logits from which no text and no probability follows.
 
@@ -30,6 +31,7 @@ def require_finite_logits(
         tokens: the whole texts, from their first token on.
         scored: the positions of the logits; all by default.
         hooks: of the edits that were on, which are then named as the likely cause.
+        prompt: the number of the text, of one; of several rows, by default that of the row.
 
     Raises:
         ValueError: saying where NaN or inf begin, in which dtype, and what to do.
@@ -39,7 +41,7 @@ def require_finite_logits(
         row, place = wrong.nonzero()[0].tolist()
         start = 0 if scored is None else scored.indices(tokens.shape[1])[0]
         what = f"the logits at position {start + place}"
-        raise ValueError(not_finite(model, tokens, what, hooks, row))
+        raise ValueError(not_finite(model, tokens, what, hooks, row, prompt))
 
 
 def give_probabilities(logits: Float[Tensor, "*rows d_vocab"]) -> Bool[Tensor, "*rows"]:
@@ -53,6 +55,7 @@ def not_finite(
     what: str,
     hooks: Sequence[Hook] = (),
     row: int = 0,
+    prompt: int | None = None,
 ) -> str:
     """Say where NaN or inf begin in a run, by one more pass, and what to do.
 
@@ -63,9 +66,10 @@ def not_finite(
     run = "run under the edit" if hooks else "clean run"
     device = next(model.parameters()).device
     begin = _beginning(model, tokens.to(device), hooks, row)
-    where = f"first at {begin}, so {what} are not finite" if begin else f"in {what}"
-    text = f" of text {row}" if len(tokens) > 1 else ""
-    return f"The {run}{text} holds NaN or inf, {where}; {_remedy(model, hooks)}"
+    prompt = row if prompt is None and len(tokens) > 1 else prompt
+    of = "" if prompt is None else f" of prompt {prompt}"
+    where = f"first at {begin}{of}, so {what} are not finite" if begin else f"in {what}{of}"
+    return f"The {run} holds NaN or inf, {where}; {_remedy(model, hooks)}"
 
 
 def overflow_advice(dtype: torch.dtype) -> str:
@@ -82,7 +86,8 @@ def _remedy(model: Any, hooks: Sequence[Hook]) -> str:
     weights = nn.Module.named_parameters(model)
     if broken := [name for name, weight in weights if not weight.isfinite().all()]:
         name = broken[0].replace("._original_component", "")
-        return f"the weight {name} holds them, as {len(broken)} weights do: load the model again."
+        others = f", and {len(broken) - 1} more weights" * (len(broken) > 1)
+        return f"the weight {name} holds them{others}: load the model again."
     advice = overflow_advice(dtype)
     if on_it := other_hooks(model):
         return f"what is on the model at {', '.join(on_it)} may make them: take it off.{advice}"
