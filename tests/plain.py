@@ -26,6 +26,11 @@ class Plain:
             attn_implementation="eager",
             experts_implementation="eager",  # the default one has no float64
         ).eval()
+        self.precision = 1e-7  # norms within a model may compute in float32
+        try:
+            self.logits(tokens)
+        except RuntimeError:  # XGLM clamps by a constant that float32 does not hold
+            self.model, self.precision = self.model.float(), 1e-5
         self.writes = [self._writes_of(layer, tokens) for layer in self._layers()]
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ class Plain:
             return []
         added = (seen.pop(layer).reshape(ends[0].shape) - ends[0]).flatten()
         outputs = [(m, v.flatten()) for m, v in seen.items() if v.numel() == added.numel()]
-        return _summands(outputs, added)
+        return _summands(outputs, added, self.precision)
 
     @contextmanager
     def edited(self, edit: Edit | None) -> Iterator[None]:
@@ -70,7 +75,8 @@ class Plain:
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             value = _tensor(output)
-            new = edit(value.reshape(-1, value.shape[-1])).reshape(value.shape).to(value.dtype)
+            rows = value.reshape(-1, value.shape[-1]).double()
+            new = edit(rows).reshape(value.shape).to(value.dtype)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         modules = [m for writes in self.writes for m, _ in writes] if edit else []
@@ -121,7 +127,7 @@ def _tensor(output: Any) -> Any:
 
 
 def _summands(
-    outputs: list[tuple[nn.Module, Tensor]], added: Tensor
+    outputs: list[tuple[nn.Module, Tensor]], added: Tensor, precision: float
 ) -> list[tuple[nn.Module, float]]:
     for count in (1, 2):
         for chosen in combinations(outputs, count):
@@ -129,7 +135,8 @@ def _summands(
             factors = torch.linalg.lstsq(values.T @ values, values.T @ added[:, None]).solution[
                 :, 0
             ]
-            # norms within a model may compute in float32
-            if (values @ factors - added).norm() <= 1e-7 * added.norm() and factors.abs().min() > 0:
+            if (
+                values @ factors - added
+            ).norm() <= precision * added.norm() and factors.abs().min() > 0:
                 return [(m, f.item()) for (m, _), f in zip(chosen, factors, strict=True)]
     return []
