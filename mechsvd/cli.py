@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_FOR_AUTHORS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+
+
 def _stopped(stop: KeyboardInterrupt, typed: Sequence[str]) -> str:
     """Two lines: what is kept, and how to go on."""
     start = "\r" if sys.stderr.isatty() else ""  # over the ^C of the terminal
@@ -86,7 +89,9 @@ def _stopped(stop: KeyboardInterrupt, typed: Sequence[str]) -> str:
 def _notes(options: argparse.Namespace) -> Iterator[None]:
     """Print each warning as one note, in the words of the command line, above a progress bar."""
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, _FOR_AUTHORS):  # of the libraries below, not for who runs a command
+            return
         tqdm.write(f"mechsvd: note: {in_flags(str(message), options)}", file=sys.stderr)
 
     with warnings.catch_warnings():

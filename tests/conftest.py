@@ -27,7 +27,10 @@ REAL = ["embedded", *(["stories260k"] if STORIES.is_dir() else [])]  # trained m
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet():
+    from mechsvd.model import cache
+
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    cache._WARNED.add("dropped")  # of versions, said once; test_dependencies has it
 
 
 class Real(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 
 from mechsvd.commands.options import MODEL, OPTIONS, add, load
 from mechsvd.engine.memory import container_limit, free_bytes, total_bytes
+from mechsvd.model.cache import WORKING, drops_cache, versions
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.selfcheck import SelfCheck, self_check
 from mechsvd.model.sites import COMPONENTS, Model, find_sites
@@ -48,6 +49,11 @@ def _doctor(options: argparse.Namespace) -> None:
     print(f"weights {source.weights}", flush=True)
     check = self_check(model)
     print(check)
+    if drops_cache(model):
+        print(
+            f"  TransformerLens's own cache: LOST under {versions()}; `generate` of the model "
+            f"itself is wrong with it, and right with use_past_kv_cache=False ({WORKING})"
+        )
     for line in _blocks(model, check):
         print(line)
     if check.failure:

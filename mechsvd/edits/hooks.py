@@ -17,6 +17,7 @@ from mechsvd.edits.maps import (
     require_sites,
 )
 from mechsvd.edits.stacks import GateStack
+from mechsvd.model.cache import warn_dropped
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.places import sites_of, warn_norm_inputs, width_of
 from mechsvd.model.positions import absolute_positions
@@ -82,6 +83,7 @@ def fwd_hooks(
     source = provenance_of(model) if check and same_model and gates_of(edit) else None
     require_fitting_edit(model, edit, source, sites)
     require_sites(edit, sites)
+    warn_dropped(model)
     return hooks_at(model, edit, sites, positions)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from mechsvd.checks import with_plain_arguments
 from mechsvd.demo import WEIGHTS
+from mechsvd.model.cache import warn_dropped
 from mechsvd.model.checkpoints import (
     CheckpointError,
     config_of,
@@ -90,11 +91,13 @@ def load_model(
     elif isinstance(model, Path) or name.startswith((".", "/", "~")) or Path(name).exists():
         raise ValueError(f"There is no directory {name}.")
     try:
-        return _load(name, {"device": device, "dtype": dtype, **options}, allow_pickle)
+        loaded = _load(name, {"device": device, "dtype": dtype, **options}, allow_pickle)
     except (CheckpointError, MemoryError, torch.OutOfMemoryError):  # said as well as can be
         raise
     except Exception as error:
         raise _reason(name, is_local, error) from error
+    warn_dropped(loaded)
+    return loaded
 
 
 def _load(name: str, options: dict[str, Any], allow_pickle: bool) -> Any:
