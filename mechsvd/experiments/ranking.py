@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.checks import whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import Bases, is_several, names_of, names_of_directions, removals
@@ -339,6 +340,7 @@ def _removed(
     return chosen
 
 
+@plain
 def order_by_singular_value(
     svd: Decomposition | Sequence[Decomposition],
 ) -> Int[Tensor, " rank"]:
@@ -357,6 +359,7 @@ def order_by_singular_value(
 By = Literal["effect", "kl_divergence", "absolute_change"]
 
 
+@plain
 def order_by_effect(ranking: Ranking | Rankings, by: By = "effect") -> Int[Tensor, " rank"]:
     """Order directions by falling damage; ties stay in the order of their singular values.
 
@@ -398,6 +401,7 @@ def damage_by(ranking: Ranking, by: str) -> Float[Tensor, " rank"]:
     return damage
 
 
+@plain
 def order_by_compromise(
     svd: Decomposition | Sequence[Decomposition],
     ranking: Ranking,
@@ -441,6 +445,7 @@ def order_by_compromise(
     return (weight * by_effect + (1 - weight) * by_singular_value).argsort(stable=True)
 
 
+@plain
 def order_at_random(
     svd: Decomposition | Sequence[Decomposition], seed: int = 0
 ) -> Int[Tensor, " rank"]:

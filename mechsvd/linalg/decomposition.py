@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.checks import is_whole, require_whole, warn, whole_numbers
 from mechsvd.fields import require_between, require_declared, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace, at_least_single, require_orthonormal, rounding, signs
@@ -215,6 +216,7 @@ def decompose(
     center: bool = False,
     scale: Scale | None = None,
 ) -> tuple[Decomposition, ...]: ...
+@plain
 def decompose(
     writes: Sample | Tensor,
     *,

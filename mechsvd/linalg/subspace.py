@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.fields import require_declared
 from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
 
@@ -71,6 +72,7 @@ class Subspace(Result):
         )
 
 
+@plain
 def span(
     vectors: Float[Tensor, "d_model n"] | Float[Tensor, "n d_model"],
     source: Provenance | None = None,
@@ -108,6 +110,7 @@ def span(
     return Subspace(left[:, kept].to(vectors.device, dtype), source)
 
 
+@plain
 def union(subspaces: Sequence[Subspace]) -> Subspace:
     """The smallest subspace that holds all of some subspaces.
 

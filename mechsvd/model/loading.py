@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mechsvd.ambient import plain
 from mechsvd.demo import WEIGHTS
 from mechsvd.model.checkpoints import (
     CheckpointError,
@@ -21,6 +22,7 @@ OLDEST, NEWEST = (3, 9), (5, 0)  # of transformer-lens: from the first, below th
 INSTALL = "pip install 'transformer-lens>=3.9,<5'"
 
 
+@plain
 def load_model(
     model: Any = EMBEDDED,
     *,

@@ -1,6 +1,7 @@
 """Run a model once, or let it generate, with hooks that must all fire."""
 
 import difflib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 from mechsvd.model.evaluation import has_other_hooks
 from mechsvd.model.fused import fused_kernels
 from mechsvd.model.sites import Hook, Model, before_unembedding
+
+_SEEDING = threading.RLock()  # the generators are those of all threads, whatever model they run
 
 
 def run_model(
@@ -116,7 +119,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed every generator that `torch.manual_seed` reaches, and restore them at the end."""
     other = {"device_type": device.type} if device.type not in ("cpu", "cuda") else {}
     devices = [device] if other else [*range(torch.cuda.device_count())]
-    with torch.random.fork_rng(devices, **other):
+    with _SEEDING, torch.random.fork_rng(devices, **other):
         torch.manual_seed(seed)
         yield
 

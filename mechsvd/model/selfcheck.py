@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.fields import require_between
 from mechsvd.model.beginnings import read_beginning
-from mechsvd.model.evaluation import evaluation, torch_hooks, without_hook_points
+from mechsvd.model.evaluation import alone, evaluation, torch_hooks, without_hook_points
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import (
     COMPONENTS,
@@ -148,6 +149,7 @@ class SelfCheck(Result):
         )
 
 
+@plain
 def self_check(model: Model) -> SelfCheck:
     """Measure on six tokens whether the model's hooks are its writes.
 
@@ -177,10 +179,11 @@ def self_check(model: Model) -> SelfCheck:
         *torch_hooks(model),
         *map(ref, dictionaries(model).values()),
     )
-    checks = _CHECKED.setdefault(model, {})
-    if state not in checks:
-        checks[state] = _measure(model)
-    return checks[state]
+    with alone(model):
+        checks = _CHECKED.setdefault(model, {})
+        if state not in checks:
+            checks[state] = _measure(model)
+        return checks[state]
 
 
 def require_sound(

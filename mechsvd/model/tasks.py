@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.checks import is_whole
 from mechsvd.fields import require_between, require_declared
 from mechsvd.model.evaluation import evaluation
@@ -111,6 +112,7 @@ class Task(Result):
         require_between(self, ["tokens", "right", "wrong", "targets"], 0)
 
     @classmethod
+    @plain
     def from_text(
         cls,
         model: Model,
@@ -154,6 +156,7 @@ class Task(Result):
         return cls(torch.tensor(ids), len(prompt_ids), pieces_of(model, ids))
 
     @classmethod
+    @plain
     def from_choice(
         cls,
         model: Model,

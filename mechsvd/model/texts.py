@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mechsvd.ambient import plain
 from mechsvd.checks import warn
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tasks import Task
@@ -36,6 +37,7 @@ class Text:
     group: str = ""
 
 
+@plain
 def tasks_from(
     model: Model,
     source: str | os.PathLike[str] | Iterable[Any],
