@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechsvd.ambient import plain
+
 _SUBJECT = ContextVar("subject", default="")  # what the current warnings are about
 _IS_QUIET = ContextVar("is_quiet", default=False)
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -219,7 +221,7 @@ def with_options(kind: type) -> Callable[[Call], Call]:
 def with_plain_arguments(call: Call, more: Mapping[str, Any] = MappingProxyType({})) -> Call:
     """Let a call take NumPy's numbers as Python's, and for on and off True and False only.
 
-    Which arguments are numbers, and which on or off, is read from the annotations.
+    It computes the same whatever modes of torch its caller is in; see `plain_torch`. Which arguments are numbers, and which on or off, is read from the annotations.
 
     Args:
         more: annotations of the call's `**options`.
@@ -227,17 +229,17 @@ def with_plain_arguments(call: Call, more: Mapping[str, Any] = MappingProxyType(
     parameters = inspect.signature(call).parameters
     hints = {name: _parts(p.annotation) for name, p in parameters.items()}
     hints |= {name: _parts(hint) for name, hint in more.items()}
-    plain = {name: parts for name, parts in hints.items() if any(map(_is_of_numbers, parts))}
-    names = [*parameters]
+    numbers = {name: parts for name, parts in hints.items() if any(map(_is_of_numbers, parts))}
+    names, call = [*parameters], plain(call)
 
     @functools.wraps(call)
     def taken(*args: Any, **options: Any) -> Any:
         args = tuple(
-            _taken(name, value, plain[name]) if name in plain else value
+            _taken(name, value, numbers[name]) if name in numbers else value
             for name, value in itertools.zip_longest(names[: len(args)], args)
         )
         options = {
-            name: _taken(name, value, plain[name]) if name in plain else value
+            name: _taken(name, value, numbers[name]) if name in numbers else value
             for name, value in options.items()
         }
         return call(*args, **options)

@@ -10,12 +10,14 @@ import re
 import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any, TypeVar, no_type_check
 
 import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
+from mechsvd.ambient import plain
 from mechsvd.checks import file_path
 from mechsvd.consoles import prints
 from mechsvd.fields import named, require_declared
@@ -39,6 +41,11 @@ def result(cls: type[T]) -> type[T]:
     """
     if not hasattr(cls, "__post_init__"):
         cls.__post_init__ = require_declared  # type: ignore[attr-defined]
+    for name, value in {**vars(cls)}.items():  # of every method: the same in any mode of torch
+        if isinstance(value, FunctionType):
+            setattr(cls, name, plain(value))
+        elif isinstance(value, property) and value.fget is not None:
+            setattr(cls, name, property(plain(value.fget), doc=value.__doc__))
     cls = dataclass(frozen=True, eq=False, repr=cls.__repr__ is object.__repr__)(cls)
     if "__repr__" in cls.__dict__:
         cls.__repr__ = prints(cls.__repr__)  # type: ignore[method-assign]
@@ -227,6 +234,7 @@ def load_result(cls: type[T], path: str | os.PathLike[str]) -> T:
     return value
 
 
+@plain
 def load(path: str | os.PathLike[str]) -> Any:
     """Load any result of mechsvd, of the class that the file names.
 

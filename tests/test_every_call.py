@@ -1,6 +1,7 @@
 """What every call that runs a model does with a fault: refused at the door, or nothing is left behind."""
 
 import functools
+import pickle
 import random
 import re
 import warnings
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 import mechsvd as ms
 from mechsvd.engine.checkpoint import describe, open_checkpoint
+from mechsvd.engine.resuming import describe_value
 from mechsvd.model.identity import fingerprint
 from tests.calls import CALLS, earlier, running, small
 from tests.conftest import tiny, tiny_task
@@ -156,6 +158,13 @@ def uninterrupted(name):
     earlier()
     with linear_maps() as seen:
         return CALLS[name](*small()), seen
+
+
+@pytest.mark.fault(58)
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_call_gives_can_go_to_another_process(name):
+    result, _ = uninterrupted(name)
+    assert describe_value(pickle.loads(pickle.dumps(result))) == describe_value(result)
 
 
 @contextmanager

@@ -10,7 +10,15 @@ import pytest
 import mechsvd as ms
 
 PACKAGE = Path(ms.__file__).parent
-GROUND = {"results", "checks", "fields", "packing", "version", "consoles"}  # files beside the rooms
+GROUND = {
+    "ambient",
+    "results",
+    "checks",
+    "fields",
+    "packing",
+    "version",
+    "consoles",
+}  # files beside the rooms
 ROOMS = {  # a room, and the rooms that it may import besides the ground and itself
     "demo": set(),
     "linalg": set(),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -85,7 +84,7 @@ def function_of(
             else f"{type(w).__name__}"
         )
         raise ValueError(f"`w` must be a float tensor with one axis, but is {what}.")
-    value = function(w)
+    value = function(w.clone())  # a function of the user's may write to what it is given
     if not isinstance(value, Tensor) or value.ndim != 0:
         what = (
             f"a tensor of shape {list(value.shape)}"
@@ -93,9 +92,8 @@ def function_of(
             else f"{type(value).__name__} {value!r:.20}"
         )
         raise ValueError(f"`function` must give a scalar tensor (no `.item()`), but gives {what}.")
-    with torch.inference_mode(False):  # a tensor from inference mode cannot have gradients
-        size = require_whole("batch_size", batch_size, 1)
-        return Function(batched(function), w.clone(), size, _halve)
+    size = require_whole("batch_size", batch_size, 1)
+    return Function(batched(lambda v: function(v.clone())), w.clone(), size, _halve)
 
 
 def require_one_function(objective: Any, metric: Any) -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.attribution.curvature import Function, backward
 from mechsvd.attribution.objective import Objective, Over, Part, objective_over, require_parts
 from mechsvd.engine.batches import independent, run_batches
@@ -193,6 +194,7 @@ class GradientBasis(Result):
         )
 
 
+@plain
 def gradient_basis(gradients: Gradients | Sequence[Gradients]) -> GradientBasis:
     """Compute the eigenvectors of the gradients' second moment.
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.attribution.curvature import DENSE, Function, differentiate, takes_whole
 from mechsvd.attribution.diagnostics import warn_unconverged, warn_undefined, warn_unlike_values
 from mechsvd.attribution.directions import (
@@ -183,6 +184,7 @@ def _of_text(
     return _attribute(f.function, choices, f.unit, header, noise)
 
 
+@plain
 def hessian_attribution_of(
     function: Callable[[Float[Tensor, " entry"]], Float[Tensor, ""]],
     w: Float[Tensor, " entry"],
@@ -214,7 +216,7 @@ def hessian_attribution_of(
     """
     choices = _Choices(basis, pairs, bases, tolerance, max_products, path_steps, seed)
     f = function_of(function, w, batch_size)
-    with torch.inference_mode(False):  # inference mode has no gradients
+    with torch.enable_grad():
         return _attribute(
             f,
             choices,

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.attribution.chosen import Chosen, Directions, choose, kind_of
 from mechsvd.attribution.curvature import Function
 from mechsvd.attribution.functions import Kind, function_of, require_one_function, task_function
@@ -90,6 +91,7 @@ def interactions(
     return _together(sets, found, floors, f.name, what, seed, source)
 
 
+@plain
 def interactions_of(
     function: Callable[[Float[Tensor, " entry"]], Float[Tensor, ""]],
     w: Float[Tensor, " entry"],

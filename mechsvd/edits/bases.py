@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.checks import is_number, is_whole, with_plain_arguments
 from mechsvd.edits.baselines import Baseline
 from mechsvd.edits.gates import Basis, Gate, directions_of, gate_of
@@ -30,6 +31,7 @@ def gate(
 def gate(
     basis: Sequence[Basis], gains: Any, rest: Rest = 0.0, *, baseline: Baseline | None = None
 ) -> SiteGates: ...
+@plain
 def gate(
     basis: Bases, gains: Any, rest: Rest = 0.0, *, baseline: Baseline | None = None
 ) -> Gate | SiteGates:
@@ -139,6 +141,7 @@ def shrink(svd: Decomposition, alpha: float, *, baseline: Baseline | None = None
 def shrink(
     svd: Sequence[Decomposition], alpha: float, *, baseline: Baseline | None = None
 ) -> SiteGates: ...
+@plain
 def shrink(
     svd: Decomposition | Sequence[Decomposition],
     alpha: float,

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from mechsvd.ambient import plain
 from mechsvd.linalg.subspace import Subspace
 from mechsvd.model.projection import directions_of_subspace_basis, to_subspace_basis
 from mechsvd.results import Provenance, require_kind
 
 
+@plain
 def to_transformer_lens(subspace: Subspace) -> Any:
     """Give a subspace to TransformerLens's tools, as its `SubspaceBasis`.
 
@@ -32,6 +34,7 @@ def to_transformer_lens(subspace: Subspace) -> Any:
     return to_subspace_basis(subspace.basis)
 
 
+@plain
 def from_transformer_lens(basis: Any, source: Provenance | None = None) -> Subspace:
     """Take a `SubspaceBasis` of TransformerLens as a subspace.
 

@@ -77,6 +77,9 @@ class Gate:
         self, x: Float[Tensor, "... d_model"], hook: Any = None
     ) -> Float[Tensor, "... d_model"]:
         """Edit the writes `x`: a new tensor in the dtype of `x`, computed in float32 or wider."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x, hook)
         plan, wide = self._plan, x.to(at_least_single(x.dtype))
         columns, delta = plan.columns.to(wide), plan.delta.to(wide)
         product = _coordinates(wide, columns)

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.checks import once, with_options
 from mechsvd.edits.maps import (
     Edit,
     EditError,
     EditList,
+    apply_edit,
     gates_of,
     require_same_shape,
     require_sites,
@@ -35,6 +37,7 @@ Observer = Callable[[Site, Tensor, Tensor], None]  # site, attempted write, kept
 
 
 @with_options(SiteOptions)
+@plain
 def fwd_hooks(
     model: Model,
     edit: Edit,
@@ -297,9 +300,8 @@ def _require_rows(edit: Edit, x: Tensor, point: SitePoint) -> None:
 
 
 def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:
-    before = None if x.is_inference() else x._version
     try:
-        edited = edit(x, hook=point)
+        edited = apply_edit(edit, x, point)
     except (torch.OutOfMemoryError, MemoryError, EditError):
         raise
     except Exception as error:  # a user's exception keeps its type and gains the site
@@ -308,9 +310,4 @@ def _run(edit: Edit, x: Tensor, point: SitePoint, rows: int | None) -> Tensor:
         elif hasattr(error, "add_note"):
             error.add_note(f"The edit failed at {point}.")
         raise
-    if before is not None and x._version != before:
-        raise ValueError(
-            f"The edit at {point} changed its input in place, which would change the clean run "
-            "and other edits too; return a new tensor, `x = x.clone()` first."
-        )
     return require_same_shape(edited, x, None, point, rows).to(x)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsvd.checks import real_tensor
@@ -51,15 +51,24 @@ def shift(vector: Any) -> Edit:
         what = "holds NaN or inf" if vector.ndim == 1 else f"has shape {list(vector.shape)}"
         raise ValueError(f"`vector` must be finite and of shape [d_model], but {what}.")
 
-    @takes_tuples
-    def shifted(x: Tensor, hook: Any = None) -> Tensor:
-        if x.shape[-1] != len(vector):
-            raise ValueError(
-                f"`vector` has {len(vector)} entries, but the writes have d_model {x.shape[-1]}."
-            )
-        return x + vector.to(x)
+    return Shift(vector)
 
-    return shifted
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """A vector added to every write; build one with `shift`."""
+
+    vector: Float[Tensor, " d_model"]
+
+    @takes_tuples
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
+        """The writes `x` with the vector added."""
+        if x.shape[-1] != len(self.vector):
+            raise ValueError(
+                f"`vector` has {len(self.vector)} entries, but the writes have d_model "
+                f"{x.shape[-1]}."
+            )
+        return x + self.vector.to(x)
 
 
 def chain(*edits: Edit) -> Edit:
@@ -90,7 +99,7 @@ class Chain:
     def __call__(self, x: Tensor, hook: Any = None) -> Tensor:
         """Apply each edit in turn to the writes `x`."""
         for edit in self.edits:
-            x = edit(x, hook=hook)
+            x = apply_edit(edit, x, hook)
         return x
 
 
@@ -116,12 +125,33 @@ class EditList:
             EditError: an edit returns another shape, even if the total number of rows is right.
         """
         rows = x.expand(len(self), -1, -1).split(1)
-        edited = [(edit, edit(row, hook=hook)) for edit, row in zip(self.edits, rows, strict=True)]
+        edited = [(e, apply_edit(e, row, hook)) for e, row in zip(self.edits, rows, strict=True)]
         return torch.cat([require_same_shape(y, x[:1], edit, hook).to(x) for edit, y in edited])
 
 
 class EditError(ValueError):
-    """An edit returned something other than writes of the shape that it got."""
+    """An edit returned something other than writes of the shape that it got, or changed those."""
+
+
+def apply_edit(edit: Edit, x: Tensor, hook: Any = None) -> Any:
+    """Call an edit on writes that stay as they are.
+
+    A function of the user's gets a copy, since torch notices few ways to write to a tensor.
+
+    Raises:
+        EditError: torch noticed one.
+    """
+    if type(edit).__module__.startswith("mechsvd."):
+        return edit(x, hook=hook)
+    given = x.clone()
+    edited = edit(given, hook=hook)
+    if not given.is_inference() and given._version:
+        where = "" if hook is None else f" at {hook}"
+        raise EditError(
+            f"The edit{where} changed its input in place; return a new tensor, `x = x.clone()` "
+            "first."
+        )
+    return edited
 
 
 def require_same_shape(

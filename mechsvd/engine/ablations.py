@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.checks import require_whole
 from mechsvd.edits.baselines import Baseline
 from mechsvd.engine.resuming import runs_model
@@ -20,6 +21,7 @@ from mechsvd.model.tasks import Task, as_tasks
 from mechsvd.results import require_kind
 
 
+@plain
 def mean_baseline(writes: Writes, by: Literal["site", "position"] = "site") -> Baseline:
     """The mean write of each site, for mean ablation.
 
@@ -55,6 +57,7 @@ def mean_baseline(writes: Writes, by: Literal["site", "position"] = "site") -> B
     return _baseline((total / count)[None], writes, "mean of each site and position")
 
 
+@plain
 def resample_baseline(writes: Writes, seed: int = 0) -> Baseline:
     """The writes of another text at the same positions, for resample ablation.
 

@@ -113,9 +113,9 @@ def evaluate(metric: Metric, logits: Logits, clean: Clean, task: Task) -> Float[
         ValueError: it returns another shape, or NaN or inf for logits that give probabilities, or
             changes what it was given in place.
     """
-    before = None if clean.is_inference() else (clean._version, logits._version)
-    values = metric(logits, clean, task)
-    if before is not None and before != (clean._version, logits._version):
+    own, own_clean = protected(metric.function, logits, clean)
+    values = metric(own, own_clean, task)
+    if own is not logits and (own._version or own_clean._version):
         raise ValueError(
             f"The metric `{metric.name}` changed its logits in place; compute with new tensors."
         )
@@ -136,6 +136,14 @@ def evaluate(metric: Metric, logits: Logits, clean: Clean, task: Task) -> Float[
             "it must return finite numbers, also where a logit is −inf (a masked token)."
         )
     return values
+
+
+def protected(function: Callable[..., Any], *values: Tensor) -> tuple[Tensor, ...]:
+    """What a function gets for some values that must not change: copies, unless it is ours."""
+    function = getattr(function, "func", function)  # of a partial
+    own = (_difference, token_drops, *(metric.function for metric in READY.values()))
+    is_own = any(function is one for one in own)
+    return values if is_own else tuple(value.clone() for value in values)
 
 
 def predict(
@@ -348,10 +356,13 @@ def logit_difference(right: Tokens | None = None, wrong: Tokens | None = None) -
         "logit_difference",
         "logits",
         partial(_difference, right, wrong),
-        fit=lambda model, task: partial(
-            _difference, _ids(model, task, right, "right"), _ids(model, task, wrong, "wrong")
-        ),
+        fit=partial(_fitted_difference, right, wrong),
     )
+
+
+def _fitted_difference(right: Any, wrong: Any, model: Model, task: Task) -> Function:
+    ids = _ids(model, task, right, "right"), _ids(model, task, wrong, "wrong")
+    return partial(_difference, *ids)
 
 
 def _difference(

@@ -27,6 +27,7 @@ from mechsvd.engine.metrics import (
     metric_for,
     own_positions,
     predict,
+    protected,
     score,
     scored_by,
 )
@@ -334,7 +335,7 @@ class _Setup:
         scores = None
         if metric.column is None:
             scores = evaluate(metric, logits, clean_logits, task).detach().cpu()
-        profile = metric.profile and metric.profile(predictions, clean)
+        profile = metric.profile and metric.profile(*protected(metric.profile, predictions, clean))
         return Measurement(
             scored.cpu(),
             is_greedy.cpu(),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mechsvd.ambient import plain_torch
 from mechsvd.checks import once, with_options
 from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
 from mechsvd.engine.memory import memory_in_words
@@ -172,7 +173,7 @@ def runs_model(kind: type) -> Callable[[Call], Call]:
             path = options.pop("checkpoint", None)
             args = tuple(map(once, args))
             options = {name: once(value) for name, value in options.items()}
-            with one_voice(), memory_in_words(call.__name__):
+            with plain_torch(), one_voice(), memory_in_words(call.__name__):
                 if path is None or _JOURNAL.get() is not None:
                     return call(*args, **options)
                 return _run_with(path, call, signature.bind(*args, **options))

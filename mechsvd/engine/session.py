@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain_torch
 from mechsvd.checks import require_whole, warn
 from mechsvd.edits.bases import is_several
 from mechsvd.edits.hooks import as_stack
@@ -16,7 +17,7 @@ from mechsvd.edits.stacks import GateStack
 from mechsvd.engine.batches import halving, rows_per_pass
 from mechsvd.engine.processes import warn_lonely
 from mechsvd.linalg.decomposition import Decomposition
-from mechsvd.model.evaluation import OtherHooks, evaluation
+from mechsvd.model.evaluation import OtherHooks, alone, evaluation
 from mechsvd.model.identity import provenance_of, weights_read_once
 from mechsvd.model.places import sites_of, warn_norm_inputs
 from mechsvd.model.positions import is_mask, positions_in
@@ -28,6 +29,7 @@ from mechsvd.model.sites import (
     Where,
     dictionaries,
     forgets_conversions,
+    require_model,
     where_of,
 )
 from mechsvd.model.tasks import APART, Task, require_fitting
@@ -178,7 +180,7 @@ def open_session(
     """Open a model for some tasks: check everything, and evaluate without dropout.
 
     The weights are read at most once until it closes. A session inside another one of the same
-    model does not read them again, and does not repeat warnings.
+    model does not read them again, and does not repeat warnings. Other threads wait meanwhile.
 
     Args:
         gradients: allow them; see `evaluation`.
@@ -187,6 +189,15 @@ def open_session(
         TypeError, KeyError, ValueError: a task or a site that does not fit the model, or a model
             that fails its self-check.
     """
+    require_model(model)
+    with alone(model), plain_torch(), _open(model, tasks, gradients, options) as session:
+        yield session
+
+
+@contextmanager
+def _open(
+    model: Model, tasks: Sequence[Task], gradients: bool, options: RunOptions
+) -> Iterator[Session]:
     where = where_of(options)
     warn_lonely()
     for task in tasks:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.checks import with_options
 from mechsvd.engine.checkpoint import CheckpointFile, describe, open_checkpoint
 from mechsvd.engine.memory import memory_in_words
@@ -41,6 +42,7 @@ WINDOW = 2**16
 
 
 @with_options(RunOptions)
+@plain
 def stream_writes(
     model: Model,
     texts: Any,

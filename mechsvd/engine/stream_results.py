@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, overload
 
+from mechsvd.ambient import plain
 from mechsvd.checks import with_plain_arguments
 from mechsvd.fields import require_between, require_declared, require_length
 from mechsvd.linalg.decomposition import Decomposition, Scale
@@ -161,6 +162,7 @@ class WriteStream(Result):
         )
 
 
+@plain
 def merge(streams: Sequence[WriteStream]) -> WriteStream:
     """Join streams of one model over several corpora, or shards of one, to that of all of them.
 

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from mechsvd.ambient import plain
 from mechsvd.linalg.decomposition import Decomposition, decompose_groups
 from mechsvd.model.identity import provenance_of
 from mechsvd.model.sites import Model
 from mechsvd.model.weights import written_vectors
 
 
+@plain
 def weight_svd(model: Model, pattern: str | Sequence[str]) -> Decomposition:
     """Take the SVD of weights that write to the residual stream (W_O, W_out).
 

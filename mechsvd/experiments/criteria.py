@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -59,16 +60,22 @@ def drop_at_most(nats: float = 0.0, *, each_token: bool = False) -> Criterion:
     """
     _require_amount("A drop of {} nats", nats, "drop_at_most")
     name = f"a drop of at most {nats:g} nats" + (" at each token" if each_token else "")
-    margin = _worst_change if each_token else _change
-    return Criterion(name, "nats", lambda m: margin(m) + nats, log_prob.name)
+    margin = _above_worst if each_token else _above
+    return Criterion(name, "nats", partial(margin, nats), log_prob.name)
 
 
-def _change(measured: Measurement) -> Float[Tensor, " edit"]:
-    return measured.log_prob - measured.clean_run.log_prob
+def _above(nats: float, measured: Measurement) -> Float[Tensor, " edit"]:
+    return measured.log_prob - measured.clean_run.log_prob + nats
 
 
-def _worst_change(measured: Measurement) -> Float[Tensor, " edit"]:
-    return (measured.log_probs - measured.clean_run.log_probs).amin(dim=-1)
+def _above_worst(nats: float, measured: Measurement) -> Float[Tensor, " edit"]:
+    return (measured.log_probs - measured.clean_run.log_probs).amin(dim=-1) + nats
+
+
+def _below(name: str, amount: float, measured: Measurement) -> Float[Tensor, " edit"]:
+    """How far a column of a measurement is below an amount."""
+    below: Float[Tensor, " edit"] = amount - getattr(measured, name)
+    return below
 
 
 def kl_at_most(nats: float) -> Criterion:
@@ -85,7 +92,9 @@ def kl_at_most(nats: float) -> Criterion:
     """
     _require_amount("A divergence of {} nats", nats, "kl_at_most")
     name = f"a KL divergence of at most {nats:g} nats per token"
-    return Criterion(name, kl_divergence.unit, lambda m: nats - m.kl_divergence, kl_divergence.name)
+    return Criterion(
+        name, kl_divergence.unit, partial(_below, "kl_divergence", nats), kl_divergence.name
+    )
 
 
 def change_at_most(nats: float) -> Criterion:
@@ -102,7 +111,7 @@ def change_at_most(nats: float) -> Criterion:
     """
     _require_amount("A change of {} nats", nats, "change_at_most")
     name = f"an absolute change of at most {nats:g} nats"
-    return Criterion(name, "nats", lambda m: nats - m.absolute_change, absolute_change.name)
+    return Criterion(name, "nats", partial(_below, "absolute_change", nats), absolute_change.name)
 
 
 def effect_at_most(amount: float, metric: str, unit: str) -> Criterion:
@@ -116,7 +125,7 @@ def effect_at_most(amount: float, metric: str, unit: str) -> Criterion:
     """
     _require_amount("An effect of {}", amount, "effect_at_most")
     name = f"an effect on {metric} of at most {amount:g} {unit}".rstrip()
-    return Criterion(name, unit, lambda m: amount - m.effect, metric)
+    return Criterion(name, unit, partial(_below, "effect", amount), metric)
 
 
 def _require_amount(what: str, amount: object, call: str) -> None:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.checks import require_whole
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.gates import Gate
@@ -35,6 +36,7 @@ from mechsvd.results import Provenance, Result, result
 STRESS = 64  # random gains of the removed part
 
 
+@plain
 def areas(sweeps: RankSweep | RankSweeps) -> Any:
     """The areas of each text's curve of the metric against the number of kept directions.
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.checks import require_whole
 from mechsvd.experiments.ranking import order_at_random
 from mechsvd.linalg.comparison import random_subspace
@@ -28,6 +29,7 @@ from mechsvd.results import require_kind
 RUN = ("random tokens", "reinitialised")  # nulls that need the model
 
 
+@plain
 def random_tokens(model: Model, task: Task, seed: int = 0) -> Task:
     """Make a task of uniformly random tokens, as long as another.
 
@@ -70,6 +72,7 @@ def _draw(allowed: Int[Tensor, " token"], count: int, seed: int) -> Int[Tensor, 
     return allowed[torch.randint(len(allowed), (count,), generator=generator)]
 
 
+@plain
 def reinitialised(model: Model, seed: int = 0) -> Model:
     """Copy a model and redraw its weight matrices, each with its own mean and deviation.
 
@@ -114,6 +117,7 @@ def reinitialised(model: Model, seed: int = 0) -> Model:
     return twin
 
 
+@plain
 def another_text(svds: Sequence[Decomposition], i: int, seed: int = 0) -> Decomposition:
     """Draw the decomposition of another text than number `i`.
 
@@ -142,6 +146,7 @@ def another_text(svds: Sequence[Decomposition], i: int, seed: int = 0) -> Decomp
     return other
 
 
+@plain
 def covariance_matched(
     writes_or_svd: Decomposition | Sample | Tensor, rank: int, seed: int = 0
 ) -> Subspace:
@@ -172,6 +177,7 @@ def _gaussian(svd: Decomposition, count: int, seed: int) -> Float[Tensor, "d_mod
     return svd.directions.cpu().double() @ (sizes[:, None] * parts)
 
 
+@plain
 def equal_energy(
     writes_or_svd: Decomposition | Sample | Tensor, rank: int, seed: int = 0
 ) -> Subspace:
@@ -217,6 +223,7 @@ NULLS = {
 }
 
 
+@plain
 def null(kind: str, *, like: Any, seed: int = 0) -> Any:
     """Draw one null of a kind: what takes the place of the real thing by chance.
 

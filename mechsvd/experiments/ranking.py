@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.checks import require_numbers, whole_numbers
 from mechsvd.edits.baselines import Baseline, require_baseline
 from mechsvd.edits.bases import Bases, is_several, names_of, names_of_directions, removals
@@ -341,6 +342,7 @@ def _removed(
     return chosen
 
 
+@plain
 def order_by_singular_value(
     svd: Decomposition | Sequence[Decomposition],
 ) -> Int[Tensor, " rank"]:
@@ -359,6 +361,7 @@ def order_by_singular_value(
 By = Literal["effect", "kl_divergence", "absolute_change"]
 
 
+@plain
 def order_by_effect(ranking: Ranking | Rankings, by: By = "effect") -> Int[Tensor, " rank"]:
     """Order directions by falling damage; ties stay in the order of their singular values.
 
@@ -402,6 +405,7 @@ def damage_by(ranking: Ranking, by: str) -> Float[Tensor, " rank"]:
     return damage
 
 
+@plain
 def order_by_compromise(
     svd: Decomposition | Sequence[Decomposition],
     ranking: Ranking,
@@ -445,6 +449,7 @@ def order_by_compromise(
     return (weight * by_effect + (1 - weight) * by_singular_value).argsort(stable=True)
 
 
+@plain
 def order_at_random(
     svd: Decomposition | Sequence[Decomposition], seed: int = 0
 ) -> Int[Tensor, " rank"]:

@@ -1,6 +1,7 @@
 """The critical rank: a search with few probes of a curve that need not be monotone."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, overload
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import Unpack
 
+from mechsvd.ambient import plain
 from mechsvd.checks import once
 from mechsvd.edits.baselines import Baseline
 from mechsvd.engine.measurement import Measurement
@@ -334,6 +336,7 @@ def _search(
     return search
 
 
+@plain
 def critical_rank_of(
     sweep: RankSweep,
     tolerance: float = 0.0,
@@ -381,6 +384,7 @@ def critical_rank_of(
     )
 
 
+@plain
 def ranks_without_each_token(
     sweep: RankSweep,
     tolerance: float = 0.0,
@@ -462,7 +466,9 @@ def _threshold(
         )
     if isinstance(criterion, Criterion):
         return criterion
-    return Criterion(getattr(criterion, "__name__", "a threshold of your own"), "", criterion)
+    name = getattr(criterion, "__name__", "a threshold of your own")
+    # a copy, since what it is given is part of the result
+    return Criterion(name, "", lambda measurement: criterion(deepcopy(measurement)))
 
 
 def _margins(threshold: Criterion, measurement: Measurement) -> Float[Tensor, " edit"]:

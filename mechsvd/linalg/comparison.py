@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.checks import is_whole, require_whole, with_plain_arguments
 from mechsvd.fields import require_between, require_falling, require_finite
 from mechsvd.linalg.subspace import Subspace
@@ -130,6 +131,7 @@ class Overlap(Result):
         )
 
 
+@plain
 def overlap(subspaces: Sequence[Subspace]) -> Overlap:
     """Compare subspaces pair by pair with each other and with chance.
 
@@ -158,6 +160,7 @@ def overlap(subspaces: Sequence[Subspace]) -> Overlap:
     )
 
 
+@plain
 def principal_angles(first: Subspace, second: Subspace) -> Float[Tensor, " smaller_rank"]:
     """Angles between two subspaces, in radians, rising from 0 (shared direction) to π/2.
 
@@ -279,6 +282,7 @@ class Pool(Result):
         )
 
 
+@plain
 def pool(subspaces: Sequence[Subspace], *, draws: int | None = None, seed: int = 0) -> Pool:
     """Take the SVD of several bases side by side, and of random bases of the same ranks.
 

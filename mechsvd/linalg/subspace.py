@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.checks import real_tensor, with_plain_arguments
 from mechsvd.fields import require_declared
 from mechsvd.results import Provenance, Result, require_kind, require_same_model, result
@@ -111,6 +112,7 @@ def span(
     return Subspace(left[:, kept].to(vectors.device, dtype), source)
 
 
+@plain
 def union(subspaces: Sequence[Subspace]) -> Subspace:
     """The smallest subspace that holds all of some subspaces.
 

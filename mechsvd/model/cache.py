@@ -109,7 +109,7 @@ def _renames(model: Model) -> list[Swap]:
 
 
 @cache
-def _outdated(kind: type) -> tuple[str, ...]:
+def _outdated(kind: Any) -> tuple[str, ...]:
     if not kind.__module__.startswith("transformer_lens."):
         return ()
     names = ("_update_kv_cache", "forward")

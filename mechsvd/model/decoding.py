@@ -4,6 +4,7 @@ Where a text ends and which tokens are barred stands in the model's own generati
 are here as in transformers' `generate`.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ _NEUTRAL = {
     "min_length": 0,
     "min_new_tokens": 0,
 }
+
+
+_SEEDING = threading.RLock()  # the generators are those of the whole process
 
 
 @torch.no_grad()
@@ -194,6 +198,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed every generator that `torch.manual_seed` reaches, and restore them at the end."""
     other = {"device_type": device.type} if device.type not in ("cpu", "cuda") else {}
     devices = [device] if other else [*range(torch.cuda.device_count())]
-    with torch.random.fork_rng(devices, **other):
+    with _SEEDING, torch.random.fork_rng(devices, **other):
         torch.manual_seed(seed)
         yield

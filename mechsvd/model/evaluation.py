@@ -1,18 +1,20 @@
 """Evaluate a model without dropout, with all its hooks, and restore its state."""
 
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as torch_module
 
+from mechsvd.ambient import plain_torch, twice_differentiable
 from mechsvd.checks import warn
 from mechsvd.model.sites import Model
 
@@ -27,6 +29,9 @@ _LIBRARIES = (
 )
 # models in evaluation, and the places of the other hooks on them
 _OPEN: "WeakKeyDictionary[Any, tuple[str, ...]]" = WeakKeyDictionary()
+# who runs a model; by the Hugging Face model where there is one, which several bridges may wrap
+_LOCKS: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
+_TORN: "WeakSet[Any]" = WeakSet()  # models that another thread ran when this process was forked
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,52 @@ class OtherHooks:
 
 
 @contextmanager
+def alone(model: Any) -> Iterator[None]:
+    """Let other threads wait until this block is done with the model; blocks may be nested.
+
+    Hooks and modes are on the model itself, so those of two threads would mix.
+
+    Raises:
+        RuntimeError: inside a transform of `torch.func`, whose tensors stand for others; or another
+            thread was running the model when this process was forked.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "mechsvd cannot run a model inside a transform of `torch.func` (vmap, grad, …): call "
+            "it outside, or run the model by `run_with_hooks` with `mechsvd.fwd_hooks`."
+        )
+    key = getattr(model, "original_model", model)
+    if key in _TORN:
+        raise RuntimeError(
+            "mechsvd cannot run this model: another thread was running it when this process was "
+            "forked, so that run's hooks may be on it; load it here, or start the process earlier."
+        )
+    with _LOCKS.setdefault(key, threading.RLock()):
+        yield
+
+
+def _forget_threads() -> None:
+    """In a forked process there are no other threads: none will release its lock."""
+    for key, lock in [*_LOCKS.items()]:
+        if lock.acquire(blocking=False):
+            lock.release()
+        else:
+            _TORN.add(key)
+            del _LOCKS[key]
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+@contextmanager
 def evaluation(
     model: Model, *, gradients: bool = False, batched_hooks: bool = False, quiet: bool = False
 ) -> Iterator[OtherHooks]:
     """Evaluate without dropout, and restore the model, also after an exception.
 
-    An evaluation inside another one of the same model does not repeat its warnings.
+    An evaluation inside another one of the same model does not repeat its warnings. Other threads
+    wait meanwhile, and the modes of torch that the caller is in are put aside; see `plain_torch`.
 
     Args:
         gradients: allow first and second derivatives; off by default. Meanwhile the parameters are
@@ -71,6 +116,18 @@ def evaluation(
     Yields:
         The hooks on the model that are not mechsvd's; they stay active.
     """
+    with (
+        alone(model),
+        plain_torch(),
+        _evaluation(model, gradients, batched_hooks, quiet) as others,
+    ):
+        yield others
+
+
+@contextmanager
+def _evaluation(
+    model: Model, gradients: bool, batched_hooks: bool, quiet: bool
+) -> Iterator[OtherHooks]:
     modules = _named_modules(model)
     places = (*_places_of_points(model), *_places_of_modules(modules))
     others = OtherHooks(places, batched_hooks)
@@ -131,15 +188,16 @@ def torch_hooks(model: Model) -> list[str]:
 @contextmanager
 def without_hook_points(model: Model) -> Iterator[None]:
     """Take the user's hooks off the hook points, then restore them in their order."""
-    points = [point for _, point in _points_of_user(model)]
-    saved_hooks = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
-    try:
-        for point in points:
-            point.fwd_hooks, point._forward_hooks = [], OrderedDict()
-        yield
-    finally:
-        for point, handles, functions in saved_hooks:
-            point.fwd_hooks, point._forward_hooks = handles, functions
+    with alone(model):
+        points = [point for _, point in _points_of_user(model)]
+        saved_hooks = [(point, point.fwd_hooks, point._forward_hooks) for point in points]
+        try:
+            for point in points:
+                point.fwd_hooks, point._forward_hooks = [], OrderedDict()
+            yield
+        finally:
+            for point, handles, functions in saved_hooks:
+                point.fwd_hooks, point._forward_hooks = handles, functions
 
 
 def _warn_hooks(others: OtherHooks) -> None:
@@ -208,7 +266,7 @@ def _is_random(module: nn.Module) -> bool:
 
 @contextmanager
 def _differentiable() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), twice_differentiable():
         yield
 
 

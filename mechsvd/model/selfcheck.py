@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsvd.ambient import plain
 from mechsvd.fields import require_between
 from mechsvd.model.cache import versions, warn_uncached
-from mechsvd.model.evaluation import evaluation, torch_hooks, without_hook_points
+from mechsvd.model.evaluation import alone, evaluation, torch_hooks, without_hook_points
 from mechsvd.model.probing import cache_error, probe_length, probe_tokens, run_long
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import (
@@ -180,6 +181,7 @@ class SelfCheck(Result):
         )
 
 
+@plain
 def self_check(model: Model, length: int | None = None) -> SelfCheck:
     """Measure on two short texts whether the model's hooks are its writes, and its logits right.
 
@@ -210,11 +212,12 @@ def self_check(model: Model, length: int | None = None) -> SelfCheck:
     """
     require_model(model)
     longer = probe_length(model, length)
-    checks = _CHECKED.setdefault(model, {})
-    state = _state(model)
-    if (state, longer) not in checks:
-        checks[state, longer] = _measure(model, longer)
-    return checks[state, longer]
+    key = (_state(model), longer)
+    with alone(model):
+        checks = _CHECKED.setdefault(model, {})
+        if key not in checks:
+            checks[key] = _measure(model, longer)
+        return checks[key]
 
 
 def keeps_cache(model: Model, length: int) -> bool:
@@ -223,10 +226,12 @@ def keeps_cache(model: Model, length: int) -> bool:
     It is measured once, also for models whose writes have no hooks, and warned of if not.
     """
     longer = probe_length(model, length)
-    errors, key = _CACHES.setdefault(model, {}), (_state(model), longer)
-    if key not in errors:
-        with without_hook_points(model), evaluation(model, quiet=True):
-            errors[key] = cache_error(model, longer)
+    key = (_state(model), longer)
+    with alone(model):
+        errors = _CACHES.setdefault(model, {})
+        if key not in errors:
+            with without_hook_points(model), evaluation(model, quiet=True):
+                errors[key] = cache_error(model, longer)
     if not (is_right := errors[key] <= 10 * _tolerance(model)):
         warn_uncached(errors[key], longer)
     return is_right
