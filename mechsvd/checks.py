@@ -221,7 +221,8 @@ def with_options(kind: type) -> Callable[[Call], Call]:
 def with_plain_arguments(call: Call, more: Mapping[str, Any] = MappingProxyType({})) -> Call:
     """Let a call take NumPy's numbers as Python's, and for on and off True and False only.
 
-    It computes the same whatever modes of torch its caller is in; see `plain_torch`. Which arguments are numbers, and which on or off, is read from the annotations.
+    Which arguments are numbers, and which on or off, is read from the annotations. The call
+    computes the same whatever modes of torch its caller is in; see `plain_torch`.
 
     Args:
         more: annotations of the call's `**options`.

@@ -100,9 +100,10 @@ def _renames(model: Model) -> list[Swap]:
     hf_model = wrapped(model)
     if hf_model is None or not _takes(hf_model, NEW):
         return []
+    modules: list[Any] = list(nn.Module.modules(hf_model))
     return [
         (vars(module), name, partial(_renamed, getattr(module, name)))
-        for module in nn.Module.modules(hf_model)
+        for module in modules
         for name in _outdated(type(module))
         if name not in vars(module)  # else it is patched already
     ]
