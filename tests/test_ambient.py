@@ -23,8 +23,6 @@ from mechsvd.engine.resuming import describe_value
 from mechsvd.model.evaluation import alone
 from tests.conftest import load_real, tiny, tiny_task
 
-pytestmark = pytest.mark.fault(58)
-
 
 class Doubling(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -214,6 +212,7 @@ def state():
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.fault(58)
 def test_a_mode_of_the_caller_changes_no_number_and_is_there_afterwards(mode, right, silent):
     given, outside = calls(), state()
     with MODES[mode]():
@@ -225,6 +224,7 @@ def test_a_mode_of_the_caller_changes_no_number_and_is_there_afterwards(mode, ri
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap, torch.func.jacfwd])
+@pytest.mark.fault(58)
 def test_a_transform_of_functions_is_refused_in_a_sentence(transform):
     x, new = torch.ones(2) if transform is torch.vmap else torch.tensor(1.0), tiny("Llama")
     names = ("measure", "sweep_rank", "generate", "hessian_attribution", "Task.from_text")
@@ -234,6 +234,7 @@ def test_a_transform_of_functions_is_refused_in_a_sentence(transform):
             transform(lambda x, call=call: x * call().sum())(x)
 
 
+@pytest.mark.fault(58)
 def test_gates_are_exact_in_a_run_of_the_users_own_under_autocast(real):
     x = torch.randn(1, 5, real.d_model, generator=torch.Generator().manual_seed(0))
     edit = ms.keep(real.svd, 8)
@@ -304,6 +305,7 @@ def halved(model, task, **options):
 
 @pytest.mark.parametrize("edit", WRITING)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.fault(58)
 def test_an_edit_that_writes_to_its_input_changes_nothing_else(real, edit, mode):
     model, task, svd = real.model, real.task, real.svd
     right, kept = halved(model, task), ms.measure(model, task, [ms.keep(svd, 9)], progress=False)
@@ -328,6 +330,7 @@ def test_an_edit_that_writes_to_its_input_changes_nothing_else(real, edit, mode)
 
 
 @pytest.mark.parametrize("edit", WRITING)
+@pytest.mark.fault(58)
 def test_it_changes_nothing_else_among_texts_and_at_some_positions_and_in_texts(real, edit):
     model, task = real.model, real.task
     other = ms.Task(task.tokens.flip(0).clamp(min=3), task.prompt_length)
@@ -349,6 +352,7 @@ def test_it_changes_nothing_else_among_texts_and_at_some_positions_and_in_texts(
     assert written[0] == written[1]
 
 
+@pytest.mark.fault(58)
 def test_an_edit_in_place_that_torch_notices_is_refused_in_every_mode(real):
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         for edits in ([times], [ms.chain(times)], [ms.chain(), times], [detached_out]):
@@ -366,6 +370,7 @@ def writing_metric(write):
 
 
 @pytest.mark.parametrize("write", [data, array, storage, counter_put_back])
+@pytest.mark.fault(58)
 def test_a_metric_that_writes_to_its_logits_changes_nothing_else(real, write):
     model, svd = real.model, real.svd
     tasks = [real.task, ms.Task(real.task.tokens.flip(0).clamp(min=3), real.task.prompt_length)]
@@ -401,6 +406,7 @@ def profile(write):
     return zeroed
 
 
+@pytest.mark.fault(58)
 def test_criteria_and_functions_that_write_to_what_they_get_change_no_result(real):
     def criterion(measured):
         margins = measured.log_prob - measured.clean_run.log_prob + 1.0
@@ -437,6 +443,7 @@ def hooks_on(model):
     return sum(bool(point.fwd_hooks) for point in set(model.hook_dict.values()))
 
 
+@pytest.mark.fault(58)
 def test_threads_on_one_model_get_what_each_gets_alone(real):
     model, task, svd = real.model, real.task, real.svd
     own = [
@@ -464,6 +471,7 @@ def test_threads_on_one_model_get_what_each_gets_alone(real):
     assert not model.training
 
 
+@pytest.mark.fault(58)
 def test_threads_that_meet_a_model_first_check_it_once_each_right():
     right = ms.self_check(tiny("GPT-2"))
     model = tiny("GPT-2")
@@ -473,6 +481,7 @@ def test_threads_that_meet_a_model_first_check_it_once_each_right():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.fault(58)
 def test_an_exception_lets_the_next_thread_in(error):
     model, task = tiny("Llama"), tiny_task()
 
@@ -485,6 +494,7 @@ def test_an_exception_lets_the_next_thread_in(error):
     assert hooks_on(model) == 0
 
 
+@pytest.mark.fault(58)
 def test_two_bridges_of_one_model_share_its_lock_and_a_thread_may_enter_twice():
     hf_model, entered = tiny("Llama").original_model, threading.Event()
     first, second = (type("Bridge", (), {"original_model": hf_model})() for _ in range(2))
@@ -501,6 +511,7 @@ def test_two_bridges_of_one_model_share_its_lock_and_a_thread_may_enter_twice():
     assert entered.is_set()
 
 
+@pytest.mark.fault(58)
 def test_settings_are_put_back_when_the_last_of_several_threads_is_done():
     inside, go = threading.Event(), threading.Event()
 
@@ -562,6 +573,7 @@ def again(value):
     return pickle.loads(pickle.dumps(value))
 
 
+@pytest.mark.fault(58)
 def test_whatever_is_public_can_go_to_another_process():
     for name in set(ms.__all__) - {"figures"}:  # a module, which pickle takes by its name alone
         public = getattr(ms, name)
@@ -581,6 +593,7 @@ def test_whatever_is_public_can_go_to_another_process():
         torch.testing.assert_close(again(criterion)(again(measured)), criterion(measured))
 
 
+@pytest.mark.fault(58)
 def test_errors_can_come_back_from_another_process():
     model, task, svd = small()
     wrong = [
@@ -608,6 +621,7 @@ def measured_there(edit, metric, criterion):
 
 
 @pytest.mark.parametrize("start", ["spawn", "fork"])
+@pytest.mark.fault(58)
 def test_a_pool_of_processes_gives_what_one_process_gives(start):
     gates, metrics, criteria, _ = movable()
     edits = [gates[name] for name in ("keep", "per layer", "chain")]
@@ -629,6 +643,7 @@ def in_child(model, task, sender):
 
 
 @pytest.mark.parametrize("by", ["nobody", "this thread", "another thread"])
+@pytest.mark.fault(58)
 def test_a_process_forked_while_a_thread_runs_the_model_works_or_is_refused(by):
     model, task = tiny("Llama"), tiny_task()
     right = float(ms.measure(model, task, [ms.chain()]).log_prob)

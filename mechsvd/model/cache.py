@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -104,7 +104,7 @@ def _renames(model: Model) -> list[Swap]:
     return [
         (vars(module), name, partial(_renamed, getattr(module, name)))
         for module in modules
-        for name in _outdated(type(module))
+        for name in _outdated(cast(Any, type(module)))
         if name not in vars(module)  # else it is patched already
     ]
 
