@@ -113,3 +113,28 @@ def test_loading_a_model_that_reads_images_installs_nothing(tmp_path, monkeypatc
     assert ms.load_model(tmp_path, device="cpu").cfg.n_layers == 3
     assert commands == []
     assert subprocess.check_call == recorder
+
+
+@pytest.mark.parametrize("named", [["GPT2Model"], None, ["GPT2LMHeadModel", "Novel"]])
+def test_a_checkpoint_that_names_no_decoder_is_read_by_its_model_type(tmp_path, named):
+    write_checkpoint("gpt2", str(tmp_path))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": named}))
+    assert ms.load_model(tmp_path, device="cpu").cfg.n_layers == 3
+
+
+def test_what_fails_of_a_hub_model_is_told_and_memory_that_runs_out_stays_that(monkeypatch):
+    def fail(error):
+        def load(*arguments):
+            raise error
+
+        monkeypatch.setattr("mechsvd.model.loading._load", load)
+
+    fail(ValueError("no such model type"))
+    with pytest.raises(
+        ValueError, match=r"transformers \S+ cannot load 'a/b' from the hub: ValueError: no such"
+    ):
+        ms.load_model("a/b")
+    fail(MemoryError("full"))
+    with pytest.raises(MemoryError, match="full"):
+        ms.load_model("a/b")
