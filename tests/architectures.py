@@ -238,13 +238,15 @@ def main(chosen: list[str]) -> int:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if unknown := [name for name in chosen if name.partition("+")[0] not in names()]:
+        raise SystemExit(f"transformers {transformers.__version__} has no decoders {unknown}.")
     started, counts = time.monotonic(), dict[str, int]()
-    print(f"{'model':52}{'outcome':14}" + "".join(f"{c:>10}" for c in COLUMNS))
+    print(f"{'model':74}{'outcome':14}" + "".join(f"{c:>10}" for c in COLUMNS))
     for name, row in rows(chosen or names()):
         counts[row["outcome"]] = counts.get(row["outcome"], 0) + 1
         shown = row.get("columns", {})
         cells = "".join(f"{shown[c]:10.1e}" if c in shown else f"{'':10}" for c in COLUMNS)
-        print(f"{name:52}{row['outcome']:14}{cells}  {row.get('sentence', '')}", flush=True)
+        print(f"{name:74}{row['outcome']:14}{cells}  {row.get('sentence', '')}", flush=True)
     print(f"{counts}, {time.monotonic() - started:.0f} s")
     return int(bool(counts.keys() - {"right", "refused"}))
 

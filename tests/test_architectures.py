@@ -11,8 +11,12 @@ import pytest
 import mechsvd as ms
 from tests.architectures import write_checkpoint
 
-RIGHT = ("llama+", "granite", "gemma2", "gpt_neox", "opt")
-DIFFERENT = ("gpt2+scale_attn_weights=false", "gemma3_text", "falcon+new_decoder_architecture=true")
+RIGHT = ("llama+", "granite", "gpt_neox")
+DIFFERENT = (
+    "gpt2+scale_attn_weights=false",
+    "gemma3_text",
+    "falcon+new_decoder_architecture=true,multi_query=false",
+)
 UNKNOWN = ("phimoe", "bart")
 
 
