@@ -15,6 +15,8 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 Setting = tuple[Callable[[], Any], Callable[[Any], Any], Any]  # read, write, the value in a call
 _EXACT = ("none", "ieee")  # precisions of float32 products that are float32's own
 _FUSED = ("flash", "mem_efficient", "cudnn")  # kernels of attention without second derivatives
+# hooks on saved tensors; torch 2.6 does not say which there are
+_top_hooks = getattr(_C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
 def plain(call: Call) -> Call:
@@ -52,7 +54,7 @@ def plain_torch() -> Iterator[None]:
             from torch.utils._python_dispatch import _disable_current_modes
 
             aside.enter_context(_disable_current_modes())
-        while (hooks := _C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        while (hooks := _top_hooks(True)) is not None:
             _C._autograd._pop_saved_tensors_default_hooks()
             aside.callback(_C._autograd._push_saved_tensors_default_hooks, *hooks)
         yield
@@ -73,7 +75,7 @@ def _modes() -> bool:
         or _C._is_any_autocast_enabled()
         or _C._len_torch_function_stack()
         or _C._len_torch_dispatch_stack()
-        or _C._autograd._top_saved_tensors_default_hooks(True)
+        or _top_hooks(True)
     )
 
 

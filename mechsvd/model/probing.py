@@ -1,6 +1,6 @@
 """Measure a model on a text that begins with BOS and is as long as what depends on length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,11 +8,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechsvd.model.beginnings import read_beginning
-from mechsvd.model.cache import empty_cache, wrapped
+from mechsvd.model.cache import empty_cache, versions, wrapped
 from mechsvd.model.finite import not_finite
 from mechsvd.model.reference import NoReferenceError, plain_logits
 from mechsvd.model.runs import run_model
-from mechsvd.model.sites import Model, Site
+from mechsvd.model.sites import Hook, Model, Site
 from mechsvd.model.tokenization import expected_bos
 
 SHORTEST, USUAL = 20, 128  # tokens: of the text, and of the longest one that none asked for
@@ -78,6 +78,30 @@ def run_long(model: Model, length: int, sites: tuple[Site, ...], fused_tolerance
     )
 
 
+def first_run(
+    model: Model, tokens: Tensor, hooks: Sequence[Hook] = (), scored: slice | None = None
+) -> Tensor:
+    """The first pass over a model, which TransformerLens may not be able to run at all.
+
+    Raises:
+        ValueError: saying so.
+    """
+    try:
+        return run_model(model, tokens, hooks, scored)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        try:
+            run_model(model, tokens)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{versions()} cannot run this model, with or without mechsvd "
+                f"({type(error).__name__}: {reason})."
+            ) from error
+        raise
+
+
 def cache_error(model: Model, length: int, logits: Tensor | None = None) -> float:
     """The error of the last logits of a text that is read in chunks through the model's cache.
 
@@ -86,7 +110,7 @@ def cache_error(model: Model, length: int, logits: Tensor | None = None) -> floa
     """
     rows = probe_tokens(model, length, rows=2)
     if logits is None:
-        logits = run_model(model, rows, scored=_last(length))
+        logits = first_run(model, rows, scored=_last(length))
     ends = sorted({_first_chunk(model, length), length // 2, length - 1, length})
     try:
         cache, read = empty_cache(model, len(rows)), []
@@ -169,10 +193,20 @@ def _worst_position(measured: Tensor, expected: Tensor) -> Tensor:
 
     Entries below a thousandth of the largest of all count as that; they may be rounding alone.
     """
-    measured, expected = measured.cpu().double(), expected.cpu().double()
-    size = expected.abs().amax(dim=-1)
+    error, size = (values.amax(dim=-1) for values in errors_and_sizes(measured, expected))
     least = 1e-3 * size.max() + torch.finfo(torch.float64).tiny
-    return ((measured - expected).abs().amax(dim=-1) / size.clamp(min=least)).max()
+    return (error / size.clamp(min=least)).max()
+
+
+def errors_and_sizes(measured: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """The error and the size of each entry; both are 0 where both entries are −inf.
+
+    That is the logit of a masked token, as of a padded vocabulary.
+    """
+    measured, expected = measured.cpu().double(), expected.cpu().double()
+    is_masked = measured.eq(-torch.inf) & expected.eq(-torch.inf)
+    error = torch.where(is_masked, 0, (measured - expected).abs())
+    return error, torch.where(is_masked, 0, expected.abs())
 
 
 def probe_tokens(model: Model, length: int = 6, rows: int = 0) -> Int[Tensor, "row pos"]:

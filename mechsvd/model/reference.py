@@ -61,7 +61,13 @@ def plain_model(model: Model) -> nn.Module:
         name.replace("._original_component", ""): value
         for name, value in nn.Module.state_dict(hf_model).items()
     }
-    plain.load_state_dict({n: stored[n] for n in plain.state_dict() if n in stored}, False, True)
+    own, modules = plain.state_dict(), dict(plain.named_modules())
+    for name in (
+        stored.keys() - own
+    ):  # a bridge adds zeros, and splits weights into modules of its own
+        if name.rpartition(".")[0] in modules and stored[name].any():
+            raise NoReferenceError(f"its weight {name} is not one of transformers'")
+    plain.load_state_dict({n: stored[n] for n in own if n in stored}, strict=False, assign=True)
     plain.tie_weights()
     if lacking := [name for name, weight in plain.named_parameters() if weight.is_meta]:
         raise NoReferenceError(f"its weight {lacking[0]} has another name in the bridge")

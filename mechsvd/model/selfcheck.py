@@ -11,7 +11,14 @@ from mechsvd.ambient import plain
 from mechsvd.fields import require_between
 from mechsvd.model.cache import versions, warn_uncached
 from mechsvd.model.evaluation import alone, evaluation, torch_hooks, without_hook_points
-from mechsvd.model.probing import cache_error, probe_length, probe_tokens, run_long
+from mechsvd.model.probing import (
+    cache_error,
+    errors_and_sizes,
+    first_run,
+    probe_length,
+    probe_tokens,
+    run_long,
+)
 from mechsvd.model.runs import run_model
 from mechsvd.model.sites import (
     COMPONENTS,
@@ -333,7 +340,7 @@ def _measure(model: Model, length: int) -> SelfCheck:
 def _passes(model: Model, tokens: Tensor, name: str) -> bool:
     """Whether a run passes a hook point once."""
     try:
-        run_model(model, tokens, [(name, lambda x, hook=None: None)])
+        first_run(model, tokens, [(name, lambda x, hook=None: None)])
     except RuntimeError:
         return False
     return True
@@ -363,5 +370,5 @@ def _imbalance(terms: list[Tensor], total: Tensor) -> float:
 
 
 def _difference(measured: Tensor, expected: Tensor) -> float:
-    measured, expected = measured.cpu().double(), expected.cpu().double()
-    return float((measured - expected).abs().max() / expected.abs().max())
+    error, size = errors_and_sizes(measured, expected)
+    return float(error.max() / size.max())
