@@ -11,6 +11,7 @@ import torch
 
 import mechsvd as ms
 from mechsvd.edits.exchange import to_transformer_lens
+from mechsvd.model.cache import taking_cache
 
 # prompt, right and wrong tokens, words for a logit difference, and the prompts of other texts
 WORDS = {
@@ -978,7 +979,7 @@ def test_text_generated_with_hooks_is_that_of_a_greedy_loop(real, loop, kind, ca
         donor = ms.donor_baseline(real.model, other)
         hooks = ms.fwd_hooks(real.model, ms.ablate(real.svd, few, baseline=donor))
         edit = about(loop.writes(other), without)
-    with real.model.hooks(fwd_hooks=hooks):
+    with real.model.hooks(fwd_hooks=hooks), taking_cache(real.model):
         found = real.model.generate(
             prompt[None],
             max_new_tokens=new,

@@ -63,9 +63,9 @@ SAID = {  # what warns, and a word of it
     ),
     "generate": (
         lambda model, task, svd: ms.generate(
-            model, "a", lambda x, hook: x * torch.nan, max_new_tokens=1
+            model, "a b c", max_new_tokens=model.cfg.n_ctx - 3, truncate="left"
         ),
-        "not finite",
+        "oldest tokens",
     ),
     "truncate": (
         lambda model, task, svd: ms.Task.from_text(model, "a " * 600, "b", truncate="left"),

@@ -234,6 +234,11 @@ def test_what_is_not_the_plain_model_is_not_compared_and_says_why():
         plain_logits(model, tiny_task().tokens[None], slice(0, 2))
     assert "not compared, since" in repr(self_check(model))
     handle.remove()
+    joint = tiny("GPT-2")
+    with torch.no_grad():
+        joint.blocks[1].attn.k.weight.mul_(0.5)  # a copy of the bridge's own
+    assert "changed in the bridge" in self_check(joint).unreferenced
+    assert self_check(joint).failure is None
     model.compatibility_mode = True
     assert self_check(model).unreferenced == "its weights were processed"
 

@@ -318,7 +318,7 @@ def test_edits_that_weights_cannot_hold_are_refused(embedded, meaning, meaning_s
     donor = ms.donor_baseline(embedded, meaning)
     rows = [
         (lambda x, hook=None: 0.5 * x, {}, TypeError, "Only gates and chains of them"),
-        (ms.shift(torch.ones(128)), {}, TypeError, "Only gates .* this is shifted"),
+        (ms.shift(torch.ones(128)), {}, TypeError, "Only gates .* this is Shift"),
         (ms.chain(keep, ms.shift(torch.ones(128))), {}, TypeError, "Only gates"),
         (ms.gate(meaning_svd, torch.ones(3, 128)), {}, ValueError, "a stack of 3 edits"),
         (

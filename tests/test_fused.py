@@ -47,7 +47,7 @@ def assert_fast_equals_plain(model, task, svd, runs, ranks):
         torch.testing.assert_close(getattr(fast, name), getattr(plain, name), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast.clean.log_probs, plain.clean.log_probs, **CLOSE)
     chosen = {"metric": ms.logit_difference(5, 7)}
-    both = [ms.sweep_rank(model, task, svd, ranks, fast=is_fast, **chosen) for is_fast in (0, 1)]
+    both = [ms.sweep_rank(model, task, svd, ranks, fast=fast, **chosen) for fast in (False, True)]
     torch.testing.assert_close(both[0].measurement.value, both[1].measurement.value, **CLOSE)
 
 

@@ -162,7 +162,7 @@ def test_token_ids_are_gone_on_from_as_they_are(embedded, meaning):
 @pytest.mark.fault(54)
 def test_no_text_is_written_from_an_edit_that_gives_nan(embedded):
     with pytest.raises(
-        ValueError, match="run under the edit of text 1 holds NaN or inf, first at layer 0 attn"
+        ValueError, match="run under the edit holds NaN or inf, first at layer 0 attn, position 0"
     ):
         ms.generate(
             embedded, PROMPT, [None, lambda x, hook=None: x * float("nan")], max_new_tokens=2

@@ -4,6 +4,7 @@ import torch
 import mechsvd as ms
 from mechsvd.edits.gates import Gate
 from mechsvd.edits.maps import EditError
+from mechsvd.model.cache import taking_cache
 from mechsvd.model.evaluation import other_hooks
 from tests.conftest import tiny, tiny_task
 from tests.test_subspace import orthonormal
@@ -85,7 +86,8 @@ def test_positions_are_absolute_while_decoding_with_a_cache(embedded):
         "verbose": False,
         "stop_at_eos": False,
     }
-    with embedded.hooks(fwd_hooks=ms.fwd_hooks(embedded, edit, positions=[position])):
+    hooks = ms.fwd_hooks(embedded, edit, positions=[position])
+    with embedded.hooks(fwd_hooks=hooks), taking_cache(embedded):
         cached = embedded.generate(tokens, use_past_kv_cache=True, **options)
     with embedded.hooks(fwd_hooks=ms.fwd_hooks(embedded, edit, positions=[position])):
         plain = embedded.generate(tokens, use_past_kv_cache=False, **options)

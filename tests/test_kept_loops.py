@@ -168,7 +168,7 @@ def test_another_model_or_function_is_refused(small, tmp_path):
     model, texts, svd = small
     shifts = [ms.shift(torch.full((32,), size)) for size in (0.1, 0.2)]
     ms.measure(model, texts[0], shifts[:1], checkpoint=tmp_path / "shift")
-    with pytest.raises(ValueError, match=r"`edits` is \[.shift.*shifted .*\], but was"):
+    with pytest.raises(ValueError, match=r"`edits` is \[.*Shift.*\], but was"):
         ms.measure(model, texts[0], shifts[1:], checkpoint=tmp_path / "shift")
     path = tmp_path / "run"
     bare = dataclasses.replace(svd, source=None)

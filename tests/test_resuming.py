@@ -123,7 +123,7 @@ def test_where_nothing_can_be_written_is_known_before_anything_runs(
     with open_checkpoint(None) as file:
         assert file.resume(call()) is not None
 
-    def fail(*args):
+    def fail(*args, **options):
         raise PermissionError("read-only")
 
     monkeypatch.setattr(checkpoint_file, "open", fail, raising=False)

@@ -30,7 +30,7 @@ class LongRun(NamedTuple):
     fused: float
     beginning: float
     cache: float
-    reference: float
+    reference: float | None
     unreferenced: str
 
 
@@ -155,14 +155,14 @@ def _beginning_error(
     return worst(after, [logits, *(write[:, start:] for write in writes)])
 
 
-def _reference_error(model: Model, rows: Tensor, logits: Tensor) -> tuple[float, str]:
+def _reference_error(model: Model, rows: Tensor, logits: Tensor) -> tuple[float | None, str]:
     """The error of the logits, compared with the plain model's, or why there is none."""
     try:
         plain = plain_logits(model, rows[:1], _last(rows.shape[1]))
     except NoReferenceError as error:
-        return float("nan"), str(error)
+        return None, str(error)
     except Exception as error:
-        return float("nan"), f"it cannot be built again ({type(error).__name__})"
+        return None, f"it cannot be built again ({type(error).__name__})"
     return worst([logits[:1]], [plain]), ""
 
 

@@ -54,6 +54,7 @@ def plain_model(model: Model) -> nn.Module:
         raise NoReferenceError(f"{changed[0]} is part of it")
     if getattr(hf_model.config, "quantization_config", None) is not None:
         raise NoReferenceError("its weights are quantised")
+    _require_joint_weights(hf_model)
     kind, config = _own_class(type(hf_model)), copy.deepcopy(hf_model.config)
     with init_empty_weights(include_buffers=False):
         plain = kind(config)
@@ -76,6 +77,23 @@ def plain_model(model: Model) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return plain.eval()
+
+
+def _require_joint_weights(hf_model: nn.Module) -> None:
+    """Refuse a bridge whose copies of queries, keys and values were changed.
+
+    Where transformers projects them jointly, the bridge runs on copies of its own.
+    """
+    attentions: list[Any] = [
+        m for m in nn.Module.modules(hf_model) if hasattr(m, "split_qkv_matrix")
+    ]
+    for attention in attentions:
+        parts = attention.split_qkv_matrix(attention.original_component)
+        for name, part in zip("qkv", parts, strict=True):
+            if not torch.equal(part.weight, getattr(attention, name).weight):
+                raise NoReferenceError(
+                    f"its weight {attention.name}.{name} was changed in the bridge"
+                )
 
 
 def _own_class(kind: type) -> Any:

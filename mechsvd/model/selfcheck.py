@@ -67,7 +67,7 @@ class SelfCheck(Result):
             run whole.
         length: tokens of the longer text, which begins with BOS.
         reference_error: error of that text's last logits, compared with the plain Hugging Face
-            model that the bridge wraps, relative to the largest entry. NaN if there is none to
+            model that the bridge wraps, relative to the largest entry. None if there is none to
             compare with.
         unreferenced: why there is none.
         cache_error: error of the last logits if the text is read in chunks through a cache. If it
@@ -90,7 +90,7 @@ class SelfCheck(Result):
     fused_tolerance: float = 0.0
     beginning_error: float = float("inf")
     length: int = 0
-    reference_error: float = float("nan")
+    reference_error: float | None = None
     unreferenced: str = ""
     cache_error: float = float("inf")
     not_finite: str = ""
@@ -132,7 +132,7 @@ class SelfCheck(Result):
             )
         if not self.output_change > 0:
             return "zeroing all writes leaves the output as it is, so the hooks do not act"
-        if self.reference_error > 10 * self.tolerance:
+        if self.reference_error is not None and not self.reference_error <= 10 * self.tolerance:
             return (
                 f"on a text of {self.length} tokens, TransformerLens's logits differ by "
                 f"{self.reference_error:.2g} of their size from those of the Hugging Face model "
@@ -176,9 +176,9 @@ class SelfCheck(Result):
     def __repr__(self) -> str:
         fused = f"{'' if self.runs_fused else 'not used, '}{self.fused_error:.1e}"
         cache = f"{'' if self.keeps_cache else 'not used, '}{self.cache_error:.1e}"
-        reference = f"{self.reference_error:.1e}"
-        if self.unreferenced:
-            reference = f"not compared, since {self.unreferenced}"
+        reference = f"not compared{self.unreferenced and f', since {self.unreferenced}'}"
+        if self.reference_error is not None:
+            reference = f"{self.reference_error:.1e}"
         return (
             f"SelfCheck: {'passed' if self.failure is None else self.failure}\n"
             f"  writes + stream: {self.block_error.max():.1e} in the worst block; "
