@@ -12,6 +12,7 @@ from mechsvd.demo import WEIGHTS
 from mechsvd.model import decoding
 from tests.conftest import STORIES
 
+pytestmark = pytest.mark.older
 PROMPT = "I believe the meaning of life is"
 # of a checkpoint's generation_config.json; 855 is " but" of the embedded model
 SETTINGS = {
