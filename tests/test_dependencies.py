@@ -316,3 +316,29 @@ def test_no_notice_of_other_libraries_for_their_own_callers_comes_from_our_calls
         ms.figures.surprise(ms.sweep_rank(model, task, svd, [0, 64])).to_json()
     notices = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
     assert not [str(w.message) for w in seen if issubclass(w.category, notices)]
+
+
+@pytest.mark.fault(53)
+def test_a_long_text_adds_to_what_short_ones_showed(monkeypatch):
+    config = Gemma3TextConfig(
+        **SIZES,
+        head_dim=8,
+        sliding_window=200,
+        max_position_embeddings=512,
+        layer_types=["sliding_attention"] * 2,
+    )
+    model = of(config)
+    short, long = self_check(model), self_check(model, 300)
+    assert (short.length, long.length) == (20, 204)
+    assert long.failure is None
+    assert long.keeps_cache
+    assert long.goes_on
+    assert (long.block_error == short.block_error).all()
+    assert long.fused_error >= short.fused_error
+    masks = "transformers.models.gemma3.modeling_gemma3.create_sliding_window_causal_mask"
+    from transformers.masking_utils import create_causal_mask
+
+    other = of(config)  # and then no window, as if the bridge left it out
+    monkeypatch.setattr(masks, create_causal_mask)
+    assert self_check(other).failure is None
+    assert "on a text of 204 tokens" in self_check(other, 300).failure

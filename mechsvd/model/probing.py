@@ -61,8 +61,8 @@ def _lengths(options: dict[Any, Any]) -> Iterator[int]:
 
 
 def run_long(model: Model, length: int, sites: tuple[Site, ...], fused_tolerance: float) -> LongRun:
-    """Measure the other ways on two rows of a text."""
-    rows = probe_tokens(model, length, rows=2)
+    """Measure the other ways on a text: two rows of one, or one of a long one, which takes long."""
+    rows = probe_tokens(model, length, rows=2 if length <= USUAL else 1)
     plain = _values(model, rows, sites)
     fused = _fused_error(model, rows, sites, plain)
     reference, unreferenced = _reference_error(model, rows, plain[0])
@@ -108,7 +108,7 @@ def cache_error(model: Model, length: int, logits: Tensor | None = None) -> floa
     Args:
         logits: those of a pass over the whole text, if it was run already.
     """
-    rows = probe_tokens(model, length, rows=2)
+    rows = probe_tokens(model, length, rows=2 if logits is None else len(logits))
     if logits is None:
         logits = first_run(model, rows, scored=_last(length))
     ends = sorted({_first_chunk(model, length), length // 2, length - 1, length})
@@ -133,21 +133,23 @@ def _last(length: int) -> slice:
 
 
 def _fused_error(model: Model, rows: Tensor, sites: tuple[Site, ...], plain: list[Tensor]) -> float:
-    """The largest error on fused kernels, of one row and of two different ones."""
+    """The largest error on fused kernels, of all rows and, of several, of one alone."""
+    counts = {len(rows), 1}
     try:
-        runs = [_values(model, some, sites, fused=True) for some in (rows[:1], rows)]
+        runs = [_values(model, rows[:count], sites, fused=True) for count in counts]
     except Exception:  # no bridge, or a version of one in which something is otherwise
         return float("inf")
-    return worst([*runs[0], *runs[1]], [*(value[:1] for value in plain), *plain])
+    expected = [value[:count] for count in counts for value in plain]
+    return worst([value for run in runs for value in run], expected)
 
 
 def _beginning_error(
     model: Model, rows: Tensor, sites: tuple[Site, ...], plain: list[Tensor], is_fused: bool
 ) -> float:
-    """The largest error of the ends of two texts, after the keys and values of their beginnings."""
-    start = _first_chunk(model, rows.shape[1])
+    """The largest error of the ends of texts, after the keys and values of their beginnings."""
+    start, order = _first_chunk(model, rows.shape[1]), torch.arange(len(rows)).flip(0)
     try:
-        cache = read_beginning(model, rows[:, :start]).of(torch.tensor([1, 0]))
+        cache = read_beginning(model, rows[:, :start]).of(order)
         after = _values(model, rows.flip(0)[:, start:], sites, is_fused, cache)
     except Exception:  # as above, or a model that keeps something else
         return float("inf")

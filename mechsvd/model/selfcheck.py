@@ -1,5 +1,6 @@
 """Measure, once per model, whether its hooks are its writes, and its logits right."""
 
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -222,6 +223,8 @@ def self_check(model: Model, length: int | None = None) -> SelfCheck:
     key = (_state(model), longer)
     with alone(model):
         checks = _CHECKED.setdefault(model, {})
+        if key not in checks and longer > probe_length(model):
+            checks[key] = _beyond(model, self_check(model), longer)
         if key not in checks:
             checks[key] = _measure(model, longer)
         return checks[key]
@@ -283,6 +286,31 @@ def require_sound(
         else []
     )
     return outcome, (*([] if check else ["self-check skipped"]), *skipped)
+
+
+def _beyond(model: Model, check: SelfCheck, length: int) -> SelfCheck:
+    """A check with what a longer text shows, too."""
+    sites = find_sites(model, missing="skip")
+    with without_hook_points(model), evaluation(model, quiet=True):
+        long = run_long(model, length, sites, check.fused_tolerance)
+    reference = long.reference
+    if reference is not None and check.reference_error is not None:
+        reference = _larger(reference, check.reference_error)
+    return replace(
+        check,
+        length=length,
+        fused_error=_larger(check.fused_error, long.fused),
+        beginning_error=_larger(check.beginning_error, long.beginning),
+        cache_error=_larger(check.cache_error, long.cache),
+        reference_error=reference,
+        unreferenced=long.unreferenced,
+        not_finite=check.not_finite or long.not_finite,
+    )
+
+
+def _larger(first: float, second: float) -> float:
+    """The larger of two errors; NaN if one is."""
+    return float(torch.tensor([first, second], dtype=torch.float64).max())
 
 
 def _measure(model: Model, length: int) -> SelfCheck:
