@@ -160,7 +160,7 @@ def _beginning_error(
 def _reference_error(model: Model, rows: Tensor, logits: Tensor) -> tuple[float | None, str]:
     """The error of the logits, compared with the plain model's, or why there is none."""
     try:
-        plain = plain_logits(model, rows[:1], _last(rows.shape[1]))
+        plain = plain_logits(model, rows[:1], logits.shape[1])
     except NoReferenceError as error:
         return None, str(error)
     except Exception as error:

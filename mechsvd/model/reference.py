@@ -8,6 +8,7 @@ module.
 
 import copy
 import importlib.util
+import inspect
 import sys
 from typing import Any
 
@@ -25,16 +26,18 @@ class NoReferenceError(ValueError):
 
 
 def plain_logits(
-    model: Model, tokens: Int[Tensor, "batch pos"], scored: slice
+    model: Model, tokens: Int[Tensor, "batch pos"], count: int
 ) -> Float[Tensor, "batch scored d_vocab"]:
-    """The logits of the plain model, by its own eager attention.
+    """The logits of the plain model at the last positions, by its own eager attention.
 
     Raises:
         NoReferenceError: the model is no bridge, or more than a bridge was put on it.
     """
     reference = plain_model(model)
+    takes = inspect.signature(reference.forward).parameters
+    fewer = {"logits_to_keep": count} if "logits_to_keep" in takes else {}
     with torch.no_grad():
-        return reference(input_ids=tokens, use_cache=False).logits[:, scored]
+        return reference(input_ids=tokens, use_cache=False, **fewer).logits[:, -count:]
 
 
 def plain_model(model: Model) -> nn.Module:
