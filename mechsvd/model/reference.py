@@ -48,16 +48,7 @@ def plain_model(model: Model) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    hf_model = wrapped(model)
-    if hf_model is None:
-        raise NoReferenceError("a HookedTransformer wraps no model")
-    if getattr(model, "compatibility_mode", False):
-        raise NoReferenceError("its weights were processed")
-    if changed := torch_hooks(model):
-        raise NoReferenceError(f"{changed[0]} is part of it")
-    if getattr(hf_model.config, "quantization_config", None) is not None:
-        raise NoReferenceError("its weights are quantised")
-    _require_joint_weights(hf_model)
+    hf_model = _comparable(model)
     kind, config = _own_class(type(hf_model)), copy.deepcopy(hf_model.config)
     with init_empty_weights(include_buffers=False):
         plain = kind(config)
@@ -66,9 +57,7 @@ def plain_model(model: Model) -> nn.Module:
         for name, value in nn.Module.state_dict(hf_model).items()
     }
     own, modules = plain.state_dict(), dict(plain.named_modules())
-    for name in (
-        stored.keys() - own
-    ):  # a bridge adds zeros, and splits weights into modules of its own
+    for name in stored.keys() - own:  # a bridge adds zeros, and modules for parts of joint weights
         if name.rpartition(".")[0] in modules and stored[name].any():
             raise NoReferenceError(f"its weight {name} is not one of transformers'")
     plain.load_state_dict({n: stored[n] for n in own if n in stored}, strict=False, assign=True)
@@ -80,6 +69,25 @@ def plain_model(model: Model) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return plain.eval()
+
+
+def _comparable(model: Model) -> Any:
+    """The wrapped model, if nothing but a bridge was put on it.
+
+    Raises:
+        NoReferenceError: saying what was.
+    """
+    hf_model = wrapped(model)
+    if hf_model is None:
+        raise NoReferenceError("a HookedTransformer wraps no model")
+    if getattr(model, "compatibility_mode", False):
+        raise NoReferenceError("its weights were processed")
+    if changed := torch_hooks(model):
+        raise NoReferenceError(f"{changed[0]} is part of it")
+    if getattr(hf_model.config, "quantization_config", None) is not None:
+        raise NoReferenceError("its weights are quantised")
+    _require_joint_weights(hf_model)
+    return hf_model
 
 
 def _require_joint_weights(hf_model: nn.Module) -> None:
