@@ -369,6 +369,21 @@ def writing_metric(write):
     return metric
 
 
+@pytest.mark.parametrize("write", ["tokens", "continuation", "array"])
+@pytest.mark.fault(58)
+def test_a_metric_that_writes_to_the_tokens_of_its_task_is_refused_and_the_task_stays(real, write):
+    before = real.task.tokens.clone()
+
+    def metric(logits, clean, task):
+        labels = task.tokens.numpy() if write == "array" else getattr(task, write)
+        labels[: task.prompt_length] = -100  # as labels are often made
+        return logits.sum((1, 2))
+
+    with pytest.raises(ValueError, match="changed the task's tokens in place"):
+        ms.measure(real.model, real.task, [ms.keep(real.svd, 3)], metric=metric, progress=False)
+    assert torch.equal(real.task.tokens, before)
+
+
 @pytest.mark.parametrize("write", [data, array, storage, counter_put_back])
 @pytest.mark.fault(58)
 def test_a_metric_that_writes_to_its_logits_changes_nothing_else(real, write):

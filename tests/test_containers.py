@@ -32,6 +32,22 @@ class Batch(Mapping):
         return len(self.columns)
 
 
+class Polars:
+    """What a data frame of Polars has: it iterates over its columns."""
+
+    def __init__(self, frame):
+        self.columns, self.frame = [*frame.columns], frame
+
+    def __iter__(self):
+        return (self.frame[name] for name in self.columns)
+
+    def __getitem__(self, name):
+        return self.frame[name]
+
+    def to_dicts(self):
+        return self.frame.to_dict("records")
+
+
 def read(source):
     return [(text.prompt, text.continuation) for text in read_texts(source)]
 
@@ -57,6 +73,12 @@ FORMS = {
     "itertuples": lambda: FRAME.itertuples(),
     "named tuples": lambda: [Swapped(*pair[::-1]) for pair in PAIRS],
     "an array of pairs": lambda: FRAME.to_numpy(),
+    "a structured array": lambda: np.array(
+        [pair[::-1] for pair in PAIRS], dtype=[("continuation", "U9"), ("prompt", "U9")]
+    ),
+    "records of a frame": lambda: FRAME.to_records(),
+    "a frame of Polars": lambda: Polars(FRAME),
+    "such frames in pieces": lambda: [Polars(FRAME[:1]), Polars(FRAME[1:])],
     "frames in pieces": lambda: iter([FRAME[:1], FRAME[1:]]),
     "batches of columns": lambda: [FRAME[:1].to_dict("list"), FRAME[1:].to_dict("list")],
 }
@@ -109,6 +131,9 @@ def test_one_row_is_one_text_and_names_stay_names():
         ({"prompt": ["a", "b"], "group": "c"}, "`group` has 'c'"),
         ({"text": "I believe", "url": "We think"}, "one row of a table or texts by their names"),
         (pd.concat([FRAME, FRAME], axis=1), r"\['continuation', 'prompt'\] twice"),
+        (np.array("I believe"), "must be a file or a list of texts, but is ndarray"),
+        (Polars(FRAME[["continuation"]]), "none of them is `prompt` or `text`"),
+        ({"train": Polars(FRAME)}, r"several tables, \['train'\]"),
         ({"train": FRAME, "test": FRAME}, r"several tables, \['train', 'test'\]"),
         (pd.DataFrame({"prompt": [None, "a"]}), "text 0 has no `prompt`"),
     ],
@@ -165,6 +190,8 @@ def test_labels_say_what_is_scored(embedded, silent):
         ({"labels": [-100, -100, -100, -100]}, "`labels` leaves no token"),
         ({"labels": [5, 9, 7, -100]}, "position 0 is 5, but the token there is 0.*not shifted"),
         ({"labels": [0, -100, -100, -100]}, "only the first token"),
+        ({"continuation": " it"}, "`continuation` beside `input_ids` says nothing"),
+        ({"wrong": " it"}, "`wrong` beside `input_ids` says nothing"),
         ({"input_ids": [0, 5, -100, -100]}, "-100 is no token: it marks what is not scored"),
         ({"input_ids": [0, 5.5, 9, 7]}, "`input_ids` must be a row of whole numbers"),
     ],
@@ -186,6 +213,19 @@ def test_pads_in_a_task_of_bare_tokens_are_warned_of(embedded, meaning_svd):
         with pytest.warns(UserWarning, match=f"{words}, which look like the pads") as caught:
             ms.measure(embedded, task, [ms.keep(meaning_svd, 3)])
         assert sum("pads" in str(one.message) for one in caught) == 1
+
+
+@pytest.mark.fault(56)
+@pytest.mark.parametrize("row", [[1, 1, 1, 0, 42, 498], [0, 42, 498, 1, 1]])
+def test_pads_in_bare_tokens_of_a_prompt_or_a_corpus_are_warned_of(embedded, row):
+    ids = torch.tensor(row)
+    for call in (
+        lambda: ms.generate_tasks(embedded, ids, [None], max_new_tokens=1),
+        lambda: ms.stream_writes(embedded, {"input_ids": ids[None]}, layers=[0]),
+        lambda: ms.stream_writes(embedded, [ms.Task(ids, 2)], layers=[0]),
+    ):
+        with pytest.warns(UserWarning, match="tokens 1, which look like the pads"):
+            call()
 
 
 @pytest.mark.fault(56)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -102,7 +103,12 @@ def test_text_ends_at_a_string_that_ends_it(tmp_path, embedded):
 @pytest.mark.fault(55)
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_beams", 3), ("guidance_scale", 1.5), ("token_healing", True), ("max_time", 9.0)],
+    [
+        *[("num_beams", 3), ("guidance_scale", 1.5), ("token_healing", True), ("max_time", 9.0)],
+        # 0 and 1 ask for nothing only where transformers takes them so
+        *[("max_time", 0.0), ("max_time", 1), ("guidance_scale", 0), ("penalty_alpha", 1.0)],
+        ("encoder_no_repeat_ngram_size", 1),
+    ],
 )
 def test_a_setting_that_is_not_honoured_is_refused_by_name(embedded, monkeypatch, field, value):
     monkeypatch.setattr(embedded.original_model.generation_config, field, value, raising=False)
@@ -110,6 +116,16 @@ def test_a_setting_that_is_not_honoured_is_refused_by_name(embedded, monkeypatch
         ValueError, match=rf"`{field}` = {value}.*generation_config\.{field} = None"
     ):
         ms.Task.from_text(embedded, PROMPT, max_new_tokens=3)
+
+
+@pytest.mark.fault(55)
+@pytest.mark.parametrize(
+    "ends",
+    [torch.tensor(855), np.int64(855), np.array([1, 855]), torch.tensor([1, 855]), (855,)],
+)
+def test_end_tokens_in_any_form_end_a_text(embedded, monkeypatch, ends):
+    monkeypatch.setattr(embedded.original_model.generation_config, "eos_token_id", ends)
+    assert ms.Task.from_text(embedded, PROMPT, max_new_tokens=20).tokens[-1] == 855
 
 
 # what neither changes greedy text nor is a length that every call gives itself

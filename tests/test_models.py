@@ -169,3 +169,9 @@ def test_a_missing_or_unsupported_transformerlens_gives_the_exact_line(monkeypat
     monkeypatch.setattr("mechsvd.model.loading.installed_version", lambda: found)
     with pytest.raises(ImportError, match=rf"{message}.*pip install 'transformer-lens>=3.9,<5'"):
         ms.load_model()
+
+
+@pytest.mark.parametrize("option", ["fold_ln", "center_writing_weights", "n_devises"])
+def test_an_option_that_the_bridge_does_not_have_is_named_and_no_file_is_blamed(option):
+    with pytest.raises(TypeError, match=f"boot_transformers` refuses the options: .*'{option}'"):
+        ms.load_model(**{option: True})

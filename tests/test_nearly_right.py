@@ -62,6 +62,8 @@ def test_arrays_and_lists_are_taken_as_tensors():
         assert torch.equal(ms.span(way).basis.abs(), torch.eye(4, dtype=torch.float64)[:, :2])
         assert torch.equal(ms.gate(way, gains)(x), right)
     assert torch.equal(ms.gate(columns, [1, 0.5])(x), right)
+    for rest in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        assert torch.equal(ms.gate(columns, gains, rest)(x), ms.gate(columns, gains, 0.5)(x))
     for vector in (np.ones(4), [1.0] * 4, (1, 1, 1, 1)):
         assert torch.equal(ms.shift(vector)(x), x + 1)
 
@@ -91,6 +93,20 @@ def test_on_and_off_are_true_and_false_and_no_words(small, silent, name):
             SWITCHES[name](*small, word)
     for good in (False, np.bool_(False), torch.tensor(False)):
         SWITCHES[name](*small, good)
+
+
+@pytest.mark.fault(59)
+@pytest.mark.parametrize("kind", ["gate", "shift", "chain"])
+def test_an_edit_refuses_what_is_no_write(kind):
+    basis, x = torch.eye(8)[:, :2], torch.rand(1, 3, 8)
+    edit = {"gate": ms.keep(ms.span(basis)), "shift": ms.shift(basis[:, 0])}.get(kind)
+    edit = edit or ms.chain(ms.keep(ms.span(basis)), ms.shift(basis[:, 0]))
+    for other in (x.long(), x > 0, x.to(torch.complex64), x.to_sparse(), (x.long(), None)):
+        with pytest.raises(TypeError, match="takes a dense tensor of floats, but this one is"):
+            edit(other)
+    for other in (x[..., :4], x.view(1, 3, 2, 4), x.mT, (x[..., :4], None)):
+        with pytest.raises(ValueError, match="dimensions, but this|d_model"):
+            edit(other)
 
 
 Named = namedtuple("Named", "write weights")

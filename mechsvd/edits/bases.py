@@ -20,7 +20,7 @@ from mechsvd.linalg.subspace import Subspace
 Bases = Basis | Sequence[Basis]
 
 
-Rest = float | int | Float[Tensor, "*rest"] | np.ndarray
+Rest = float | int | Float[Tensor, "*rest"] | np.ndarray | np.generic
 
 
 @overload

@@ -32,6 +32,12 @@ def takes_tuples(call: Call) -> Call:
     @functools.wraps(call)
     def edited(*args: Any, **options: Any) -> Any:
         x = args[place] if len(args) > place else options.get("x")
+        of = x[0] if isinstance(x, tuple) and x else x
+        if isinstance(of, Tensor) and not (of.is_floating_point() and of.layout == torch.strided):
+            raise TypeError(
+                f"An edit takes a dense tensor of floats, but this one is {of.dtype}, {of.layout}; "
+                "writes are floats, so it is something else."
+            )
         if isinstance(x, Tensor):
             return call(*args, **options)
         if not isinstance(x, tuple) or not x or not isinstance(x[0], Tensor):
@@ -77,6 +83,11 @@ class Gate:
         self, x: Float[Tensor, "... d_model"], hook: Any = None
     ) -> Float[Tensor, "... d_model"]:
         """Edit the writes `x`: a new tensor in the dtype of `x`, computed in float32 or wider."""
+        if x.shape[-1] != len(self.basis):
+            raise ValueError(
+                f"The basis has {len(self.basis)} dimensions, but this tensor {list(x.shape)}; "
+                "give the edit the writes, [..., d_model], or take a basis of this hook point."
+            )
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, hook)
@@ -268,7 +279,7 @@ def gate_of(
     """The gate over one basis, with its input checked; see `mechsvd.gate`."""
     directions, source = directions_of(basis)
     rank, gains = directions.shape[1], real_tensor("gains", gains, "rank")
-    if not isinstance(rest, int | float):
+    if not isinstance(rest := single(rest), int | float):
         rest = single(real_tensor("rest", rest, "edit"))
     if gains.ndim not in (1, 2) or gains.shape[-1] != rank:
         raise ValueError(

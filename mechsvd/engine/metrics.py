@@ -114,10 +114,16 @@ def evaluate(metric: Metric, logits: Logits, clean: Clean, task: Task) -> Float[
             changes what it was given in place.
     """
     own, own_clean = protected(metric.function, logits, clean)
-    values = metric(own, own_clean, task)
-    if own is not logits and (own._version or own_clean._version):
+    tokens = task.tokens.clone()
+    try:
+        values = metric(own, own_clean, task)
+    finally:
+        if is_changed := not torch.equal(tokens, task.tokens):
+            task.tokens.copy_(tokens)
+    if is_changed or (own is not logits and (own._version or own_clean._version)):
+        what = "the task's tokens" if is_changed else "its logits"
         raise ValueError(
-            f"The metric `{metric.name}` changed its logits in place; compute with new tensors."
+            f"The metric `{metric.name}` changed {what} in place; compute with new tensors."
         )
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__

@@ -17,6 +17,7 @@ from mechsvd.engine.batches import run_batches
 from mechsvd.engine.resuming import runs_model
 from mechsvd.engine.session import RunOptions, open_session
 from mechsvd.model.decoding import continue_tokens, end_tokens
+from mechsvd.model.padding import warn_pads
 from mechsvd.model.positions import absolute_positions, positions_in
 from mechsvd.model.sites import Model, require_model
 from mechsvd.model.tasks import Task, require_known
@@ -188,6 +189,7 @@ def _start(model: Model, prompt: Any, prepend_bos: bool | None) -> list[int]:
             f"but is {prompt.dtype} of shape {list(prompt.shape)}."
         )
     require_known(model, prompt)
+    warn_pads(model, prompt.tolist())
     warn_unusual_start(model, prompt[:2].tolist(), "".join(map(str, prompt[:8].tolist())))
     return prompt.tolist()
 

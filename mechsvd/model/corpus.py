@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechsvd.model.padding import warn_pads
 from mechsvd.model.sites import Model
 from mechsvd.model.sources import TEXT, read_entries
 from mechsvd.model.tasks import Task, require_known
@@ -44,6 +45,8 @@ def read_documents(model: Model, source: Any, shard: tuple[int, int]) -> Iterato
         if is_first:  # once, not for each of very many
             warn_unusual_start(model, entry.tokens[:2].tolist(), entry.text()[0])
         is_first = False
+        if not entry.pieces:
+            warn_pads(model, entry.tokens.tolist())
         yield _document_of_tokens(model, place, entry.tokens.cpu().long())
 
 
@@ -77,6 +80,7 @@ def _document_of_text(model: Model, place: str, name: str, entry: Any) -> Docume
         return Document(place, b"", lambda: torch.empty(0, dtype=torch.int64))
     text = text_of(place, name, entry)
     if text.tokens:
+        warn_pads(model, text.tokens)
         return _document_of_tokens(model, place, torch.tensor(text.tokens))
     whole = prompt_of(model, text) + (text.continuation or "")
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsvd.checks import single
 from mechsvd.model.cache import empty_cache, wrapped
 from mechsvd.model.finite import require_finite_logits
 from mechsvd.model.runs import run_model
@@ -71,20 +72,20 @@ _HONOURED: dict[str, tuple[str, Callable[[Any, Any, _Text, Any], Any]]] = {
 }
 # Settings by which `generate` is no plain greedy loop. All others, such as `temperature`, `top_k`
 # or `cache_implementation`, change no greedy text.
-_REFUSED = (
-    "num_beams",
-    "num_return_sequences",
-    "penalty_alpha",
-    "dola_layers",
-    "guidance_scale",
-    "watermarking_config",
-    "encoder_repetition_penalty",
-    "encoder_no_repeat_ngram_size",
-    "constraints",
-    "force_words_ids",
-    "token_healing",
-    "max_time",
-)
+_REFUSED = {  # with the value, next to None, that asks for nothing
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "guidance_scale": 1,
+    "watermarking_config": None,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+    "constraints": None,
+    "force_words_ids": None,
+    "token_healing": False,
+    "max_time": None,
+}
 _NEUTRAL = {
     "repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
@@ -151,8 +152,8 @@ def continue_tokens(
 def end_tokens(model: Model) -> list[int]:
     """The tokens that end a text; none if neither the model's settings nor its tokenizer name any."""
     config = getattr(wrapped(model), "generation_config", None)
-    end = getattr(model.tokenizer if config is None else config, "eos_token_id", None)
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
+    end = single(getattr(model.tokenizer if config is None else config, "eos_token_id", None))
+    return [] if end is None else [end] if isinstance(end, int) else [int(one) for one in end]
 
 
 def _settings(
@@ -166,9 +167,9 @@ def _settings(
     import transformers
 
     config = getattr(wrapped(model), "generation_config", None)
-    for name in _REFUSED:
+    for name, neutral in _REFUSED.items():
         value = getattr(config, name, None)
-        if value is True or value not in (None, 0, 1):
+        if value not in (None, neutral):
             raise ValueError(
                 f"The model's generation settings ask for `{name}` = {value!r:.60}, which greedy "
                 f"text here does not honour; set `model.original_model.generation_config.{name} = "

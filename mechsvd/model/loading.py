@@ -204,6 +204,8 @@ def _reason(name: str, is_local: bool, error: Exception) -> Exception:
     calls = {frame.name for frame in frames}
     said = " ".join(str(error).split())[:300] or frames[-1].line  # of a bare assertion, the line
     text = f"{type(error).__name__}: {said}"
+    if isinstance(error, TypeError) and frames[-1].name == "_load":  # an option it does not have
+        return TypeError(f"`TransformerBridge.boot_transformers` refuses the options: {said}")
     transformers = f"transformers {version('transformers')}"
     if "from_config" in calls:
         return ValueError(f"{transformers} cannot build the model that {name} describes: {text}")

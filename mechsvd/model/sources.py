@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from mechsvd.model.text_files import file_of_texts, read_document, read_lines
 
 TEXT = "text"  # another name of `prompt`, as in many datasets
@@ -33,7 +35,7 @@ def read_entries(source: Any) -> Iterator[tuple[str, str, Any]]:
         _require_named_texts(source)
         for number, (name, entry) in enumerate(source.items()):
             yield f"text {number} ({name})", str(name), entry
-    elif isinstance(source, Iterable) or _is_table(source):
+    elif (isinstance(source, Iterable) and getattr(source, "ndim", 1) != 0) or _is_table(source):
         entries = _rows(source) if _is_table(source) else source
         rows = (row for entry in entries for row in _rows(entry))
         for number, entry in enumerate(rows):
@@ -78,6 +80,8 @@ def _rows(entry: Any) -> list[Any]:
     """The rows of a table; anything else is a row."""
     if _is_frame(entry):
         _require_columns(entry, [*entry.columns])
+        if hasattr(entry, "to_dicts"):  # of Polars
+            return entry.to_dicts()
         return entry.astype(object).where(entry.notna(), None).to_dict("records")
     if hasattr(entry, "to_pylist"):  # of Arrow
         _require_columns(entry, getattr(entry, "column_names", NEEDED))
@@ -88,16 +92,19 @@ def _rows(entry: Any) -> list[Any]:
 
 
 def _as_row(entry: Any) -> Any:
-    """A row of a data frame or a named tuple as a dict; anything else as it is."""
+    """A row of a data frame or an array, or a named tuple, as a dict; anything else as it is."""
     names = getattr(entry, "_fields", ()) or (getattr(entry, "index", ()) if _is_row(entry) else ())
-    if not any(name in names for name in NEEDED):
+    if isinstance(entry, np.void) and entry.dtype.names:  # of a structured array
+        names, entry = entry.dtype.names, dict(zip(entry.dtype.names, entry.tolist(), strict=True))
+    if isinstance(entry, dict) or not any(name in names for name in NEEDED):
         return entry
     return entry._asdict() if hasattr(entry, "_asdict") else entry.to_dict()
 
 
 def _is_frame(source: Any) -> bool:
-    """Whether it is a pandas data frame; pandas need not be imported for that."""
-    return hasattr(source, "iterrows") and hasattr(source, "columns")
+    """Whether it is a data frame of pandas or Polars; neither need be imported for that."""
+    is_frame = hasattr(source, "iterrows") or hasattr(source, "to_dicts")
+    return is_frame and hasattr(source, "columns")
 
 
 def _is_row(entry: Any) -> bool:

@@ -140,6 +140,11 @@ def text_of(place: str, name: str, entry: Any) -> Text:
         {"prompt", "messages"} & {*row} and not isinstance(row.get(LABELS), list)
     ):
         tokens, scored = unpadded(place, row[IDS], row.get(MASK), row.get(LABELS))
+        if not scored and (beside := {"continuation", "wrong"} & {*row}):
+            raise ValueError(
+                f"{place}: `{min(beside)}` beside `{IDS}` says nothing of tokens; give `{LABELS}` "
+                "for what is scored, or a `prompt`."
+            )
         return Text(
             place, row.get("name", name), group=row.get("group", ""), tokens=tokens, scored=scored
         )
