@@ -162,11 +162,23 @@ def test_token_ids_are_gone_on_from_as_they_are(embedded, meaning):
 @pytest.mark.fault(54)
 def test_no_text_is_written_from_an_edit_that_gives_nan(embedded):
     with pytest.raises(
-        ValueError, match="run under the edit holds NaN or inf, first at layer 0 attn, position 0"
+        ValueError,
+        match="run under the edit holds NaN or inf, first at layer 0 attn, position 0 of edit 1",
     ):
         ms.generate(
             embedded, PROMPT, [None, lambda x, hook=None: x * float("nan")], max_new_tokens=2
         )
+
+
+@pytest.mark.fault(54)
+def test_a_hook_that_gives_nan_without_any_edit_is_blamed_and_no_edit(embedded):
+    nan = ("blocks.1.hook_mlp_out", lambda x, hook: x * torch.nan)
+    with (
+        embedded.hooks(fwd_hooks=[nan]),
+        pytest.warns(UserWarning, match="already has hooks"),
+        pytest.raises(ValueError, match=r"The clean run .* what is on the model at blocks\.1"),
+    ):
+        ms.generate(embedded, PROMPT, max_new_tokens=2)
 
 
 @pytest.mark.fault(10)

@@ -95,6 +95,17 @@ def test_on_and_off_are_true_and_false_and_no_words(small, silent, name):
         SWITCHES[name](*small, good)
 
 
+@pytest.mark.fault(58)
+def test_a_shift_stays_when_its_vector_changes_but_follows_one_that_is_learned():
+    vector, x = torch.ones(4), torch.zeros(1, 4)
+    edits = [ms.shift(vector.mul_(2)) for _ in range(3)]
+    assert [float(edit(x)[0, 0]) for edit in edits] == [2, 4, 8]
+    learned = torch.nn.Parameter(torch.ones(4))
+    edit = ms.shift(learned)
+    learned.data.mul_(3)
+    assert float(edit(x)[0, 0].detach()) == 3
+
+
 @pytest.mark.fault(59)
 @pytest.mark.parametrize("kind", ["gate", "shift", "chain"])
 def test_an_edit_refuses_what_is_no_write(kind):

@@ -50,7 +50,8 @@ def shift(vector: Any) -> Edit:
     if vector.ndim != 1 or not vector.isfinite().all():
         what = "holds NaN or inf" if vector.ndim == 1 else f"has shape {list(vector.shape)}"
         raise ValueError(f"`vector` must be finite and of shape [d_model], but {what}.")
-    return Shift(vector if vector.is_floating_point() else vector.float())
+    vector = vector if vector.is_floating_point() else vector.float()
+    return Shift(vector if vector.requires_grad else vector.clone())  # which may change later
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,11 +63,14 @@ def not_finite(
         what: is known not to be finite, for a run in which nothing before the logits is.
         row: the text that is meant, of several.
     """
+    tokens = tokens.to(next(model.parameters()).device)
+    if hooks and _beginning(model, tokens, (), row):  # without the edit, too
+        hooks = ()
     run = "run under the edit" if hooks else "clean run"
-    device = next(model.parameters()).device
-    begin = _beginning(model, tokens.to(device), hooks, row)
-    prompt = row if prompt is None and len(tokens) > 1 else prompt
+    begin = _beginning(model, tokens, hooks, row)
     of = "" if prompt is None else f" of prompt {prompt}"
+    if prompt is None and len(tokens) > 1:  # the rows of one prompt are edits
+        of = f" of {'edit' if hooks else 'prompt'} {row}"
     where = f"first at {begin}{of}, so {what} are not finite" if begin else f"in {what}{of}"
     return f"The {run} holds NaN or inf, {where}; {_remedy(model, hooks)}"
 

@@ -118,7 +118,7 @@ class SelfCheck(Result):
     def failure(self) -> str | None:
         """The reason why the model fails, or None if it passes."""
         if self.not_finite:
-            return self.not_finite
+            return self.not_finite.rstrip(".")
         for layer, error in enumerate(self.block_error.tolist()):
             if layer not in self.unchecked and not error <= self.tolerance:
                 return (
