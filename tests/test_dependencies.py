@@ -129,7 +129,7 @@ def test_a_scale_of_attention_that_the_bridge_ignores_is_refused():
         )
     )
     with pytest.raises(
-        ValueError, match=r"on a text of 20 tokens, TransformerLens's logits differ"
+        ValueError, match=r"on a text of 12 tokens, TransformerLens's logits differ"
     ):
         ms.collect_writes(model, tiny_task())
     assert self_check(model).reference_error > 1e-2
@@ -248,9 +248,9 @@ def test_what_is_not_the_plain_model_is_not_compared_and_says_why():
 def test_the_probe_crosses_what_depends_on_length_and_no_more():
     config = Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=40, max_position_embeddings=512)
     model = of(config)
-    assert [probe_length(model, n) for n in (5, 40, 41, None)] == [20, 20, 44, 44]
+    assert [probe_length(model, n) for n in (5, 40, 41, None)] == [12, 12, 44, 44]
     model.original_model.config.sliding_window = 300
-    assert [probe_length(model, n) for n in (None, 300, 301, 900)] == [20, 20, 304, 304]
+    assert [probe_length(model, n) for n in (None, 300, 301, 900)] == [12, 12, 304, 304]
     rows = probe_tokens(model, 30, rows=2)
     assert rows.shape == (2, 30)
     assert rows[:, 0].tolist() == [model.tokenizer.bos_token_id] * 2
@@ -329,7 +329,7 @@ def test_a_long_text_adds_to_what_short_ones_showed(monkeypatch):
     )
     model = of(config)
     short, long = self_check(model), self_check(model, 300)
-    assert (short.length, long.length) == (20, 204)
+    assert (short.length, long.length) == (12, 204)
     assert long.failure is None
     assert long.keeps_cache
     assert long.goes_on

@@ -15,7 +15,7 @@ from mechsvd.model.runs import run_model
 from mechsvd.model.sites import Hook, Model, Site
 from mechsvd.model.tokenization import expected_bos
 
-SHORTEST, USUAL = 20, 128  # tokens: of the text, and of the longest one that none asked for
+SHORTEST, USUAL = 12, 128  # tokens: of the text, and of the longest one that none asked for
 SCORED = 4  # the last positions, whose logits are compared, and how far a length is crossed
 _BY_LENGTH = ("window", "original_max_position", "max_position_embeddings", "chunk_size")
 
@@ -133,14 +133,11 @@ def _last(length: int) -> slice:
 
 
 def _fused_error(model: Model, rows: Tensor, sites: tuple[Site, ...], plain: list[Tensor]) -> float:
-    """The largest error on fused kernels, of all rows and, of several, of one alone."""
-    counts = {len(rows), 1}
+    """The largest error on fused kernels."""
     try:
-        runs = [_values(model, rows[:count], sites, fused=True) for count in counts]
+        return worst(_values(model, rows, sites, fused=True), plain)
     except Exception:  # no bridge, or a version of one in which something is otherwise
         return float("inf")
-    expected = [value[:count] for count in counts for value in plain]
-    return worst([value for run in runs for value in run], expected)
 
 
 def _beginning_error(

@@ -99,7 +99,8 @@ def _require_joint_weights(hf_model: nn.Module) -> None:
         m for m in nn.Module.modules(hf_model) if hasattr(m, "split_qkv_matrix")
     ]
     for attention in attentions:
-        parts = attention.split_qkv_matrix(attention.original_component)
+        with torch.device("meta"):  # where the new layers' first values are not drawn
+            parts = attention.split_qkv_matrix(attention.original_component)
         for name, part in zip("qkv", parts, strict=True):
             if not torch.equal(part.weight, getattr(attention, name).weight):
                 raise NoReferenceError(

@@ -322,11 +322,13 @@ def _measure(model: Model, length: int) -> SelfCheck:
         return name, lambda x, hook=None: stored.__setitem__(name, x.detach().cpu().double())
 
     with without_hook_points(model), evaluation(model, quiet=True):
-        if _passes(model, tokens, end_of_stream(model)):
-            names[-1] = (names[-1][0], end_of_stream(model))
-        logits = run_model(
-            model, tokens, [store(n) for n in [*(s.hook_name for s in sites), *sum(names, ())]]
-        )
+        writes = [store(site.hook_name) for site in sites]
+        ends = [*names[:-1], (names[-1][0], end_of_stream(model))]
+        try:
+            logits = first_run(model, tokens, [*writes, *map(store, sum(ends, ()))])
+            names = ends
+        except RuntimeError:  # a model may not pass its final norm by that name
+            logits = run_model(model, tokens, [*writes, *map(store, sum(names, ()))])
         clean = dict(stored)
         zero = [(s.hook_name, lambda x, hook=None: torch.zeros_like(x)) for s in sites]
         zeroed = run_model(model, tokens, [*zero, store(names[0][0]), store(names[-1][1])])
@@ -363,15 +365,6 @@ def _measure(model: Model, length: int) -> SelfCheck:
         cache_error=long.cache,
         not_finite=long.not_finite,
     )
-
-
-def _passes(model: Model, tokens: Tensor, name: str) -> bool:
-    """Whether a run passes a hook point once."""
-    try:
-        first_run(model, tokens, [(name, lambda x, hook=None: None)])
-    except RuntimeError:
-        return False
-    return True
 
 
 def _sharing_error(model: Model, tokens: Tensor, first: str, logits: Tensor) -> float:
