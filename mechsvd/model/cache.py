@@ -19,7 +19,7 @@ from mechsvd.model.sites import Model
 
 OLD, NEW = "past_key_values", "cache"  # transformers' names for the argument
 WORKING = "pip install 'transformers<5.24'"
-_WARNED: set[str] = set()
+_WARNED: set[str] = set()  # what was said in this process
 
 
 def empty_cache(model: Model, rows: int) -> Any:
@@ -70,20 +70,19 @@ def warn_dropped(model: Model) -> None:
         warn(
             f"{versions()} lose the cache of keys and values: this model's own `generate` and "
             f"`{OLD}` give wrong text and logits, with `use_past_kv_cache=False` right ones. "
-            f"mechsvd's calls are right. Or use versions that work together: {WORKING}"
+            f"mechsvd's calls are right. Or use versions that work together: {WORKING}, or those of "
+            "tests/constraints.txt."
         )
 
 
 def warn_uncached(error: float, length: int) -> None:
-    """Warn once that text is written without a cache."""
-    if "uncached" not in _WARNED:
-        _WARNED.add("uncached")
-        warn(
-            f"A text of {length} tokens read in chunks through the model's cache has other logits "
-            f"than read at once (error {error:.1e}; {versions()}). So no cache is used: the "
-            "results are those of the plain loop, but each new token costs a pass over the whole "
-            "text."
-        )
+    """Warn that text is written without a cache."""
+    warn(
+        f"A text of {length} tokens read in chunks through the model's cache has other logits than "
+        f"read at once (error {error:.1e}; {versions()}). So no cache is used: the results are "
+        "those of the plain loop, but each new token costs a pass over the whole text. Versions "
+        "that worked together are in tests/constraints.txt."
+    )
 
 
 def versions() -> str:

@@ -242,9 +242,9 @@ def keeps_cache(model: Model, length: int) -> bool:
         if key not in errors:
             with without_hook_points(model), evaluation(model, quiet=True):
                 errors[key] = cache_error(model, longer)
-    if not (is_right := errors[key] <= 10 * _tolerance(model)):
-        warn_uncached(errors[key], longer)
-    return is_right
+            if not errors[key] <= 10 * _tolerance(model):
+                warn_uncached(errors[key], longer)
+    return errors[key] <= 10 * _tolerance(model)
 
 
 def _state(model: Model) -> tuple[Any, ...]:
