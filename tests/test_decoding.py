@@ -1,5 +1,6 @@
 """Greedy text stops, and avoids tokens, where transformers' `generate` does."""
 
+import copy
 import json
 import shutil
 
@@ -55,18 +56,30 @@ def generated(directory, tokens, count, **options):
 
 @pytest.mark.fault(55)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_text_is_that_of_generate_under_each_setting(tmp_path, name, embedded):
-    directory = checkpoint(tmp_path, SETTINGS[name])
-    model = ms.load_model(directory)
-    task = ms.Task.from_text(model, PROMPT, max_new_tokens=20)
-    start = task.tokens[: task.prompt_length]
-    assert task.tokens.tolist() == generated(directory, start, 20)
-    changes_text = "drawn" not in name and "cache" not in name
+def test_text_is_that_of_generate_under_each_setting(name, embedded, plain, monkeypatch):
     free = ms.Task.from_text(embedded, PROMPT, max_new_tokens=20)
+    config = copy.deepcopy(embedded.original_model.generation_config)
+    config.update(**SETTINGS[name])
+    monkeypatch.setattr(embedded.original_model, "generation_config", config)
+    task = ms.Task.from_text(embedded, PROMPT, max_new_tokens=20)
+    start = task.tokens[: task.prompt_length]
+    plain.generation_config = config
+    expected = plain.generate(start[None], max_new_tokens=20, do_sample=False)[0]
+    assert task.tokens.tolist() == expected.tolist()
+    changes_text = "drawn" not in name and "cache" not in name
     if changes_text and name not in ("no end token", "a forced beginning"):
         assert task.tokens.tolist() != free.tokens.tolist()
-    (plain,) = ms.generate_tasks(model, start, [None], max_new_tokens=20, use_kv_cache=False)
-    assert plain.tokens.tolist() == task.tokens.tolist()
+    (uncached,) = ms.generate_tasks(embedded, start, [None], max_new_tokens=20, use_kv_cache=False)
+    assert uncached.tokens.tolist() == task.tokens.tolist()
+
+
+@pytest.mark.fault(55)
+def test_the_settings_of_a_checkpoint_are_read(tmp_path):
+    directory = checkpoint(tmp_path, SETTINGS["two end tokens"])
+    task = ms.Task.from_text(ms.load_model(directory), PROMPT, max_new_tokens=20)
+    start = task.tokens[: task.prompt_length]
+    assert task.tokens.tolist() == generated(directory, start, 20)
+    assert len(task.continuation) == 6
 
 
 @pytest.mark.fault(55)

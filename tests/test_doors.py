@@ -357,7 +357,7 @@ ROWS = {
     "ms.gate(svd, 'ab')": "TypeError: `gains` must be a tensor [rank], but is str 'ab'",
     "ms.gate(svd, torch.ones(128) * 1j)": "TypeError: `gains` must be a tensor [rank] of real numbers, but its dtype is torch.complex64",
     "ms.gate(svd, torch.ones(128), rest=1j)": "TypeError: `rest` must be a tensor [edit], but is complex 1j",
-    "ms.gate(svd, torch.ones(128), rest=np.complex64(1))": "TypeError: `rest` must be a tensor [edit], but is complex64",
+    "ms.gate(svd, torch.ones(128), rest=np.complex64(1))": "TypeError: `rest` must be a tensor [edit], but is complex (1+0j)",
     "ms.shift(torch.ones(128) * 1j)": "TypeError: `vector` must be a tensor [d_model] of real numbers",
     "ms.span(torch.eye(3) * 1j)": "TypeError: `vectors` must be a tensor [d_model n] of real numbers",
     "ms.shrink(svd, 1j)": "ValueError: `alpha` is 1j, but must be finite and at least 0",
