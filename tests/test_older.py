@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mechsvd as ms
+from mechsvd.model.cache import taking_cache
 from mechsvd.model.evaluation import other_hooks
 from mechsvd.model.identity import processing_state
 from mechsvd.model.selfcheck import require_sound
@@ -265,11 +266,8 @@ def test_hooks_compose_and_positions_are_absolute_with_a_cache(pair):
         }
         texts = []
         for cached in (True, False):
-            with model.hooks(
-                fwd_hooks=ms.fwd_hooks(
-                    model, lambda x, hook: -3 * x, positions=[tokens.shape[1] + 1]
-                )
-            ):
+            hooks = ms.fwd_hooks(model, lambda x, hook: -3 * x, positions=[tokens.shape[1] + 1])
+            with model.hooks(fwd_hooks=hooks), taking_cache(model):  # else some versions lose it
                 texts.append(model.generate(tokens, use_past_kv_cache=cached, **options).tolist())
         assert texts[0] == texts[1]
         assert not other_hooks(model)
