@@ -95,7 +95,6 @@ def hooks_at(
     edit: Edit,
     sites: Sequence[Site],
     positions: Sequence[int] | None,
-    observe: Observer | None = None,
 ) -> list[Hook]:
     """Bind an edit to sites for runs that may start anywhere in a text, as with a KV cache.
 
@@ -104,11 +103,9 @@ def hooks_at(
     """
     by_position = any(g.baseline is not None and g.baseline.by_position for g in gates_of(edit))
     if positions is None and not by_position:
-        return [(site.hook_name, bind(edit, site, observe=observe)) for site in sites]
+        return [(site.hook_name, bind(edit, site)) for site in sites]
     reading = Reading(model, (sites[0].layer if sites[0].is_write else 0) or 0)
-    hooks = [
-        (site.hook_name, bind(edit, site, positions, observe, reading=reading)) for site in sites
-    ]
+    hooks = [(site.hook_name, bind(edit, site, positions, reading=reading)) for site in sites]
     return [reading.hook, *hooks]
 
 
